@@ -1,0 +1,48 @@
+"""Compiles the modules in ``ext/`` into ``vmbus.core``; everything else is in ``pyproject.toml``.
+
+Set ``VMBUS_SANITIZE=1`` to build with AddressSanitizer and UndefinedBehaviorSanitizer.
+"""
+
+import os
+from pathlib import Path
+
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+
+SANITIZE = os.environ.get("VMBUS_SANITIZE") == "1"
+
+COMPILE_FLAGS = ["-std=gnu11", "-O3", "-fno-strict-aliasing", "-Wno-unreachable-code-fallthrough"]
+LINK_FLAGS: list[str] = []
+if SANITIZE:
+    SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+    COMPILE_FLAGS += [*SANITIZERS, "-O1", "-g", "-fno-omit-frame-pointer"]
+    LINK_FLAGS += SANITIZERS
+
+extensions = [
+    Extension(
+        f"vmbus.core.{source.stem}",
+        [f"ext/{source.name}"],
+        include_dirs=["src/vmbus/core"],
+        extra_compile_args=COMPILE_FLAGS,
+        extra_link_args=LINK_FLAGS,
+    )
+    for source in sorted(Path(__file__).parent.joinpath("ext").glob("*.pyx"))
+]
+
+setup(
+    ext_modules=cythonize(
+        extensions,
+        include_path=["src"],
+        compiler_directives={
+            "language_level": 3,
+            "boundscheck": False,
+            "wraparound": False,
+            "cdivision": True,
+            "initializedcheck": False,
+            "embedsignature": True,
+            "freethreading_compatible": False,
+        },
+        build_dir="build/cython",
+        nthreads=int(os.environ.get("VMBUS_BUILD_JOBS", "0")),
+    )
+)

@@ -1,0 +1,1 @@
+"""Compiled modules: the ring, guest memory, dispatch and the instruction interpreter; built from `ext/`."""

@@ -1,0 +1,1 @@
+"""Emulated hardware for guests without enlightenments: the slow path, counted honestly."""

@@ -1,0 +1,1 @@
+"""What executes a guest: runs a virtual processor until it exits to the hypervisor."""

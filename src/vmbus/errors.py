@@ -1,0 +1,61 @@
+"""Every error that the package raises on purpose, in one tree under `VmbusError`.
+
+Compiled code that runs without the GIL returns negative codes; the thin Python classes around it raise
+these at the edge.
+"""
+
+
+class VmbusError(Exception):
+    """Base of all errors of this package."""
+
+
+class ProtocolError(VmbusError):
+    """A rule of a VMBus protocol was broken."""
+
+
+class LocalProtocolError(ProtocolError):
+    """Our own caller asked for something the protocol forbids now; the state is unchanged."""
+
+
+class RemoteProtocolError(ProtocolError):
+    """The peer broke the protocol: a malformed, unknown or out-of-order message."""
+
+
+class RingError(VmbusError):
+    """Base of the ring buffer's errors."""
+
+
+class RingFull(RingError):
+    """The packet does not fit now: the reader has not freed enough space yet."""
+
+
+class RingEmpty(RingError):
+    """There is no complete packet to read now."""
+
+
+class RingCorrupt(RingError):
+    """The peer left the ring in a state that no correct peer can produce; close the channel."""
+
+
+class GuestMemoryError(VmbusError):
+    """A guest physical range is outside the partition or mapped without the access asked for."""
+
+
+class HypercallError(VmbusError):
+    """A hypercall ended with a status other than HV_STATUS_SUCCESS.
+
+    Attributes:
+        status: the HV_STATUS value (TLFS appendix B).
+    """
+
+    def __init__(self, status: int, message: str = "") -> None:
+        super().__init__(message or f"hypercall failed with HV_STATUS 0x{status:04x}")
+        self.status = status
+
+
+class DeviceError(VmbusError):
+    """A device or its backend cannot do what was asked (bad image, failing disk, missing LUN)."""
+
+
+class EngineError(VmbusError):
+    """The engine that executes a guest cannot go on (unknown instruction, engine not usable)."""

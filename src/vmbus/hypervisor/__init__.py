@@ -1,0 +1,1 @@
+"""Partitions, virtual processors, the synthetic interrupt controller and hypercalls (TLFS)."""

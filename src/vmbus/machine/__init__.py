@@ -1,0 +1,1 @@
+"""Assembly: whole machines out of partitions, buses, devices and engines."""

@@ -1,0 +1,1 @@
+"""Enlightened networking: the network provider (VSP) and client (VSC) over a VMBus channel."""

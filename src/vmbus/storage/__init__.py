@@ -1,0 +1,1 @@
+"""Enlightened storage: the SCSI provider (VSP) and client (VSC) over a VMBus channel."""

@@ -1,0 +1,1 @@
+"""What happened: the ledger of counts, events and captures."""

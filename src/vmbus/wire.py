@@ -1,0 +1,149 @@
+"""How a little-endian binary structure is declared: once, with its widths in the annotations.
+
+    @wire(size=16)
+    class PacketDescriptor(Structure):
+        type: U16
+        data_offset8: U16
+        length8: U16
+        flags: U16
+        transaction_id: U64
+
+gives a slotted dataclass with `pack()`, `unpack(buffer, offset)`, `SIZE` and `OFFSETS`. Fields of integers
+stay plain `int`, so that unknown values of an enumeration parse; compare them with `IntEnum` members.
+Other wire structures nest as fields.
+"""
+
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from types import MappingProxyType
+from typing import Annotated, Any, ClassVar, Self, TypeAlias, TypeVar, dataclass_transform, get_type_hints
+from uuid import UUID
+
+from vmbus.errors import RemoteProtocolError
+
+__all__ = ["I32", "I64", "U16", "U32", "U64", "U8", "Fixed", "Guid", "Structure", "wire"]
+
+Buffer: TypeAlias = bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True)
+class Format:
+    """The `struct` format character of an integer field."""
+
+    code: str
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """A field of exactly `size` raw bytes: ``Annotated[bytes, Fixed(240)]``; shorter values are zero-padded."""
+
+    size: int
+
+
+U8: TypeAlias = Annotated[int, Format("B")]
+U16: TypeAlias = Annotated[int, Format("H")]
+U32: TypeAlias = Annotated[int, Format("I")]
+U64: TypeAlias = Annotated[int, Format("Q")]
+I32: TypeAlias = Annotated[int, Format("i")]
+I64: TypeAlias = Annotated[int, Format("q")]
+Guid: TypeAlias = UUID
+"""A GUID field, 16 bytes in Microsoft's mixed-endian order (`UUID.bytes_le`)."""
+
+T = TypeVar("T", bound="Structure")
+
+
+class Structure:
+    """Base of all wire structures; `wire` fills in the class variables."""
+
+    __slots__ = ()
+    SIZE: ClassVar[int]
+    OFFSETS: ClassVar[Mapping[str, int]]
+    _struct: ClassVar[struct.Struct]
+    _convert: ClassVar[tuple[tuple[int, int, Any], ...]]
+
+    def pack(self) -> bytes:
+        """The structure's `SIZE` bytes."""
+        return self._struct.pack(*self._values())
+
+    def _values(self) -> list[Any]:
+        values: list[Any] = []
+        for name in self.OFFSETS:
+            value = getattr(self, name)
+            if isinstance(value, Structure):
+                values += value._values()
+            else:
+                values.append(value.bytes_le if isinstance(value, UUID) else value)
+        return values
+
+    @classmethod
+    def unpack(cls, buffer: Buffer, offset: int = 0) -> Self:
+        """Parse `SIZE` bytes at `offset`.
+
+        Raises:
+            RemoteProtocolError: the buffer is too short.
+        """
+        try:
+            values = cls._struct.unpack_from(buffer, offset)
+        except struct.error:
+            have = max(0, len(buffer) - offset)
+            raise RemoteProtocolError(f"truncated {cls.__name__}: {have} of {cls.SIZE} bytes") from None
+        return cls._build(values)
+
+    @classmethod
+    def _build(cls, values: Sequence[Any]) -> Self:
+        if not cls._convert:
+            return cls(*values)
+        result = list(values)
+        for index, count, convert in cls._convert:  # from the last field to the first: indices stay valid
+            result[index : index + count] = [convert(result[index : index + count])]
+        return cls(*result)
+
+
+def _guid(values: list[bytes]) -> UUID:
+    return UUID(bytes_le=values[0])
+
+
+@dataclass_transform()
+def wire(*, size: int, offsets: Mapping[str, int] | None = None) -> Callable[[type[T]], type[T]]:
+    """Declare a `Structure` of `size` bytes; `offsets` asserts the places of chosen fields at import.
+
+    Raises:
+        TypeError: the declared fields do not give that size or those offsets.
+    """
+
+    def decorate(cls: type[T]) -> type[T]:
+        hints = get_type_hints(cls, include_extras=True)
+        made = dataclass(slots=True)(cls)
+        code, places, convert, index = "<", {}, [], 0
+        for field in fields(made):
+            places[field.name] = struct.calcsize(code)
+            part, count, converter = _layout(hints[field.name], f"{cls.__name__}.{field.name}")
+            code += part
+            if converter is not None:
+                convert.append((index, count, converter))
+            index += count
+        made._struct = struct.Struct(code)
+        made._convert = tuple(reversed(convert))
+        made.SIZE = made._struct.size
+        made.OFFSETS = MappingProxyType(places)
+        wrong = {name: (places.get(name), at) for name, at in (offsets or {}).items() if places.get(name) != at}
+        if size != made.SIZE or wrong:
+            raise TypeError(f"{cls.__name__}: size {made.SIZE}, declared {size}; (is, declared) offsets {wrong}")
+        return made
+
+    return decorate
+
+
+def _layout(hint: Any, where: str) -> tuple[str, int, Any]:
+    """The `struct` format of one field, how many values it unpacks to, and what turns those into the field."""
+    if hint is UUID:
+        return "16s", 1, _guid
+    if isinstance(hint, type) and issubclass(hint, Structure):
+        return hint._struct.format[1:], len(hint._struct.unpack(bytes(hint.SIZE))), hint._build
+    for mark in getattr(hint, "__metadata__", ()):
+        if isinstance(mark, Format):
+            return mark.code, 1, None
+        if isinstance(mark, Fixed):
+            return f"{mark.size}s", 1, None
+    raise TypeError(f"{where}: {hint!r} has no width; use U8…U64, Guid, Fixed or a wire structure")
