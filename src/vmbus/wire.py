@@ -17,12 +17,22 @@ import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from types import MappingProxyType
-from typing import Annotated, Any, ClassVar, Self, TypeAlias, TypeVar, dataclass_transform, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    ClassVar,
+    Self,
+    TypeAlias,
+    TypeVar,
+    cast,
+    dataclass_transform,
+    get_type_hints,
+)
 from uuid import UUID
 
 from vmbus.errors import RemoteProtocolError
 
-__all__ = ["I32", "I64", "U16", "U32", "U64", "U8", "Fixed", "Guid", "Structure", "wire"]
+__all__ = ["I32", "I64", "U8", "U16", "U32", "U64", "Fixed", "Guid", "Structure", "wire"]
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
@@ -116,7 +126,7 @@ def wire(*, size: int, offsets: Mapping[str, int] | None = None) -> Callable[[ty
         hints = get_type_hints(cls, include_extras=True)
         made = dataclass(slots=True)(cls)
         code, places, convert, index = "<", {}, [], 0
-        for field in fields(made):
+        for field in fields(cast(Any, made)):  # the type checker does not see the decorator's effect
             places[field.name] = struct.calcsize(code)
             part, count, converter = _layout(hints[field.name], f"{cls.__name__}.{field.name}")
             code += part
@@ -127,9 +137,13 @@ def wire(*, size: int, offsets: Mapping[str, int] | None = None) -> Callable[[ty
         made._convert = tuple(reversed(convert))
         made.SIZE = made._struct.size
         made.OFFSETS = MappingProxyType(places)
-        wrong = {name: (places.get(name), at) for name, at in (offsets or {}).items() if places.get(name) != at}
+        wrong = {
+            name: (places.get(name), at) for name, at in (offsets or {}).items() if places.get(name) != at
+        }
         if size != made.SIZE or wrong:
-            raise TypeError(f"{cls.__name__}: size {made.SIZE}, declared {size}; (is, declared) offsets {wrong}")
+            raise TypeError(
+                f"{cls.__name__}: size {made.SIZE}, declared {size}; (is, declared) offsets {wrong}"
+            )
         return made
 
     return decorate
