@@ -1,6 +1,7 @@
 """Compiles the modules in ``ext/`` into ``vmbus.core``; everything else is in ``pyproject.toml``.
 
-Set ``VMBUS_SANITIZE=1`` to build with AddressSanitizer and UndefinedBehaviorSanitizer.
+``VMBUS_SANITIZE=1`` builds with AddressSanitizer and UndefinedBehaviorSanitizer, ``VMBUS_BUILD_JOBS=N`` with N
+compilers side by side.
 """
 
 import os
@@ -17,6 +18,8 @@ if SANITIZE:
     SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
     COMPILE_FLAGS += [*SANITIZERS, "-O1", "-g", "-fno-omit-frame-pointer"]
     LINK_FLAGS += SANITIZERS
+
+JOBS = int(os.environ.get("VMBUS_BUILD_JOBS", "1"))
 
 extensions = [
     Extension(
@@ -43,6 +46,7 @@ setup(
             "freethreading_compatible": False,
         },
         build_dir="build/cython",
-        nthreads=int(os.environ.get("VMBUS_BUILD_JOBS", "0")),
-    )
+        nthreads=JOBS if JOBS > 1 else 0,
+    ),
+    options={"build_ext": {"parallel": JOBS if JOBS > 1 else None}},
 )
