@@ -1,4 +1,4 @@
-"""How a little-endian binary structure is declared: once, with its widths in the annotations.
+"""How a binary structure is declared: once, with its widths in the annotations.
 
     @wire(size=16)
     class PacketDescriptor(Structure):
@@ -10,7 +10,8 @@
 
 gives a slotted dataclass with `pack()`, `unpack(buffer, offset)`, `SIZE` and `OFFSETS`. Fields of integers
 stay plain `int`, so that unknown values of an enumeration parse; compare them with `IntEnum` members.
-Other wire structures nest as fields.
+Other wire structures nest as fields. VMBus is little-endian; the few formats that are not (VHD, NBD) say
+``@wire(size=…, order=">")``.
 """
 
 import struct
@@ -21,6 +22,7 @@ from typing import (
     Annotated,
     Any,
     ClassVar,
+    Literal,
     Self,
     TypeAlias,
     TypeVar,
@@ -30,7 +32,7 @@ from typing import (
 )
 from uuid import UUID
 
-from vmbus.errors import RemoteProtocolError
+from vmbus.errors import LocalProtocolError, RemoteProtocolError
 
 __all__ = ["I32", "I64", "U8", "U16", "U32", "U64", "Fixed", "Guid", "Structure", "wire"]
 
@@ -58,7 +60,7 @@ U64: TypeAlias = Annotated[int, Format("Q")]
 I32: TypeAlias = Annotated[int, Format("i")]
 I64: TypeAlias = Annotated[int, Format("q")]
 Guid: TypeAlias = UUID
-"""A GUID field, 16 bytes in Microsoft's mixed-endian order (`UUID.bytes_le`)."""
+"""A GUID field, 16 bytes in Microsoft's mixed-endian order (`UUID.bytes_le`); `UUID.bytes` if big-endian."""
 
 T = TypeVar("T", bound="Structure")
 
@@ -71,20 +73,35 @@ class Structure:
     OFFSETS: ClassVar[Mapping[str, int]]
     _struct: ClassVar[struct.Struct]
     _convert: ClassVar[tuple[tuple[int, int, Any], ...]]
+    _fixed: ClassVar[tuple[tuple[str, int], ...]]
 
     def pack(self) -> bytes:
-        """The structure's `SIZE` bytes."""
-        return self._struct.pack(*self._values())
+        """The structure's `SIZE` bytes.
+
+        Raises:
+            LocalProtocolError: a field's value does not fit its width.
+        """
+        try:
+            return self._struct.pack(*self._values())
+        except struct.error as error:
+            raise LocalProtocolError(f"{self!r} cannot be packed: {error}") from None
 
     def _values(self) -> list[Any]:
         values: list[Any] = []
+        for name, size in self._fixed:  # `struct` would cut it silently
+            if len(getattr(self, name)) > size:
+                raise LocalProtocolError(f"{type(self).__name__}.{name} is longer than its {size} bytes")
         for name in self.OFFSETS:
             value = getattr(self, name)
             if isinstance(value, Structure):
                 values += value._values()
             else:
-                values.append(value.bytes_le if isinstance(value, UUID) else value)
+                values.append(self._guid_bytes(value) if isinstance(value, UUID) else value)
         return values
+
+    @classmethod
+    def _guid_bytes(cls, value: UUID) -> bytes:
+        return value.bytes if cls._struct.format[0] == ">" else value.bytes_le
 
     @classmethod
     def unpack(cls, buffer: Buffer, offset: int = 0) -> Self:
@@ -94,6 +111,8 @@ class Structure:
             RemoteProtocolError: the buffer is too short.
         """
         try:
+            if offset < 0:  # `struct` would count it from the buffer's end
+                raise RemoteProtocolError(f"{cls.__name__} at the negative offset {offset}")
             values = cls._struct.unpack_from(buffer, offset)
         except struct.error:
             have = max(0, len(buffer) - offset)
@@ -114,9 +133,20 @@ def _guid(values: list[bytes]) -> UUID:
     return UUID(bytes_le=values[0])
 
 
+def _guid_big_endian(values: list[bytes]) -> UUID:
+    return UUID(bytes=values[0])
+
+
 @dataclass_transform()
-def wire(*, size: int, offsets: Mapping[str, int] | None = None) -> Callable[[type[T]], type[T]]:
+def wire(
+    *, size: int, offsets: Mapping[str, int] | None = None, order: Literal["<", ">"] = "<"
+) -> Callable[[type[T]], type[T]]:
     """Declare a `Structure` of `size` bytes; `offsets` asserts the places of chosen fields at import.
+
+    Args:
+        size: the structure's size in bytes.
+        offsets: byte offsets of chosen fields.
+        order: ``"<"`` for little-endian fields, ``">"`` for big-endian ones; nested structures must agree.
 
     Raises:
         TypeError: the declared fields do not give that size or those offsets.
@@ -125,16 +155,25 @@ def wire(*, size: int, offsets: Mapping[str, int] | None = None) -> Callable[[ty
     def decorate(cls: type[T]) -> type[T]:
         hints = get_type_hints(cls, include_extras=True)
         made = dataclass(slots=True)(cls)
-        code, places, convert, index = "<", {}, [], 0
+        code: str = order
+        places: dict[str, int] = {}
+        convert: list[tuple[int, int, Any]] = []
+        index = 0
         for field in fields(cast(Any, made)):  # the type checker does not see the decorator's effect
             places[field.name] = struct.calcsize(code)
-            part, count, converter = _layout(hints[field.name], f"{cls.__name__}.{field.name}")
+            part, count, converter = _layout(hints[field.name], order, f"{cls.__name__}.{field.name}")
             code += part
             if converter is not None:
                 convert.append((index, count, converter))
             index += count
         made._struct = struct.Struct(code)
         made._convert = tuple(reversed(convert))
+        made._fixed = tuple(
+            (field.name, mark.size)
+            for field in fields(cast(Any, made))
+            for mark in getattr(hints[field.name], "__metadata__", ())
+            if isinstance(mark, Fixed)
+        )
         made.SIZE = made._struct.size
         made.OFFSETS = MappingProxyType(places)
         wrong = {
@@ -149,11 +188,13 @@ def wire(*, size: int, offsets: Mapping[str, int] | None = None) -> Callable[[ty
     return decorate
 
 
-def _layout(hint: Any, where: str) -> tuple[str, int, Any]:
+def _layout(hint: Any, order: str, where: str) -> tuple[str, int, Any]:
     """The `struct` format of one field, how many values it unpacks to, and what turns those into the field."""
     if hint is UUID:
-        return "16s", 1, _guid
+        return "16s", 1, _guid if order == "<" else _guid_big_endian
     if isinstance(hint, type) and issubclass(hint, Structure):
+        if hint._struct.format[0] != order:
+            raise TypeError(f"{where}: {hint.__name__} has the other byte order")
         return hint._struct.format[1:], len(hint._struct.unpack(bytes(hint.SIZE))), hint._build
     for mark in getattr(hint, "__metadata__", ()):
         if isinstance(mark, Format):
