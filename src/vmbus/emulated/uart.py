@@ -1,7 +1,7 @@
 """The 16550A serial port: eight byte-wide registers, two FIFOs, prioritised interrupts.
 
-Transmission takes no time: a byte written to THR is at the host before the instruction ends, so the transmitter
-is always empty again, and its interrupt is pending again whenever the guest enabled it. What the host sends
+Transmission takes no time: a byte written to THR is at the host before the instruction ends, so the
+transmitter is always empty again, and its interrupt is pending again whenever the guest enabled it. What the host sends
 waits on the host's side of the wire (as with flow control) and never overruns the receiver.
 
 Register numbers and bits: National Semiconductor PC16550D data sheet, table 2.
@@ -181,7 +181,7 @@ class Uart16550:
             case Register.MCR:
                 return self._mcr
             case Register.LSR:
-                value = (
+                status = (
                     self._errors
                     | Lsr.THR_EMPTY
                     | Lsr.TRANSMITTER_IDLE

@@ -1,8 +1,8 @@
 """What executes a guest: runs a virtual processor until it exits to the hypervisor.
 
 An engine knows instructions and guest memory, nothing about devices. `Engine.run` executes until the guest
-does something that only the hypervisor can answer, and says what in an exit; the caller finds the answer, gives
-it back with `Engine.complete`, and runs on. `serve` is that answer for every exit that a `Processor` has a
+does something that only the hypervisor can answer, and says what in an exit; the caller finds the answer,
+gives it back with `Engine.complete`, and runs on. `serve` is that answer for every exit that a `Processor` has a
 method for:
 
     exit = engine.run(limit=1_000_000)
@@ -160,8 +160,8 @@ class Engine(Protocol):
         """Answer the last exit; its instruction is finished with this by the next `run`.
 
         Args:
-            answer: the value read (`IoPort`, `Mmio`, `Rdmsr`), RAX (`Hypercall`), the bytes of a string read, or
-                four registers (`Cpuid`). Writes need none.
+            answer: the value read (`IoPort`, `Mmio`, `Rdmsr`), RAX (`Hypercall`), the bytes of a string
+                read, or four registers (`Cpuid`). Writes need none.
         """
 
     def inject(self, vector: int) -> bool:
