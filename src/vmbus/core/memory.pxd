@@ -1,0 +1,89 @@
+"""C interface of guest memory: pointers into a partition, and the GPA ranges of a packet as iovecs.
+
+Functions without the GIL return 0 or a count, or one of the negative `MEMORY_…` codes.
+"""
+
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
+
+cdef extern from "<sys/uio.h>" nogil:
+    struct iovec:
+        void *iov_base
+        size_t iov_len
+
+cdef enum:
+    PAGE_BYTES = 4096
+
+cdef enum:
+    # HV_MAP_GPA_* access flags of TLFS 7.9.1: readable, writable, executable (kernel and user)
+    ACCESS_READ = 1
+    ACCESS_WRITE = 2
+    ACCESS_EXECUTE = 12
+
+cdef enum:
+    MEMORY_OUT_OF_RANGE = -101   # outside the partition, or mapped without the access asked for
+    MEMORY_BAD_RANGE = -102      # a malformed GPA range: no bytes, offset of a page or more, too few PFNs
+
+cdef struct guest_page_t:
+    int32_t fd          # what backs the page, -1 while it is not mapped
+    uint32_t access
+    uint64_t offset     # bytes into fd
+
+cdef struct guest_memory_t:
+    uint8_t *base       # guest physical address 0
+    uint64_t size       # bytes, a multiple of the page size
+    guest_page_t *pages
+
+cdef inline uint8_t *guest_pointer(const guest_memory_t *memory, uint64_t gpa, uint64_t length, uint32_t access) noexcept nogil:
+    """The guest's bytes at `gpa`, or NULL if any of them may not be accessed that way."""
+    cdef uint64_t page, last
+    if gpa > memory.size or length > memory.size - gpa:
+        return NULL
+    if length:
+        last = (gpa + length - 1) >> 12
+        page = gpa >> 12
+        while page <= last:
+            if (memory.pages[page].access & access) != access:
+                return NULL
+            page += 1
+    return memory.base + gpa
+
+cdef struct gpa_cursor_t:
+    # A walk over the GPA ranges of one packet: `data` must be a private copy, never shared memory.
+    const uint8_t *data     # the next range
+    const uint8_t *pfns     # of the current range
+    uint64_t left           # bytes of the current range not yet produced
+    uint64_t position       # byte_offset plus bytes already produced of the current range
+    uint32_t ranges         # ranges after the current one
+
+cdef int64_t gpa_ranges_check(const uint8_t *data, size_t length, uint32_t count) noexcept nogil
+cdef void gpa_cursor_start(gpa_cursor_t *cursor, const uint8_t *data, uint32_t count) noexcept nogil
+cdef int gpa_cursor_skip(gpa_cursor_t *cursor, uint64_t count) noexcept nogil
+cdef int gpa_cursor_iov(gpa_cursor_t *cursor, const guest_memory_t *memory, uint32_t access, uint64_t want,
+                        iovec *vectors, int most, uint64_t *covered) noexcept nogil
+cdef int64_t gpa_transfer(const guest_memory_t *memory, gpa_cursor_t *cursor, int fd, uint64_t file_offset,
+                          uint64_t length, bint to_guest) noexcept nogil
+
+cdef class GuestMemory:
+    cdef guest_memory_t c
+    cdef readonly int fd
+    cdef Py_ssize_t exports
+    cdef object sources
+    cdef uint8_t *pointer(self, uint64_t gpa, uint64_t length, uint32_t access) except NULL
+    cdef int _check_extent(self, uint64_t gpa, uint64_t length) except -1
+
+cdef class Window:
+    cdef uint8_t *base
+    cdef size_t mapped          # bytes of address space, the mirror included
+    cdef readonly Py_ssize_t size
+    cdef readonly bint mirrored
+    cdef Py_ssize_t exports
+    cdef int _map(self, const guest_page_t *pages, size_t count, bint mirrored) except -1
+
+cdef class GpaRanges:
+    cdef readonly bytes raw
+    cdef readonly int64_t total
+    cdef uint32_t count
+    cdef int64_t _start(self, gpa_cursor_t *cursor, int64_t offset, object length) except -1
+    cdef int _copy(self, GuestMemory memory, gpa_cursor_t *cursor, uint8_t *ours, uint64_t want, bint to_guest) except -1
+    cdef int64_t _transfer(self, GuestMemory memory, int fd, uint64_t file_offset, int64_t offset, object length,
+                           bint to_guest) except -1
