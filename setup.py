@@ -43,6 +43,8 @@ setup(
             "cdivision": True,
             "initializedcheck": False,
             "embedsignature": True,
+            "autotestdict": False,
+            "auto_pickle": False,  # these objects own memory: pickling them is a TypeError
             "freethreading_compatible": False,
         },
         build_dir="build/cython",
