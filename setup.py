@@ -12,7 +12,7 @@ from setuptools import Extension, setup
 
 SANITIZE = os.environ.get("VMBUS_SANITIZE") == "1"
 
-COMPILE_FLAGS = ["-std=gnu11", "-O3", "-fno-strict-aliasing", "-Wno-unreachable-code-fallthrough"]
+COMPILE_FLAGS = ["-std=gnu11", "-O3", "-fno-strict-aliasing"]
 LINK_FLAGS: list[str] = []
 if SANITIZE:
     SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
