@@ -1,1 +1,32 @@
 """Partitions, virtual processors, the synthetic interrupt controller and hypercalls (TLFS)."""
+
+from vmbus.hypervisor.clock import Clock, HostClock, VirtualClock
+from vmbus.hypervisor.faults import (
+    GeneralProtectionFault,
+    GuestFault,
+    PageFault,
+    UndefinedOpcodeFault,
+    VpSuspended,
+)
+from vmbus.hypervisor.hypervisor import Hypervisor
+from vmbus.hypervisor.partition import CrashReport, Partition, PartitionEvent
+from vmbus.hypervisor.personality import PERSONALITIES, Personality
+from vmbus.hypervisor.vp import VirtualProcessor
+
+__all__ = [
+    "PERSONALITIES",
+    "Clock",
+    "CrashReport",
+    "GeneralProtectionFault",
+    "GuestFault",
+    "HostClock",
+    "Hypervisor",
+    "PageFault",
+    "Partition",
+    "PartitionEvent",
+    "Personality",
+    "UndefinedOpcodeFault",
+    "VirtualClock",
+    "VirtualProcessor",
+    "VpSuspended",
+]

@@ -1,0 +1,143 @@
+"""Time: one clock for a hypervisor instance, virtual (repeatable) or the host's.
+
+All times are integer nanoseconds since the clock was made. Timers (`schedule`) fire from inside `run_due`, in the
+order of their due times, ties in the order in which they were set, so that a run on a `VirtualClock`
+repeats exactly. The guest's clocks derive from this one: reference time counts 100 ns units (TLFS 12.1).
+"""
+
+import heapq
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Final
+
+__all__ = ["Clock", "HostClock", "Timer", "VirtualClock"]
+
+REFERENCE_UNIT: Final = 100
+"""Nanoseconds of one unit of partition reference time (TLFS 12.1)."""
+
+
+class Timer:
+    """One scheduled call; `cancel` withdraws it."""
+
+    __slots__ = ("callback", "due")
+
+    def __init__(self, due: int, callback: Callable[[], None]) -> None:
+        self.due = due
+        self.callback: Callable[[], None] | None = callback
+
+    def cancel(self) -> None:
+        """Do not fire; cheap, and harmless after the timer fired."""
+        self.callback = None
+
+
+class Clock(ABC):
+    """A source of time and the timers that wait on it. Safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._timers: list[tuple[int, int, Timer]] = []
+        self._sequence = 0
+        self._lock = threading.Lock()
+
+    @abstractmethod
+    def now(self) -> int:
+        """Nanoseconds since the clock was made; never decreases."""
+
+    def reference_time(self) -> int:
+        """Partition reference time: units of 100 ns (TLFS 12.1)."""
+        return self.now() // REFERENCE_UNIT
+
+    def schedule(self, due: int, callback: Callable[[], None]) -> Timer:
+        """Have `run_due` call `callback` once the clock has reached `due` (absolute, in ns)."""
+        timer = Timer(due, callback)
+        with self._lock:
+            self._sequence += 1
+            heapq.heappush(self._timers, (due, self._sequence, timer))
+            if len(self._timers) > 64 and self._sequence % 64 == 0:
+                self._drop_cancelled()
+        return timer
+
+    def _drop_cancelled(self) -> None:
+        # A guest that re-arms one timer in a loop leaves a cancelled entry each time: keep the heap small.
+        self._timers = [entry for entry in self._timers if entry[2].callback is not None]
+        heapq.heapify(self._timers)
+
+    def next_deadline(self) -> int | None:
+        """When the next timer is due (absolute, in ns), or None."""
+        with self._lock:
+            while self._timers and self._timers[0][2].callback is None:
+                heapq.heappop(self._timers)
+            return self._timers[0][0] if self._timers else None
+
+    def run_due(self) -> int:
+        """Fire every timer that is due now; how many fired. A timer may schedule others."""
+        fired = 0
+        # Only what was due when we came in: a callback that re-arms itself in the past cannot hold us here.
+        limit = self.now()
+        last = self._sequence
+        while (callback := self._take(limit, last)) is not None:
+            callback()
+            fired += 1
+        return fired
+
+    def _take(self, limit: int, last: int) -> Callable[[], None] | None:
+        with self._lock:
+            while self._timers and self._timers[0][0] <= limit:
+                if self._timers[0][1] > last and self._timers[0][2].callback is not None:
+                    return None
+                _, _, timer = heapq.heappop(self._timers)
+                callback, timer.callback = timer.callback, None
+                if callback is not None:
+                    return callback
+            return None
+
+
+class VirtualClock(Clock):
+    """A clock that moves only when told: runs repeat exactly, and idle time costs nothing."""
+
+    def __init__(self, start: int = 0) -> None:
+        super().__init__()
+        self._now = start
+
+    def now(self) -> int:
+        """Nanoseconds; moves only through `advance` and `advance_to`."""
+        return self._now
+
+    def advance(self, nanoseconds: int) -> int:
+        """Move on by `nanoseconds` and fire what becomes due, each timer at its own due time; how many fired."""
+        return self.advance_to(self._now + nanoseconds)
+
+    def advance_to(self, when: int) -> int:
+        """Move on to `when` (absolute, in ns) and fire what becomes due; going back is ignored.
+
+        Returns:
+            How many timers fired.
+        """
+        fired = 0
+        while (due := self.next_deadline()) is not None and due <= when:
+            self._now = max(self._now, due)
+            ran = self.run_due()
+            fired += ran
+        self._now = max(self._now, when)
+        return fired
+
+    def advance_to_next(self) -> bool:
+        """Skip to the next timer and fire it (what a halted processor does); False when none is set."""
+        due = self.next_deadline()
+        if due is None:
+            return False
+        self.advance_to(due)
+        return True
+
+
+class HostClock(Clock):
+    """The host's monotonic clock."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._origin = time.monotonic_ns()
+
+    def now(self) -> int:
+        """Nanoseconds since this object was made."""
+        return time.monotonic_ns() - self._origin

@@ -1,0 +1,83 @@
+"""CPUID as a virtual processor shows it: a plain processor and the hypervisor leaves (TLFS chapter 2).
+
+The processor is a deliberately small x86-64 one: what a general-purpose 64-bit kernel needs and an interpreting
+engine can execute (SSE3 and CMPXCHG16B, no AVX, XSAVE, SMAP, MCE or MTRR), with the TSC frequency in leaf 0x15.
+"""
+
+from functools import lru_cache
+from typing import Final, TypeAlias
+
+from vmbus.hypervisor.personality import Personality
+
+__all__ = ["CpuidResult", "leaves"]
+
+CpuidResult: TypeAlias = tuple[int, int, int, int]
+"""EAX, EBX, ECX, EDX."""
+
+MAX_BASIC_LEAF: Final = 0x16
+MAX_HYPERVISOR_LEAF: Final = 0x4000_000A
+MAX_EXTENDED_LEAF: Final = 0x8000_0008
+PHYSICAL_ADDRESS_BITS: Final = 40
+LINEAR_ADDRESS_BITS: Final = 48
+MAX_VIRTUAL_PROCESSORS: Final = 64
+
+_FEATURES_ECX: Final = 1 << 0 | 1 << 13 | 1 << 24  # SSE3, CMPXCHG16B, TSC-deadline
+_HYPERVISOR_PRESENT: Final = 1 << 31
+# FPU PSE TSC MSR PAE CX8 APIC SEP PGE CMOV PAT PSE36 CLFLUSH MMX FXSR SSE SSE2; and DE
+_FEATURES_EDX: Final = sum(1 << n for n in (0, 2, 3, 4, 5, 6, 8, 9, 11, 13, 15, 16, 17, 19, 23, 24, 25, 26))
+_BRAND: Final = b"vmbus virtual processor".ljust(48, b"\0")
+
+
+def _words(text: bytes) -> tuple[int, ...]:
+    return tuple(int.from_bytes(text[at : at + 4], "little") for at in range(0, len(text), 4))
+
+
+def _vendor(eax: int, vendor: bytes, order: tuple[int, int, int]) -> CpuidResult:
+    words = _words(vendor)
+    return eax, words[order[0]], words[order[1]], words[order[2]]
+
+
+@lru_cache(maxsize=256)
+def leaves(
+    personality: Personality, privileges: int, apic_id: int, vp_count: int, tsc_frequency: int
+) -> dict[int, CpuidResult]:
+    """All leaves of one virtual processor; the result is shared, do not change it."""
+    brand = _words(_BRAND)
+    megahertz = tsc_frequency // 1_000_000
+    table: dict[int, CpuidResult] = {
+        0x00: _vendor(MAX_BASIC_LEAF, b"GenuineIntel", (0, 2, 1)),
+        # Family 15 model 6; CLFLUSH line 8 * 8 bytes, logical processors, initial APIC id.
+        0x01: (
+            0x0000_0F65,
+            8 << 8 | min(vp_count, 255) << 16 | apic_id << 24,
+            _FEATURES_ECX | (_HYPERVISOR_PRESENT if personality.hypervisor_present else 0),
+            _FEATURES_EDX | (1 << 28 if vp_count > 1 else 0),
+        ),
+        0x06: (1 << 2, 0, 0, 0),  # ARAT: the APIC timer always runs
+        0x15: (1, 1, tsc_frequency, 0),
+        0x16: (megahertz, megahertz, 100, 0),
+        0x8000_0000: (MAX_EXTENDED_LEAF, 0, 0, 0),
+        0x8000_0001: (0, 0, 1, 1 << 11 | 1 << 20 | 1 << 29),  # LAHF; SYSCALL, NX, long mode
+        0x8000_0002: (brand[0], brand[1], brand[2], brand[3]),
+        0x8000_0003: (brand[4], brand[5], brand[6], brand[7]),
+        0x8000_0004: (brand[8], brand[9], brand[10], brand[11]),
+        0x8000_0007: (0, 0, 0, 1 << 8),  # invariant TSC
+        0x8000_0008: (LINEAR_ADDRESS_BITS << 8 | PHYSICAL_ADDRESS_BITS, 0, 0, 0),
+    }
+    if personality.hypervisor_present:
+        build, major, minor = personality.hypervisor_build
+        table |= {
+            0x4000_0000: _vendor(MAX_HYPERVISOR_LEAF, b"Microsoft Hv", (0, 1, 2)),
+            0x4000_0001: (0x3123_7648, 0, 0, 0),  # "Hv#1"
+            0x4000_0002: (build, major << 16 | minor, 0, 0),
+            0x4000_0003: (privileges & 0xFFFF_FFFF, privileges >> 32, 0, personality.features),
+            0x4000_0004: (personality.recommendations, 0xFFFF_FFFF, PHYSICAL_ADDRESS_BITS, 0),
+            0x4000_0005: (MAX_VIRTUAL_PROCESSORS, MAX_VIRTUAL_PROCESSORS, 0, 0),
+            # MSR bitmaps and second level address translation are in use.
+            0x4000_0006: (1 << 1 | 1 << 3, 0, 0, 0),
+            0x4000_0007: (0, 0, 0, 0),
+            0x4000_0008: (0, 0, 0, 0),
+            0x4000_0009: (0, 0, 0, 0),
+            0x4000_000A: (0, 0, 0, 0),
+        }
+    return table

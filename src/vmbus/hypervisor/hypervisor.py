@@ -1,0 +1,272 @@
+"""One hypervisor instance: its partitions, and what providers in this process use to reach their children."""
+
+from typing import Final
+
+from vmbus.core.memory import GuestMemory
+from vmbus.errors import HypercallError, LocalProtocolError
+from vmbus.hypervisor.calls_ipc import connect, sever
+from vmbus.hypervisor.clock import Clock, HostClock
+from vmbus.hypervisor.partition import Partition
+from vmbus.hypervisor.personality import CHILD_PRIVILEGES, ROOT_PRIVILEGES, SERVER_2022, Personality
+from vmbus.hypervisor.ports import EventHandler, MessageHandler, Port
+from vmbus.hypervisor.tlfs import (
+    EVENT_FLAGS_PER_SINT,
+    PARTITION_ID_SELF,
+    PartitionState,
+    PortType,
+    Status,
+)
+from vmbus.trace.ledger import Ledger
+
+__all__ = ["Hypervisor"]
+
+DEFAULT_TSC_FREQUENCY: Final = 1_000_000_000
+"""Hz; one tick a nanosecond, so that virtual time and TSC agree."""
+DEFAULT_APIC_FREQUENCY: Final = 200_000_000
+"""Hz of the local APIC timer's input, as Hyper-V and OpenVMM report it."""
+MAX_DEPTH: Final = 8
+"""How deep partitions may nest (HV_STATUS_PARTITION_TOO_DEEP beyond)."""
+MAX_VPS: Final = 64
+
+
+class Hypervisor:
+    """A hypervisor: one root partition, created first, and a tree of children.
+
+    Args:
+        ledger: where everything is counted; a new one by default.
+        clock: the time of all partitions; the host's by default, a `VirtualClock` for repeatable runs.
+        tsc_frequency: Hz of the guests' time stamp counters.
+        apic_frequency: Hz of the guests' local APIC timers.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger | None = None,
+        clock: Clock | None = None,
+        *,
+        tsc_frequency: int = DEFAULT_TSC_FREQUENCY,
+        apic_frequency: int = DEFAULT_APIC_FREQUENCY,
+    ) -> None:
+        self.ledger = ledger if ledger is not None else Ledger()
+        self.clock = clock if clock is not None else HostClock()
+        self.tsc_frequency = tsc_frequency
+        self.apic_frequency = apic_frequency
+        self.root: Partition | None = None
+        self.partitions: dict[int, Partition] = {}
+        """All partitions that are not deleted, by id."""
+        self._next_id = 1
+
+    # Partitions
+
+    def create_root(
+        self,
+        name: str = "root",
+        *,
+        memory_size: int = 16 << 20,
+        vps: int = 1,
+        personality: Personality = SERVER_2022,
+    ) -> Partition:
+        """Create the root partition, which holds every privilege.
+
+        Raises:
+            LocalProtocolError: there is one already.
+        """
+        if self.root is not None:
+            raise LocalProtocolError("a hypervisor has exactly one root partition")
+        self.root = self._create(None, name, GuestMemory(memory_size), vps, personality, ROOT_PRIVILEGES)
+        self.root.state = PartitionState.ACTIVE
+        return self.root
+
+    def create_child(
+        self,
+        parent: Partition,
+        name: str = "",
+        *,
+        memory_size: int = 64 << 20,
+        vps: int = 1,
+        personality: Personality = SERVER_2022,
+        privileges: int | None = None,
+        memory: GuestMemory | None = None,
+    ) -> Partition:
+        """Create a running child of `parent` with memory of its own.
+
+        Args:
+            parent: any partition that is not being torn down; children may have children.
+            name: unique among accounts; made up from the id when empty.
+            memory_size: bytes of guest physical memory, mapped with all rights from address 0.
+            vps: how many virtual processors.
+            personality: the guest operating system to present the partition to.
+            privileges: its privilege mask; the personality's by default.
+            memory: an existing memory object instead of a new one.
+
+        Raises:
+            LocalProtocolError: the parent is not active, or the nesting too deep.
+        """
+        if parent.state is not PartitionState.ACTIVE or self.partitions.get(parent.id) is not parent:
+            raise LocalProtocolError(f"{parent!r} cannot have children now")
+        if parent.depth + 1 > MAX_DEPTH or not 1 <= vps <= MAX_VPS:
+            raise LocalProtocolError(f"nesting depth {parent.depth + 1} or {vps} processors: too many")
+        child = self._create(
+            parent,
+            name,
+            memory if memory is not None else GuestMemory(memory_size),
+            vps,
+            personality,
+            personality.privileges if privileges is None else privileges,
+        )
+        child.state = PartitionState.ACTIVE
+        return child
+
+    def _create(
+        self,
+        parent: Partition | None,
+        name: str,
+        memory: GuestMemory,
+        vps: int,
+        personality: Personality,
+        privileges: int,
+    ) -> Partition:
+        partition_id = self._next_id
+        self._next_id += 1
+        partition = Partition(
+            self, partition_id, name or f"partition{partition_id}", parent, memory, personality, privileges
+        )
+        for _ in range(vps):
+            partition.add_vp()
+        self.partitions[partition_id] = partition
+        if parent is not None:
+            parent.children[partition_id] = partition
+        return partition
+
+    def create_uninitialized(self, parent: Partition, gpa_space: int) -> Partition:
+        """HvCreatePartition: a child with no memory, no processors and no rights, still to be initialised."""
+        return self._create(
+            parent, "", GuestMemory(gpa_space, mapped=False), 0, SERVER_2022, CHILD_PRIVILEGES
+        )
+
+    def destroy(self, partition: Partition) -> None:
+        """Tear `partition` down, its children first; harmless when it is gone already."""
+        if partition.state is PartitionState.DELETED:
+            return
+        for child in list(partition.children.values()):
+            self.destroy(child)
+        partition.state = PartitionState.DELETED
+        partition.notify("destroyed", None)
+        for port in list(partition.ports.values()):
+            sever(port)
+        for connection in list(partition.connections.values()):
+            connection.port.connections -= 1
+        # Ports that other partitions opened for this one only are of no further use to them.
+        for other in self.partitions.values():
+            for port_id in [i for i, p in other.ports.items() if p.connection_partition is partition]:
+                del other.ports[port_id]
+        partition.ports.clear()
+        partition.connections.clear()
+        partition.reset()
+        partition.on_event = partition.on_eoi = None
+        del self.partitions[partition.id]
+        if partition.parent is not None:
+            partition.parent.children.pop(partition.id, None)
+        else:
+            self.root = None
+        partition.memory.close()
+
+    # Who may name whom
+
+    def visible(self, caller: Partition, partition_id: int) -> Partition:
+        """The partition that `caller` names as a peer: itself, its parent, its children.
+
+        Raises:
+            HypercallError: INVALID_PARTITION_ID; partitions elsewhere cannot even be probed for.
+        """
+        if partition_id in (PARTITION_ID_SELF, caller.id):
+            return caller
+        found = self.partitions.get(partition_id)
+        if found is None or (found.parent is not caller and found is not caller.parent):
+            raise HypercallError(Status.INVALID_PARTITION_ID)
+        return found
+
+    def controlled(self, caller: Partition, partition_id: int) -> Partition:
+        """The partition that `caller` names to change it: itself or its child.
+
+        Raises:
+            HypercallError: INVALID_PARTITION_ID, or ACCESS_DENIED if it is not the caller's to change.
+        """
+        found = self.visible(caller, partition_id)
+        if found is not caller and found.parent is not caller:
+            raise HypercallError(Status.ACCESS_DENIED)
+        return found
+
+    # For providers in this process
+
+    def create_message_port(self, child: Partition, connection_id: int, handler: MessageHandler) -> None:
+        """Let `handler(vp_index, message_type, payload)` take what `child` posts to `connection_id`.
+
+        The handler runs on the posting processor's thread. A `VmbusError` that it raises becomes an event
+        about the child; a `HypercallError` becomes the status of the child's hypercall.
+
+        Raises:
+            HypercallError: INVALID_CONNECTION_ID if the id is out of range or in use.
+        """
+        port = Port(self._owner(child), 0, PortType.MESSAGE, 0, 0, child, on_message=handler)
+        connect(child, connection_id, port, PortType.MESSAGE)
+
+    def create_event_port(self, child: Partition, connection_id: int, handler: EventHandler) -> None:
+        """Let `handler(flag)` take the events that `child` signals to `connection_id`; else as `create_message_port`.
+
+        Raises:
+            HypercallError: INVALID_CONNECTION_ID if the id is out of range or in use.
+        """
+        port = Port(
+            self._owner(child),
+            0,
+            PortType.EVENT,
+            0,
+            0,
+            child,
+            flag_count=EVENT_FLAGS_PER_SINT,
+            on_event=handler,
+        )
+        connect(child, connection_id, port, PortType.EVENT)
+
+    def delete_port(self, child: Partition, connection_id: int) -> None:
+        """Delete the port behind `child`'s `connection_id`; the child's next use gives HV_STATUS_INVALID_CONNECTION_ID.
+
+        Raises:
+            HypercallError: INVALID_CONNECTION_ID if there is none.
+        """
+        connection = child.connections.pop(connection_id, None)
+        if connection is None:
+            raise HypercallError(Status.INVALID_CONNECTION_ID)
+        connection.port.connections -= 1
+        connection.port.owner.ports.pop(connection.port.port_id, None)
+
+    @staticmethod
+    def _owner(child: Partition) -> Partition:
+        return child.parent if child.parent is not None else child
+
+    def post_message(
+        self, child: Partition, vp_index: int, sint: int, message_type: int, sender: int, payload: bytes
+    ) -> None:
+        """Post a message to the slot of `sint` of the child's processor `vp_index`; queued while the slot is full.
+
+        Raises:
+            HypercallError: INVALID_VP_INDEX, INVALID_PARAMETER, INVALID_SYNIC_STATE (the guest has no message page),
+                INSUFFICIENT_BUFFERS (the guest does not take its messages).
+        """
+        if not 0 <= vp_index < len(child.vps):
+            raise HypercallError(Status.INVALID_VP_INDEX)
+        child.vps[vp_index].synic.post_message(sint, message_type, sender, payload)
+
+    def signal_event(self, child: Partition, vp_index: int, sint: int, flag: int) -> bool:
+        """Set event flag `flag` of `sint` of the child's processor `vp_index`, with its interrupt if newly set.
+
+        Returns:
+            Whether the flag was clear before.
+
+        Raises:
+            HypercallError: INVALID_VP_INDEX, INVALID_PARAMETER (flag above 2047), INVALID_SYNIC_STATE.
+        """
+        if not 0 <= vp_index < len(child.vps):
+            raise HypercallError(Status.INVALID_VP_INDEX)
+        return child.vps[vp_index].synic.signal_event(sint, flag)

@@ -1,0 +1,231 @@
+"""A partition: the unit of isolation (TLFS chapter 5)."""
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from vmbus.core.memory import GuestMemory
+from vmbus.errors import GuestMemoryError
+from vmbus.hypervisor.devices import DeviceBus
+from vmbus.hypervisor.faults import GeneralProtectionFault
+from vmbus.hypervisor.overlay import OverlayPage
+from vmbus.hypervisor.personality import Personality
+from vmbus.hypervisor.ports import Connection, Port
+from vmbus.hypervisor.tlfs import HV_PAGE_SIZE, PartitionState
+from vmbus.hypervisor.vp import VirtualProcessor
+
+if TYPE_CHECKING:
+    from vmbus.hypervisor.hypervisor import Hypervisor
+
+__all__ = ["Partition", "PartitionEvent"]
+
+log = logging.getLogger(__name__)
+
+HYPERCALL_CODE: Final = b"\x0f\x01\xc1\xc3"
+"""VMCALL; RET: what the hypercall page holds. The guest may execute it, and nothing else of the page."""
+HYPERCALL_LOCKED: Final = 1 << 1
+
+
+class PartitionEvent(NamedTuple):
+    """Something that a partition's parent is told about it.
+
+    Attributes:
+        kind: ``"crash"`` (detail: `CrashReport`), ``"reset"`` (the processor's index), ``"provider-error"`` (the
+            exception that the child's input caused in a provider), ``"destroyed"`` (None).
+        partition: whom it is about.
+        detail: see kind.
+    """
+
+    kind: str
+    partition: "Partition"
+    detail: Any
+
+
+class CrashReport(NamedTuple):
+    """What a guest left in its crash registers (TLFS 3.12).
+
+    Attributes:
+        parameters: the five crash parameters.
+        message: the text at the address in parameter 3, if the guest said that there is one.
+    """
+
+    parameters: tuple[int, ...]
+    message: bytes
+
+
+class Partition:
+    """A partition and everything in it; made by `Hypervisor.create_root` and `create_child`, or by hypercalls.
+
+    Attributes:
+        hypervisor: the instance that it belongs to.
+        id: its partition id (unique in the instance, never reused).
+        name: for reports and logs.
+        parent: None for the root.
+        children: partitions that it is the parent of, by id.
+        memory: its guest physical memory.
+        vps: its virtual processors by index.
+        devices: where its intercepted port and memory accesses go.
+        personality: the guest operating system that it presents itself to.
+        privileges: its privilege mask (`Privilege` bits).
+        account: its ledger account.
+        state: `PartitionState`.
+        connections: what it can send to, by connection id.
+        ports: where it receives, by port id.
+        on_event: the parent's callback for `PartitionEvent`.
+        on_eoi: called with a vector when the guest ends it (level-triggered interrupt controllers).
+    """
+
+    def __init__(
+        self,
+        hypervisor: "Hypervisor",
+        partition_id: int,
+        name: str,
+        parent: "Partition | None",
+        memory: GuestMemory,
+        personality: Personality,
+        privileges: int,
+    ) -> None:
+        self.hypervisor = hypervisor
+        self.id = partition_id
+        self.name = name
+        self.parent = parent
+        self.children: dict[int, Partition] = {}
+        self.memory = memory
+        self.personality = personality
+        self.privileges = int(privileges)  # a plain integer: tested on every exit
+        self.account = hypervisor.ledger.account(name)
+        self.state = PartitionState.CREATED
+        self.connections: dict[int, Connection] = {}
+        self.ports: dict[int, Port] = {}
+        self.on_event: Callable[[PartitionEvent], None] | None = None
+        self.on_eoi: Callable[[int], None] | None = None
+        self.created_at = hypervisor.clock.now()
+        self.provider_errors = 0
+        """How often a provider refused what this partition sent it."""
+        self.guest_os_id = 0
+        self.hypercall_msr = 0
+        self.hypercalls_enabled = False
+        self.reference_tsc_msr = 0
+        self.crash_parameters = [0] * 5
+        self._hypercall_page = OverlayPage(memory, HYPERCALL_CODE)
+        self._reference_tsc_page = OverlayPage(memory)
+        self.vps: list[VirtualProcessor] = []
+        self.devices = DeviceBus(self._raise_vector)
+
+    def __repr__(self) -> str:
+        return f"<Partition {self.id} {self.name!r} {self.state.name}>"
+
+    @property
+    def depth(self) -> int:
+        """How many ancestors it has; 0 for the root."""
+        return 0 if self.parent is None else self.parent.depth + 1
+
+    def add_vp(self) -> VirtualProcessor:
+        """Create the next virtual processor."""
+        vp = VirtualProcessor(self, len(self.vps))
+        self.vps.append(vp)
+        return vp
+
+    def is_ancestor_of(self, other: "Partition") -> bool:
+        """Whether `other` lies below this partition."""
+        above = other.parent
+        while above is not None:
+            if above is self:
+                return True
+            above = above.parent
+        return False
+
+    # Partition-wide registers
+
+    @property
+    def hypercall_page_gpa(self) -> int | None:
+        """Where the guest has placed its hypercall page; None while it is disabled."""
+        return self._hypercall_page.gpa
+
+    def set_guest_os_id(self, value: int) -> None:
+        """HV_X64_MSR_GUEST_OS_ID: identifies the guest; zero takes the hypercall page away (TLFS 3.13)."""
+        self.guest_os_id = value
+        if not value:
+            self._hypercall_page.remove()
+            self.hypercall_msr &= ~1
+            self.hypercalls_enabled = False
+
+    def set_hypercall_page(self, value: int) -> None:
+        """HV_X64_MSR_HYPERCALL: bit 0 enables, bit 1 locks, bits 63:12 are the page number.
+
+        Raises:
+            GeneralProtectionFault: the register is locked or the page lies outside the partition.
+        """
+        if self.hypercall_msr & HYPERCALL_LOCKED:
+            raise GeneralProtectionFault("HV_X64_MSR_HYPERCALL is locked")
+        if not self.guest_os_id:
+            value &= ~1  # no identity, no hypercalls: the enable bit does not stick
+        self._hypercall_page.place(value)
+        self.hypercall_msr = value
+        self.hypercalls_enabled = bool(value & 1)
+
+    def set_reference_tsc(self, value: int) -> None:
+        """HV_X64_MSR_REFERENCE_TSC: places the reference TSC page (TLFS 12.7).
+
+        The page holds a sequence (1: valid), a 64.64 fixed-point scale and an offset:
+        reference time = (TSC * scale >> 64) + offset.
+
+        Raises:
+            GeneralProtectionFault: the page lies outside the partition.
+        """
+        self._reference_tsc_page.place(value)
+        self.reference_tsc_msr = value
+        if value & 1:
+            scale = (10_000_000 << 64) // self.hypervisor.tsc_frequency
+            offset = -(self.created_at // 100)
+            self._reference_tsc_page.update(
+                (1).to_bytes(8, "little")
+                + scale.to_bytes(8, "little")
+                + offset.to_bytes(8, "little", signed=True)
+            )
+
+    def report_crash(self, vp: VirtualProcessor, has_message: bool) -> None:
+        """The guest wrote HV_X64_MSR_CRASH_CTL: tell the parent."""
+        message = b""
+        if has_message:
+            try:
+                message = self.memory.read(
+                    self.crash_parameters[3], min(self.crash_parameters[4], HV_PAGE_SIZE)
+                )
+            except (GuestMemoryError, OverflowError):
+                log.warning("%s crashed with a message outside of its memory", self.name)
+        self.notify("crash", CrashReport(tuple(self.crash_parameters), message))
+
+    # Events about the partition
+
+    def notify(self, kind: str, detail: Any) -> None:
+        """Tell the parent about this partition."""
+        if self.on_event is not None:
+            self.on_event(PartitionEvent(kind, self, detail))
+
+    def provider_failed(self, error: Exception) -> None:
+        """A provider refused this partition's input: an event about the child, never an exception in the parent."""
+        self.provider_errors += 1
+        if self.provider_errors & (self.provider_errors - 1) == 0:  # a flood must not fill the log
+            log.warning("%s: refused by its provider (%d times): %s", self.name, self.provider_errors, error)
+        self.notify("provider-error", error)
+
+    def _raise_vector(self, vector: int) -> None:
+        if self.vps:
+            self.vps[0].request_interrupt(vector)
+
+    # Life
+
+    def reset(self) -> None:
+        """Restart the guest: processors, overlay pages and partition-wide registers as at power-on; memory stays."""
+        for vp in self.vps:
+            vp.reset()
+        self._hypercall_page.remove()
+        self._reference_tsc_page.remove()
+        self.guest_os_id = self.hypercall_msr = self.reference_tsc_msr = 0
+        self.hypercalls_enabled = False
+        self.crash_parameters = [0] * 5
+
+    def destroy(self) -> None:
+        """Tear the partition down: its children first, then ports, connections, processors and memory."""
+        self.hypervisor.destroy(self)

@@ -1,0 +1,150 @@
+"""What a partition presents to its guest: identity, privileges and CPUID leaves (TLFS chapter 2).
+
+A personality also says which enlightened drivers the guest operating system of that time has, so that a model
+guest chooses between VMBus devices and emulated hardware as the real one would.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+from vmbus.hypervisor.tlfs import LINUX_GUEST_OS_ID, Privilege
+
+__all__ = [
+    "CHILD_PRIVILEGES",
+    "DOS",
+    "LINUX",
+    "OLD_BSD",
+    "PERSONALITIES",
+    "ROOT_PRIVILEGES",
+    "SERVER_2008",
+    "SERVER_2022",
+    "SUSE_LINUX",
+    "VISTA",
+    "WINDOWS_10",
+    "WINDOWS_2000",
+    "Personality",
+]
+
+CHILD_PRIVILEGES: Final = (
+    Privilege.ACCESS_VP_RUNTIME_MSR
+    | Privilege.ACCESS_PARTITION_REFERENCE_COUNTER
+    | Privilege.ACCESS_SYNIC_MSRS
+    | Privilege.ACCESS_SYNTHETIC_TIMER_MSRS
+    | Privilege.ACCESS_APIC_MSRS
+    | Privilege.ACCESS_HYPERCALL_MSRS
+    | Privilege.ACCESS_VP_INDEX
+    | Privilege.ACCESS_PARTITION_REFERENCE_TSC
+    | Privilege.ACCESS_FREQUENCY_MSRS
+    | Privilege.POST_MESSAGES
+    | Privilege.SIGNAL_EVENTS
+)
+"""What a child may do unless its parent says otherwise: CPUID 0x40000003 EAX 0xa7f, EBX 0x30."""
+
+ROOT_PRIVILEGES: Final = Privilege(sum(Privilege))
+"""The root may do everything that is defined."""
+
+FREQUENCY_MSRS_AVAILABLE: Final = 1 << 8
+XMM_INPUT_AVAILABLE: Final = 1 << 4
+CRASH_MSRS_AVAILABLE: Final = 1 << 10
+XMM_OUTPUT_AVAILABLE: Final = 1 << 15
+DIRECT_TIMERS_AVAILABLE: Final = 1 << 19
+"""Bits of CPUID 0x40000003 EDX (TLFS 2.4.4)."""
+
+USE_APIC_MSRS: Final = 1 << 3
+RELAXED_TIMING: Final = 1 << 5
+DEPRECATE_AUTO_EOI: Final = 1 << 9
+"""Bits of CPUID 0x40000004 EAX (TLFS 2.4.5)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Personality:
+    """A guest operating system as the hypervisor and the bus see it.
+
+    Attributes:
+        name: how the command line and reports call it.
+        guest_os_id: what the guest writes to HV_X64_MSR_GUEST_OS_ID; 0 for guests that never do.
+        vmbus_version: the newest VMBus version that its drivers speak (major << 16 | minor), 0 for none.
+        enlightened: device kinds for which it has VMBus drivers: ``storage``, ``network``, ``video``, ``input``,
+            ``services``. All others get emulated hardware.
+        hypervisor_build: build number and version that CPUID 0x40000002 shows: (build, major, minor).
+        features: CPUID 0x40000003 EDX.
+        recommendations: CPUID 0x40000004 EAX.
+        privileges: the partition's privilege mask.
+        hypervisor_present: whether CPUID shows a hypervisor at all.
+    """
+
+    name: str
+    guest_os_id: int = 0
+    vmbus_version: int = 0
+    enlightened: frozenset[str] = field(default_factory=frozenset)
+    hypervisor_build: tuple[int, int, int] = (20348, 10, 0)
+    features: int = (
+        XMM_INPUT_AVAILABLE
+        | FREQUENCY_MSRS_AVAILABLE
+        | CRASH_MSRS_AVAILABLE
+        | XMM_OUTPUT_AVAILABLE
+        | DIRECT_TIMERS_AVAILABLE
+    )
+    recommendations: int = DEPRECATE_AUTO_EOI
+    privileges: int = CHILD_PRIVILEGES
+    hypervisor_present: bool = True
+
+    @property
+    def auto_eoi(self) -> bool:
+        """Whether auto-EOI is offered, that is not deprecated by CPUID 0x40000004 EAX bit 9."""
+        return not self.recommendations & DEPRECATE_AUTO_EOI
+
+    def has_driver(self, kind: str) -> bool:
+        """Whether the guest has an enlightened driver for device kind `kind`."""
+        return kind in self.enlightened
+
+
+def _windows(version: int, build: int) -> int:
+    # TLFS 2.6: vendor 1 (Microsoft) << 48, OS 4 (NT) << 40, major << 32, minor << 24, service << 16, build.
+    return 1 << 48 | 4 << 40 | (version >> 8) << 32 | (version & 0xFF) << 24 | build
+
+
+def _linux(version: int) -> int:
+    return LINUX_GUEST_OS_ID | version << 16
+
+
+_ALL: Final = frozenset({"storage", "network", "video", "input", "services"})
+_FIRST: Final = frozenset({"storage", "network", "video", "input"})
+_NONE: Final = Privilege(0)
+_AUTO_EOI_ERA: Final = Personality("2008", hypervisor_build=(6001, 6, 0), recommendations=0, features=0)
+
+SERVER_2008: Final = replace(
+    _AUTO_EOI_ERA,
+    name="server-2008",
+    guest_os_id=_windows(0x600, 6001),
+    vmbus_version=0x0000_000D,
+    enlightened=_FIRST,
+)
+VISTA: Final = replace(
+    _AUTO_EOI_ERA,
+    name="vista",
+    guest_os_id=_windows(0x600, 6002),
+    vmbus_version=0x0000_000D,
+    enlightened=_FIRST,
+)
+SUSE_LINUX: Final = replace(
+    _AUTO_EOI_ERA,
+    name="suse-linux",
+    guest_os_id=_linux(0x02_06_10),
+    vmbus_version=0x0000_000D,
+    enlightened=frozenset({"storage", "network"}),
+)
+WINDOWS_10: Final = Personality(
+    "windows-10", _windows(0xA00, 19041), 0x0005_0002, _ALL, hypervisor_build=(19041, 10, 0)
+)
+SERVER_2022: Final = Personality("server-2022", _windows(0xA00, 20348), 0x0005_0003, _ALL)
+LINUX: Final = Personality("linux", _linux(0x06_01_00), 0x0005_0003, _ALL)
+WINDOWS_2000: Final = Personality("windows-2000", privileges=_NONE, hypervisor_present=False)
+DOS: Final = Personality("dos", privileges=_NONE, hypervisor_present=False)
+OLD_BSD: Final = Personality("old-bsd", privileges=_NONE, hypervisor_present=False)
+
+PERSONALITIES: Final = {
+    p.name: p
+    for p in (SERVER_2008, VISTA, SUSE_LINUX, WINDOWS_10, SERVER_2022, LINUX, WINDOWS_2000, DOS, OLD_BSD)
+}
+"""All personalities by name."""

@@ -1,0 +1,262 @@
+"""The synthetic interrupt controller of one virtual processor (TLFS 11.8).
+
+Sixteen synthetic interrupt sources (SINTs); each has a message slot in the SIM page and 2048 event flags in the SIEF
+page, both placed by the guest. A message for a full slot waits in a bounded queue; the slot's
+message-pending flag tells the guest to write EOM, which brings the next one.
+"""
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Final
+
+from vmbus.core.memory import GuestMemory
+from vmbus.errors import GuestMemoryError, HypercallError
+from vmbus.hypervisor.faults import GeneralProtectionFault
+from vmbus.hypervisor.overlay import OverlayPage
+from vmbus.hypervisor.pages import EventFlags, MessageSlot
+from vmbus.hypervisor.tlfs import (
+    EVENT_FLAGS_PER_SINT,
+    FIRST_VALID_SINT_VECTOR,
+    MESSAGE_PAYLOAD_SIZE,
+    SINT_COUNT,
+    Status,
+)
+
+__all__ = ["MESSAGE_QUEUE_LIMIT", "Synic"]
+
+log = logging.getLogger(__name__)
+
+MESSAGE_QUEUE_LIMIT: Final = 1024
+"""Messages that may wait for one SINT (256 KiB at most); beyond, HV_STATUS_INSUFFICIENT_BUFFERS."""
+
+SINT_MASKED: Final = 1 << 16
+SINT_AUTO_EOI: Final = 1 << 17
+SINT_POLLING: Final = 1 << 18
+
+QueuedMessage = tuple[int, int, bytes]
+
+
+class Synic:
+    """One SynIC. Thread-safe: messages and events come from other processors' and providers' threads.
+
+    Args:
+        memory: the partition's memory, where the guest places the SIM and SIEF pages.
+        request_interrupt: ``request_interrupt(vector, auto_eoi)``, called without the SynIC's lock held.
+    """
+
+    def __init__(self, memory: GuestMemory, request_interrupt: Callable[[int, bool], None]) -> None:
+        self._memory = memory
+        self._request = request_interrupt
+        self._lock = threading.RLock()
+        self._sint = [SINT_MASKED] * SINT_COUNT
+        self._queues: list[deque[QueuedMessage]] = [deque() for _ in range(SINT_COUNT)]
+        self._queued = 0  # bit n: messages wait for SINT n
+        self._unraised = 0  # bit n: something arrived while SINT n was masked
+        self.scontrol = 1
+        """SCONTROL; bit 0 enables the SynIC. Set at reset, as Hyper-V and OpenVMM do."""
+        self._siefp = 0
+        self._simp = 0
+        self._sief_page = OverlayPage(memory)
+        self._sim_page = OverlayPage(memory)
+        self._slots: list[MessageSlot] | None = None
+        self._flags: list[EventFlags] | None = None
+        self.slot_free: Callable[[int], None] | None = None
+        """Called with a SINT whose slot the guest has freed and for which nothing is queued (synthetic timers)."""
+
+    def reset(self) -> None:
+        """Back to the state at power-on: pages removed, queues dropped, all SINTs masked."""
+        with self._lock:
+            self._sim_page.remove()
+            self._sief_page.remove()
+            self._slots = self._flags = None
+            self._simp = self._siefp = 0
+            self._sim_page = OverlayPage(self._memory)
+            self._sief_page = OverlayPage(self._memory)
+            self._sint = [SINT_MASKED] * SINT_COUNT
+            for queue in self._queues:
+                queue.clear()
+            self._queued = self._unraised = 0
+            self.scontrol = 1
+
+    # Registers
+
+    @property
+    def simp(self) -> int:
+        """SIMP: bit 0 enables, bits 63:12 are the page number of the message page."""
+        return self._simp
+
+    @simp.setter
+    def simp(self, value: int) -> None:
+        with self._lock:
+            self._sim_page.place(value)
+            self._simp = value
+            gpa = self._sim_page.gpa
+            self._slots = None
+            if gpa is not None:
+                self._slots = [MessageSlot(self._memory, gpa, n) for n in range(SINT_COUNT)]
+        self.flush()
+
+    @property
+    def siefp(self) -> int:
+        """SIEFP: bit 0 enables, bits 63:12 are the page number of the event flags page."""
+        return self._siefp
+
+    @siefp.setter
+    def siefp(self, value: int) -> None:
+        with self._lock:
+            self._sief_page.place(value)
+            self._siefp = value
+            gpa = self._sief_page.gpa
+            self._flags = None
+            if gpa is not None:
+                self._flags = [EventFlags(self._memory, gpa, n) for n in range(SINT_COUNT)]
+
+    def sint(self, index: int) -> int:
+        """The SINT register: vector, bit 16 masked, bit 17 auto-EOI, bit 18 polling."""
+        return self._sint[index]
+
+    def set_sint(self, index: int, value: int) -> None:
+        """Write a SINT register; unmasking raises what arrived while it was masked.
+
+        Raises:
+            GeneralProtectionFault: an unmasked SINT with one of the illegal vectors 0-15.
+        """
+        if not value & SINT_MASKED and value & 0xFF < FIRST_VALID_SINT_VECTOR:
+            raise GeneralProtectionFault(f"SINT{index} vector {value & 0xFF} is below 16")
+        with self._lock:
+            self._sint[index] = value
+            raise_now = not value & SINT_MASKED and self._unraised >> index & 1
+            if raise_now:
+                self._unraised &= ~(1 << index)
+        if raise_now:
+            self._interrupt(value)
+        if self._queued >> index & 1:
+            self._flush_sint(index)
+
+    # What arrives
+
+    def post_message(self, sint: int, message_type: int, sender: int, payload: bytes) -> None:
+        """Deliver a message to the slot of `sint`, or queue it while the slot is occupied.
+
+        Raises:
+            HypercallError: INVALID_PARAMETER for a SINT above 15 or a payload above 240 bytes,
+                INVALID_SYNIC_STATE if the guest has disabled the SynIC or its message page,
+                INSUFFICIENT_BUFFERS if `MESSAGE_QUEUE_LIMIT` messages wait already.
+        """
+        if not 0 <= sint < SINT_COUNT or len(payload) > MESSAGE_PAYLOAD_SIZE:
+            raise HypercallError(Status.INVALID_PARAMETER)
+        with self._lock:
+            if self._slots is None or not self.scontrol & 1:
+                raise HypercallError(Status.INVALID_SYNIC_STATE)
+            queue = self._queues[sint]
+            if queue:
+                if len(queue) >= MESSAGE_QUEUE_LIMIT:
+                    raise HypercallError(Status.INSUFFICIENT_BUFFERS)
+                queue.append((message_type, sender, payload))
+                return
+            if not self._post(sint, message_type, sender, payload):
+                queue.append((message_type, sender, payload))
+                self._queued |= 1 << sint
+                return
+            register = self._note(sint)
+        if register is not None:
+            self._interrupt(register)
+
+    def try_post(self, sint: int, message_type: int, sender: int, payload: bytes) -> bool:
+        """Deliver a message only if nothing is ahead of it and its slot is free (synthetic timers); whether it was."""
+        with self._lock:
+            if self._slots is None or not self.scontrol & 1 or self._queues[sint]:
+                return False
+            if not self._post(sint, message_type, sender, payload):
+                return False
+            register = self._note(sint)
+        if register is not None:
+            self._interrupt(register)
+        return True
+
+    def signal_event(self, sint: int, flag: int) -> bool:
+        """Set an event flag and raise the SINT's interrupt if it was clear; whether it was.
+
+        Raises:
+            HypercallError: INVALID_PARAMETER for a SINT above 15 or a flag above 2047,
+                INVALID_SYNIC_STATE if the guest has disabled the SynIC or its event flags page.
+        """
+        if not 0 <= sint < SINT_COUNT or not 0 <= flag < EVENT_FLAGS_PER_SINT:
+            raise HypercallError(Status.INVALID_PARAMETER)
+        with self._lock:
+            if self._flags is None or not self.scontrol & 1:
+                raise HypercallError(Status.INVALID_SYNIC_STATE)
+            try:
+                if not self._flags[sint].set(flag):
+                    return False
+            except GuestMemoryError:
+                raise HypercallError(Status.INVALID_SYNIC_STATE) from None
+            register = self._note(sint)
+        if register is not None:
+            self._interrupt(register)
+        return True
+
+    # What the guest ends
+
+    def end_of_message(self) -> None:
+        """The guest wrote EOM: bring queued messages into slots that it has freed."""
+        self.flush()
+        if self.slot_free is not None:
+            self.slot_free(-1)
+
+    def end_of_interrupt(self, vector: int) -> None:
+        """The guest ended `vector`: an EOI also makes the hypervisor look at the queues (TLFS 11.8.4)."""
+        if self._queued:
+            for index in range(SINT_COUNT):
+                if self._queued >> index & 1 and self._sint[index] & 0xFF == vector:
+                    self._flush_sint(index)
+
+    def flush(self) -> None:
+        """Bring queued messages into free slots."""
+        if self._queued:
+            for index in range(SINT_COUNT):
+                if self._queued >> index & 1:
+                    self._flush_sint(index)
+
+    @property
+    def queued_messages(self) -> int:
+        """How many messages wait, over all SINTs."""
+        return sum(map(len, self._queues))
+
+    def _flush_sint(self, sint: int) -> None:
+        register = None
+        with self._lock:
+            queue = self._queues[sint]
+            if not queue or self._slots is None or not self.scontrol & 1:
+                return
+            while queue and self._post(sint, *queue[0]):
+                # The next round, when messages remain, fails and so sets message-pending in the slot just filled.
+                queue.popleft()
+                register = self._note(sint)
+            if not queue:
+                self._queued &= ~(1 << sint)
+        if register is not None:
+            self._interrupt(register)
+
+    def _post(self, sint: int, message_type: int, sender: int, payload: bytes) -> bool:
+        assert self._slots is not None
+        try:
+            return self._slots[sint].post(message_type, sender, payload)
+        except GuestMemoryError:
+            # The page was taken from the partition while the SynIC pointed at it.
+            log.warning("SIM page 0x%x is no longer mapped", self._simp)
+            raise HypercallError(Status.INVALID_SYNIC_STATE) from None
+
+    def _note(self, sint: int) -> int | None:
+        """With the lock held: the SINT's register if an interrupt is due now, else remember that one is."""
+        register = self._sint[sint]
+        if register & SINT_MASKED:
+            self._unraised |= 1 << sint
+            return None
+        return register
+
+    def _interrupt(self, register: int) -> None:
+        if not register & SINT_POLLING:
+            self._request(register & 0xFF, bool(register & SINT_AUTO_EOI))

@@ -1,0 +1,304 @@
+"""A virtual processor as its guest sees it: hypercalls, MSRs, CPUID, interrupts, port and memory-mapped I/O.
+
+Whoever executes the guest - a model guest in Python, the instruction interpreter, an engine running an unmodified
+kernel - calls exactly these methods on its exits; nothing here depends on who calls.
+"""
+
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
+
+from vmbus.hypervisor.apic import APIC_BASE, APIC_SIZE, DeliveryMode, Ipi, LocalApic, Register
+from vmbus.hypervisor.clock import REFERENCE_UNIT
+from vmbus.hypervisor.cpuid import CpuidResult, leaves
+from vmbus.hypervisor.faults import GeneralProtectionFault, UndefinedOpcodeFault
+from vmbus.hypervisor.hypercalls import dispatch
+from vmbus.hypervisor.msrs import APIC_BASE_BSP, APIC_BASE_ENABLED, MSR_READ, MSR_WRITE
+from vmbus.hypervisor.overlay import OverlayPage
+from vmbus.hypervisor.stimer import SyntheticTimers
+from vmbus.hypervisor.synic import Synic
+
+if TYPE_CHECKING:
+    from vmbus.hypervisor.partition import Partition
+
+__all__ = ["VirtualProcessor"]
+
+DEFAULT_PAT: Final = 0x0007_0406_0007_0406
+"""IA32_PAT at reset (SDM 12.12.4)."""
+_MASK64: Final = 0xFFFF_FFFF_FFFF_FFFF
+
+
+class VirtualProcessor:
+    """One virtual processor of a partition.
+
+    Attributes:
+        partition: whose processor it is.
+        index: its VP index, also its APIC id.
+        apic: its local APIC.
+        synic: its synthetic interrupt controller.
+        timers: its four synthetic timers.
+        registers: architectural registers by `RegisterName`, as far as somebody set them.
+        interrupt_handler: a model guest's handler, ``handler(vector)``, called inline when an interrupt is
+            delivered; it ends the interrupt with the EOI MSR unless the SINT has auto-EOI.
+        on_interrupt: called (without an argument) when an interrupt becomes pending and there is no
+            `interrupt_handler`: an engine's or thread's wake-up; it then takes `pop_interrupt`.
+        halted: the guest has halted and waits for an interrupt.
+    """
+
+    def __init__(self, partition: "Partition", index: int) -> None:
+        hypervisor = partition.hypervisor
+        self.partition = partition
+        self.index = index
+        self.account = partition.account
+        self._clock = hypervisor.clock
+        self._lock = threading.Lock()
+        self._interrupts_enabled = True
+        self._delivering = False
+        self.halted = False
+        self.interrupt_handler: Callable[[int], None] | None = None
+        self.on_interrupt: Callable[[], None] | None = None
+        self.on_startup: Callable[[Ipi], None] | None = None
+        """Called with INIT and STARTUP IPIs to this processor; an engine starts it at the page named."""
+        self.apic = LocalApic(
+            index,
+            hypervisor.clock,
+            hypervisor.tsc_frequency,
+            hypervisor.apic_frequency,
+            self.request_interrupt,
+            self._send_ipi,
+        )
+        self.synic = Synic(partition.memory, self.request_interrupt)
+        self.timers = SyntheticTimers(hypervisor.clock, self.synic, self.request_interrupt)
+        self.assist_page = OverlayPage(partition.memory)
+        self.assist_msr = 0
+        self.tsc_offset = 0
+        self.pat = DEFAULT_PAT
+        self.registers: dict[int, int] = {}
+        self.fast_output = b""
+        """What the last fast hypercall returns in registers, after those that carried its input (TLFS 4.7.2)."""
+
+    # Time
+
+    @property
+    def tsc(self) -> int:
+        """The time stamp counter (64 bits)."""
+        return (
+            self._clock.now() * self.partition.hypervisor.tsc_frequency // 1_000_000_000 + self.tsc_offset
+            & _MASK64
+        )
+
+    @property
+    def reference_time(self) -> int:
+        """Partition reference time in 100 ns units (TLFS 12.1)."""
+        return (self._clock.now() - self.partition.created_at) // REFERENCE_UNIT
+
+    # Exits
+
+    def hypercall(self, control: int, input: int, output: int, xmm: bytes = b"") -> int:
+        """A hypercall in the 64-bit convention (TLFS 4.7).
+
+        Args:
+            control: RCX: code, fast bit 16, variable header size, rep count and rep start.
+            input: RDX: the input page's GPA, or the first 8 input bytes of a fast call.
+            output: R8: the output page's GPA, or the next 8 input bytes of a fast call.
+            xmm: XMM0-XMM5 (96 bytes) of an extended fast call.
+
+        Returns:
+            RAX: the HV_STATUS, and the number of reps done in bits 43:32.
+
+        Raises:
+            UndefinedOpcodeFault: the guest has not enabled its hypercall page.
+        """
+        account = self.account
+        account.exits["hypercall"] += 1
+        account.hypercalls[control & 0xFFFF] += 1
+        if not self.partition.hypercalls_enabled:
+            raise UndefinedOpcodeFault(
+                "hypercalls are not enabled: write HV_X64_MSR_GUEST_OS_ID, then HV_X64_MSR_HYPERCALL with bit 0"
+            )
+        return dispatch(self, control, input, output, xmm)
+
+    def rdmsr(self, index: int) -> int:
+        """RDMSR.
+
+        Raises:
+            GeneralProtectionFault: no such MSR, or not for this partition.
+        """
+        self.account.exits["rdmsr"] += 1
+        entry = MSR_READ.get(index)
+        if entry is None or entry[0] & ~self.partition.privileges:
+            raise GeneralProtectionFault(f"RDMSR 0x{index:x}")
+        return entry[1](self)
+
+    def wrmsr(self, index: int, value: int) -> None:
+        """WRMSR.
+
+        Raises:
+            GeneralProtectionFault: no such MSR, not for this partition, read-only, or an illegal value.
+        """
+        self.account.exits["wrmsr"] += 1
+        entry = MSR_WRITE.get(index)
+        if entry is None or entry[0] & ~self.partition.privileges:
+            raise GeneralProtectionFault(f"WRMSR 0x{index:x}")
+        entry[1](self, value)
+
+    def cpuid(self, leaf: int, subleaf: int = 0) -> CpuidResult:
+        """CPUID: (EAX, EBX, ECX, EDX); leaves that do not exist give zeros."""
+        self.account.exits["cpuid"] += 1
+        partition = self.partition
+        table = leaves(
+            partition.personality,
+            partition.privileges,
+            self.index,
+            len(partition.vps),
+            partition.hypervisor.tsc_frequency,
+        )
+        return table.get(leaf, (0, 0, 0, 0))
+
+    def io_read(self, port: int, size: int) -> int:
+        """An intercepted IN of `size` (1, 2 or 4) bytes."""
+        self.account.exits["io_port"] += 1
+        return self.partition.devices.io_read(port, size)
+
+    def io_write(self, port: int, size: int, value: int) -> None:
+        """An intercepted OUT of `size` (1, 2 or 4) bytes."""
+        self.account.exits["io_port"] += 1
+        self.partition.devices.io_write(port, size, value)
+
+    def mmio_read(self, gpa: int, size: int) -> int:
+        """An intercepted load of `size` bytes from unmapped physical memory (the local APIC among it)."""
+        self.account.exits["mmio"] += 1
+        if APIC_BASE <= gpa < APIC_BASE + APIC_SIZE:
+            with self._lock:
+                return self.apic.read(gpa - APIC_BASE & ~15)
+        return self.partition.devices.mmio_read(gpa, size)
+
+    def mmio_write(self, gpa: int, size: int, value: int) -> None:
+        """An intercepted store of `size` bytes to unmapped physical memory (the local APIC among it)."""
+        self.account.exits["mmio"] += 1
+        if APIC_BASE <= gpa < APIC_BASE + APIC_SIZE:
+            self.write_apic(gpa - APIC_BASE & ~15, value)
+        else:
+            self.partition.devices.mmio_write(gpa, size, value)
+
+    # Interrupts
+
+    @property
+    def apic_base(self) -> int:
+        """IA32_APIC_BASE."""
+        return APIC_BASE | APIC_BASE_ENABLED | (APIC_BASE_BSP if self.index == 0 else 0)
+
+    @property
+    def interrupts_enabled(self) -> bool:
+        """A model guest's RFLAGS.IF: while clear, interrupts stay pending. Setting it delivers them."""
+        return self._interrupts_enabled
+
+    @interrupts_enabled.setter
+    def interrupts_enabled(self, value: bool) -> None:
+        self._interrupts_enabled = value
+        if value:
+            self._deliver()
+
+    @property
+    def interrupt_pending(self) -> bool:
+        """Whether `pop_interrupt` would give a vector."""
+        return self.apic.deliverable
+
+    def request_interrupt(self, vector: int, auto_eoi: bool = False) -> None:
+        """Request a fixed interrupt of this processor and deliver it if its priority allows it now."""
+        with self._lock:
+            if not self.apic.request(vector, auto_eoi):
+                return
+        self._deliver()
+
+    def pop_interrupt(self) -> int | None:
+        """Take the next interrupt that can be delivered into service (an INTA cycle); None if there is none."""
+        with self._lock:
+            vector = self.apic.accept()
+        if vector is not None:
+            self.account.interrupts[vector] += 1
+        return vector
+
+    def end_of_interrupt(self) -> None:
+        """EOI: end the highest interrupt in service and deliver what waited behind it."""
+        with self._lock:
+            vector = self.apic.eoi()
+        self._ended(vector)
+
+    def write_apic(self, offset: int, value: int) -> None:
+        """Write the local APIC register at `offset` (SDM table 11-1)."""
+        if offset == Register.ICR_LOW:
+            self.apic.write(
+                offset, value
+            )  # may request interrupts of this very processor: not under its lock
+            return
+        with self._lock:
+            ended = self.apic.write(offset, value)
+        if offset == Register.EOI:
+            self._ended(ended)
+        elif offset == Register.TPR:
+            self._deliver()
+
+    def _ended(self, vector: int | None) -> None:
+        if vector is not None:
+            self.synic.end_of_interrupt(vector)
+            on_eoi = self.partition.on_eoi
+            if on_eoi is not None:
+                on_eoi(vector)
+        self._deliver()
+
+    def _deliver(self) -> None:
+        """Run the model guest's handler for what is deliverable, in this thread, one at a time."""
+        handler = self.interrupt_handler
+        if handler is None:
+            wake = self.on_interrupt
+            if wake is not None and self.apic.deliverable:
+                wake()
+            return
+        with self._lock:
+            # A handler that runs already picks up what was requested meanwhile, after it returns: like
+            # real ones, it runs with interrupts disabled.
+            if self._delivering or not self._interrupts_enabled:
+                return
+            self._delivering = True
+        try:
+            while True:
+                with self._lock:
+                    vector = self.apic.accept() if self._interrupts_enabled else None
+                    if vector is None:
+                        self._delivering = False
+                        return
+                self.halted = False
+                self.account.interrupts[vector] += 1
+                handler(vector)
+        except BaseException:
+            self._delivering = False
+            raise
+
+    def _send_ipi(self, ipi: Ipi) -> None:
+        for vp in self.partition.vps:
+            if ipi.shorthand == 1:
+                chosen = vp is self
+            elif ipi.shorthand == 0:
+                chosen = vp.apic.matches(ipi.destination, ipi.logical)
+            else:
+                chosen = ipi.shorthand == 2 or vp is not self
+            if not chosen:
+                continue
+            if ipi.mode in (DeliveryMode.FIXED, DeliveryMode.LOWEST_PRIORITY):
+                vp.request_interrupt(ipi.vector)
+                if ipi.mode == DeliveryMode.LOWEST_PRIORITY:
+                    return
+            elif ipi.mode in (DeliveryMode.INIT, DeliveryMode.STARTUP) and vp.on_startup is not None:
+                vp.on_startup(ipi)
+
+    def reset(self) -> None:
+        """Back to the state at power-on."""
+        with self._lock:
+            self.apic.reset()
+        self.timers.reset()
+        self.synic.reset()
+        self.assist_page.remove()
+        self.assist_msr = 0
+        self.registers.clear()
+        self.halted = False
