@@ -20,6 +20,7 @@ import vmbus
 from benchmarks.harness import Row
 
 TOPICS = {
+    "nogil_ring": "The ring in nogil code",
     "calls": "Per call, from Python",
     "batches": "Batches, from Python, one thread",
     "processes": "Throughput between two processes",

@@ -34,10 +34,9 @@ def ring_producer(window: Window, to_reader: int, to_writer: int, payload_size: 
             if sent:
                 spins = 0
             elif (spins := spins + 1) == SPINS:
-                writer.want_space(payload_size * BATCH)
-                if writer.free_bytes < payload_size * BATCH:
+                if not writer.want_space(payload_size * BATCH):
                     os.eventfd_read(to_writer)
-                writer.stop_waiting()
+                    writer.stop_waiting()
                 spins = 0
         return count * payload_size
 
