@@ -1,0 +1,273 @@
+"""What the guest says of channels and GPADLs: the half of the host's state machine that serves an open
+connection."""
+
+from contextlib import suppress
+
+from vmbus.bus import actions as act
+from vmbus.bus import wire
+from vmbus.bus.gpadl import GpadlPhase, HostGpadl, ring_pages
+from vmbus.bus.host_state import EVENT_FLAG_COUNT, MAX_GPADL_TOTAL, MAX_GPADLS, HostChannel, HostState
+from vmbus.bus.transitions import CHANNEL, GPADL, ChannelState, allowed, step
+from vmbus.bus.versions import FeatureFlags, Version
+from vmbus.bus.wire import MessageType, Status
+from vmbus.errors import RemoteProtocolError
+
+__all__ = ["ChannelMessages"]
+
+_FIRST_CHANNEL_CONNECTION = 16
+"""Guests may choose connection ids for their channels, but none of the bus's own."""
+
+
+class ChannelMessages(HostState):
+    """Handlers of the messages about channels and GPADLs; each validates first and changes after."""
+
+    def _step(self, channel: HostChannel, message: MessageType) -> ChannelState:
+        """The channel's state after a message of the guest."""
+        return step(CHANNEL, channel.state, message, RemoteProtocolError, f"channel {channel.channel_id}")
+
+    # -- GPADLs ----------------------------------------------------------------------------------------------
+
+    def _on_gpadl_header(self, message: wire.GpadlHeader, tail: bytes) -> None:
+        channel = self._by_id.get(message.channel_id)
+        gpadl_id, length = message.gpadl_id, message.length & ~7
+        if channel is not None and self._may_add_gpadl(channel, gpadl_id, length):
+            gpadl = HostGpadl(gpadl_id, channel.offer_id, next(self._serials), message.count, length)
+            with suppress(RemoteProtocolError):
+                complete = gpadl.append(tail)
+                self._gpadls[gpadl_id] = gpadl
+                self._gpadl_bytes += length
+                if complete:
+                    self._gpadl_complete(channel, gpadl)
+                return
+        # The guest waits for an answer, whatever is wrong with its request.
+        self._send(wire.GpadlCreated(message.channel_id, gpadl_id, Status.UNSUCCESSFUL.signed))
+
+    def _may_add_gpadl(self, channel: HostChannel, gpadl_id: int, length: int) -> bool:
+        return (
+            allowed(CHANNEL, channel.state, MessageType.GPADL_HEADER)
+            and gpadl_id not in self._gpadls
+            and len(self._gpadls) < MAX_GPADLS
+            and self._gpadl_bytes + length <= MAX_GPADL_TOTAL
+        )
+
+    def _on_gpadl_body(self, message: wire.GpadlBody, tail: bytes) -> None:
+        gpadl = self._gpadls.get(message.gpadl_id)
+        if gpadl is None or gpadl.phase is not GpadlPhase.COLLECTING:
+            raise RemoteProtocolError(f"GPADL_BODY for {message.gpadl_id:#x}, which waits for none")
+        channel = self._offers[gpadl.offer_id]
+        try:
+            complete = gpadl.append(tail)
+        except RemoteProtocolError:
+            self._answer_gpadl(channel, gpadl, ok=False)
+            return
+        if complete:
+            self._gpadl_complete(channel, gpadl)
+
+    def _gpadl_complete(self, channel: HostChannel, gpadl: HostGpadl) -> None:
+        if channel.state is ChannelState.RESCINDED:
+            # Nobody is left to map it, but the guest did nothing wrong: hosts that refused here broke guests.
+            self._answer_gpadl(channel, gpadl, ok=True)
+            return
+        gpadl.phase = GpadlPhase.MAPPING
+        self._out.append(
+            act.MapGpadl(
+                channel.offer_id,
+                channel.channel_id,
+                gpadl.gpadl_id,
+                gpadl.serial,
+                gpadl.count,
+                bytes(gpadl.data),
+            )
+        )
+
+    def _answer_gpadl(self, channel: HostChannel, gpadl: HostGpadl, *, ok: bool) -> None:
+        gpadl.state = step(GPADL, gpadl.state, MessageType.GPADL_CREATED, AssertionError, ok=ok)
+        if not ok:
+            gpadl.phase = GpadlPhase.UNUSED
+            self._free_gpadl(gpadl)
+        elif gpadl.phase is GpadlPhase.COLLECTING:
+            gpadl.phase = GpadlPhase.UNUSED
+        else:
+            gpadl.phase = GpadlPhase.MAPPED
+        status = Status.SUCCESS if ok else Status.UNSUCCESSFUL
+        self._send(wire.GpadlCreated(channel.channel_id, gpadl.gpadl_id, status.signed))
+
+    def _on_gpadl_teardown(self, message: wire.GpadlTeardown, tail: bytes) -> None:
+        channel = self._known(message.channel_id)
+        gpadl = self._gpadls.get(message.gpadl_id)
+        if gpadl is None or gpadl.offer_id != channel.offer_id:
+            raise RemoteProtocolError(f"channel {message.channel_id} has no GPADL {message.gpadl_id:#x}")
+        gpadl.state = step(GPADL, gpadl.state, MessageType.GPADL_TEARDOWN, RemoteProtocolError, "the GPADL")
+        request = channel.request
+        if request is not None and request.gpadl_id == gpadl.gpadl_id:
+            # The ring of an open channel: the guest takes it away under the device, so the channel ends here.
+            if channel.state is ChannelState.OPENING:
+                self._send(wire.OpenChannelResult(channel.channel_id, request.open_id, Status.UNSUCCESSFUL))
+            channel.state = ChannelState.OFFERED
+            self._close_device(channel)
+        self._free_gpadl(gpadl)
+        self._send(wire.GpadlTorndown(gpadl.gpadl_id))
+
+    # -- open and close --------------------------------------------------------------------------------------
+
+    def _on_open(self, message: wire.OpenChannel | wire.OpenChannel2, tail: bytes) -> None:
+        channel = self._by_id.get(message.channel_id)
+        if channel is None or channel.state is ChannelState.RESCINDED:
+            self._send(wire.OpenChannelResult(message.channel_id, message.open_id, Status.UNSUCCESSFUL))
+            return
+        state = self._step(channel, MessageType.OPEN_CHANNEL)
+        connection_id, event_flag = self.default_connection_id(channel.channel_id), channel.channel_id
+        if (
+            isinstance(message, wire.OpenChannel2)
+            and FeatureFlags.GUEST_SPECIFIED_SIGNAL_PARAMETERS & self._link.features
+        ):
+            connection_id, event_flag = message.connection_id, message.event_flag
+        vp: int | None = message.target_vp
+        if vp == wire.VP_INDEX_DISABLE_INTERRUPT:
+            vp = None
+        if self._link.version < Version.V2_4:
+            vp = 0  # the field held something else then, and every interrupt went to VP 0
+        request = act.OpenRequest(
+            message.open_id,
+            message.ring_buffer_gpadl_id,
+            message.downstream_ring_buffer_page_offset,
+            vp,
+            message.user_data,
+            connection_id,
+            event_flag,
+        )
+        if not self._can_open(channel, request):
+            self._send(wire.OpenChannelResult(channel.channel_id, message.open_id, Status.UNSUCCESSFUL))
+            return
+        channel.state = state
+        self._open_device(channel, request)
+
+    def _can_open(self, channel: HostChannel, request: act.OpenRequest) -> bool:
+        gpadl = self._gpadls.get(request.gpadl_id)
+        if gpadl is None or gpadl.offer_id != channel.offer_id or gpadl.phase is not GpadlPhase.MAPPED:
+            return False
+        pages = ring_pages(bytes(gpadl.data))
+        # Each ring is a control page and at least one page of data.
+        if not 2 <= request.downstream_page <= pages - 2:
+            return False
+        if request.target_vp is not None and request.target_vp >= self._vp_count:
+            return False
+        if not 0 < request.event_flag < EVENT_FLAG_COUNT:
+            return False
+        if request.connection_id < _FIRST_CHANNEL_CONNECTION:
+            return False
+        return all(
+            other is channel or other.request is None or other.request.connection_id != request.connection_id
+            for other in self._offers.values()
+        )
+
+    def _open_device(self, channel: HostChannel, request: act.OpenRequest) -> None:
+        channel.request = request
+        channel.serial = next(self._serials)
+        channel.device_open = True
+        self._out.append(act.OpenDevice(channel.offer_id, channel.serial, channel.channel_id, request))
+
+    def _on_close(self, message: wire.CloseChannel, tail: bytes) -> None:
+        channel = self._known(message.channel_id)
+        channel.state = self._step(channel, MessageType.CLOSE_CHANNEL)
+        self._close_device(channel)
+
+    def _on_modify_channel(self, message: wire.ModifyChannel, tail: bytes) -> None:
+        channel = self._by_id.get(message.channel_id)
+        ok = (
+            channel is not None
+            and channel.state is ChannelState.OPEN
+            and channel.request is not None
+            and channel.request.target_vp is not None
+            and message.target_vp < self._vp_count
+        )
+        if ok:
+            assert channel is not None
+            self._out.append(act.Retarget(channel.offer_id, message.target_vp))
+        if self._link.version >= Version.V5_3:
+            status = Status.SUCCESS if ok else Status.UNSUCCESSFUL
+            self._send(wire.ModifyChannelResponse(message.channel_id, status.signed))
+        elif not ok and (channel is None or channel.state is not ChannelState.RESCINDED):
+            raise RemoteProtocolError(f"channel {message.channel_id} cannot interrupt VP {message.target_vp}")
+
+    # -- reserved channels -----------------------------------------------------------------------------------
+
+    def _on_open_reserved(self, message: wire.OpenReservedChannel, tail: bytes) -> None:
+        channel = self._known(message.channel_id)
+        state = self._step(channel, MessageType.OPEN_RESERVED_CHANNEL)
+        if state is ChannelState.RESCINDED:
+            return
+        if message.target_sint >= 16 or message.target_vp >= self._vp_count:
+            raise RemoteProtocolError(f"no SINT {message.target_sint} of VP {message.target_vp}")
+        request = act.OpenRequest(
+            open_id=0,
+            gpadl_id=message.ring_buffer_gpadl_id,
+            downstream_page=message.downstream_ring_buffer_page_offset,
+            target_vp=None,
+            user_data=bytes(120),
+            connection_id=self.default_connection_id(channel.channel_id),
+            event_flag=channel.channel_id,
+            reserved=True,
+        )
+        if not self._can_open(channel, request):
+            raise RemoteProtocolError(f"channel {message.channel_id} cannot be opened over that GPADL")
+        gpadl = self._gpadls.pop(message.ring_buffer_gpadl_id)
+        channel.state = state
+        channel.reserved_gpadl = gpadl
+        channel.reserved_target = (message.target_vp, message.target_sint)
+        self._open_device(channel, request)
+
+    def _on_close_reserved(self, message: wire.CloseReservedChannel, tail: bytes) -> None:
+        channel = self._known(message.channel_id)
+        state = self._step(channel, MessageType.CLOSE_RESERVED_CHANNEL)
+        if state is ChannelState.RESCINDED:
+            return
+        if message.target_sint >= 16 or message.target_vp >= self._vp_count:
+            raise RemoteProtocolError(f"no SINT {message.target_sint} of VP {message.target_vp}")
+        target = message.target_vp, message.target_sint
+        channel.state = step(CHANNEL, state, MessageType.CLOSE_RESERVED_RESPONSE, AssertionError)
+        self._close_device(channel)
+        gpadl, channel.reserved_gpadl = channel.reserved_gpadl, None
+        assert gpadl is not None
+        keep = channel.epoch == self._link.epoch and gpadl.gpadl_id not in self._gpadls
+        if keep:  # back among the GPADLs that the guest may tear down
+            self._gpadls[gpadl.gpadl_id] = gpadl
+        else:
+            self._free_gpadl(gpadl)
+        self._send(wire.CloseReservedResponse(channel.channel_id), target)
+        if channel.epoch != self._link.epoch:
+            # Opened through a connection that is over: the guest of today was never offered this channel.
+            self._release(channel)
+            self._announce_late(channel)
+
+    # -- the end of a channel --------------------------------------------------------------------------------
+
+    def _on_release(self, message: wire.RelIdReleased, tail: bytes) -> None:
+        channel = self._known(message.channel_id)
+        self._step(channel, MessageType.REL_ID_RELEASED)
+        self._release(channel)
+
+    def _release(self, channel: HostChannel) -> None:
+        """The guest forgets the channel and all that it made for it."""
+        rescinded = channel.state is ChannelState.RESCINDED
+        self._close_device(channel)
+        for gpadl in [g for g in self._gpadls.values() if g.offer_id == channel.offer_id]:
+            self._free_gpadl(gpadl)
+        if channel.reserved_gpadl is not None:
+            gpadl, channel.reserved_gpadl = channel.reserved_gpadl, None
+            self._free_gpadl(gpadl)
+        self._take_ids(channel)
+        if rescinded:
+            del self._offers[channel.offer_id]
+            self._out.append(act.OfferGone(channel.offer_id))
+            if channel.successor is not None:
+                self._offers[channel.successor.offer_id] = channel.successor
+                self._announce_late(channel.successor)
+
+    def _announce_late(self, channel: HostChannel) -> None:
+        raise NotImplementedError
+
+    def default_connection_id(self, channel_id: int) -> int:
+        """The connection of a channel that the guest chose none for: id, SINT (bits 12–15) and VTL 0
+        (OpenVMM)."""
+        return channel_id | wire.VMBUS_SINT << 12
