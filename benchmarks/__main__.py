@@ -50,8 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for topic in arguments.only or TOPICS:
             progress.update(task, description=TOPICS[topic])
             results[topic] = list(importlib.import_module(f"benchmarks.{topic}").rows(arguments.quick))
-    console = Console() if sys.stdout.isatty() else Console(width=150)
+    console = Console() if sys.stdout.isatty() else Console(width=148)
     console.print(table(results, about))
+    console.print(verdict([row for rows in results.values() for row in rows]), highlight=False)
     if arguments.quick:
         console.print("[bold]--quick: these figures show that everything runs, not how fast it is.[/bold]")
     if arguments.json is not None:
@@ -98,13 +99,12 @@ def processor() -> str:
 
 def table(results: dict[str, list[Row]], about: dict[str, str]) -> Table:
     """All rows, with a section for each topic."""
-    caption = " · ".join(f"{name} {value}" for name, value in about.items())
     made = Table(
-        title="vmbus beside its peers (times of one operation; medians of interleaved rounds)",
-        caption=caption,
+        title="vmbus beside its peers: nanoseconds of one operation, medians of interleaved rounds",
+        caption="{machine} · {python} · {date}\nvmbus {version} at {commit}".format_map(about),
     )
-    for name in ("operation", "ours", "peer"):
-        made.add_column(name, overflow="fold")
+    made.add_column("operation", min_width=36)
+    made.add_column("peer", min_width=34)
     for name in ("ours, ns", "peer, ns", "peer ÷ ours"):
         made.add_column(name, justify="right", no_wrap=True)
     made.add_column("target", no_wrap=True)
@@ -113,11 +113,24 @@ def table(results: dict[str, list[Row]], about: dict[str, str]) -> Table:
     for topic, rows in results.items():
         made.add_section()
         made.add_row(f"[bold]{TOPICS[topic]}[/bold]")
+        last = ""
         for row in rows:
+            operation = f"{row.what} ({row.ours})"
             verdict = row.note or verdicts[row.met]
             times = (number(row.ours_ns), number(row.peer_ns), number(row.speedup))
-            made.add_row(row.what, row.ours, row.peer, *times, row.target.text, verdict)
+            made.add_row("" if operation == last else operation, row.peer, *times, row.target.text, verdict)
+            last = operation
     return made
+
+
+def verdict(rows: list[Row]) -> str:
+    """How many targets were met, and which were not."""
+    judged = [row for row in rows if row.target.text]
+    missed = [f"{row.what} beside {row.peer} ({row.target.text})" for row in judged if row.met is False]
+    silent = [f"{row.what} beside {row.peer} ({row.note})" for row in judged if row.met is None]
+    text = f"{len(judged)} targets: {len(judged) - len(missed) - len(silent)} met"
+    text += f", {len(missed)} missed: {'; '.join(missed)}" if missed else ", none missed"
+    return text + (f", {len(silent)} not measured: {'; '.join(silent)}" if silent else "")
 
 
 def number(value: float | None) -> str:

@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 
 from benchmarks.harness import NO_TARGET, Case, Comparison, Row, Run, Target, at_most_ns, rows_of, timed
+from benchmarks.nogil_ring import loop
 from benchmarks.processes import raw
 from vmbus.core.memory import Window
 from vmbus.core.ring import RingReader, RingWriter
@@ -73,6 +74,22 @@ def copies(payload_size: int) -> Iterator[Run]:
 
 
 @contextmanager
+def row_copies(payload_size: int) -> Iterator[Run]:
+    """The same for arrays: numpy copies the rows to where packets would hold them, and back."""
+    batch = batch_size(payload_size)
+    payloads = np.zeros((batch, payload_size), dtype=np.uint8)
+    received = np.zeros_like(payloads)
+    held = np.zeros((batch, payload_size + DESCRIPTOR_AND_TRAILER), dtype=np.uint8)[:, 16 : 16 + payload_size]
+
+    def work(count: int) -> None:
+        for _ in range(0, count, batch):
+            held[:] = payloads
+            received[:] = held
+
+    yield rounded(work, batch)
+
+
+@contextmanager
 def faster_fifo(payload_size: int) -> Iterator[Run]:
     from faster_fifo import Queue
 
@@ -102,14 +119,18 @@ def rounded(work: Callable[[int], object], batch: int) -> Run:
 
 
 def _comparisons(payload_size: int, label: str, target: Target) -> Iterator[Comparison]:
-    peers = [
-        (Case("bytes joined and cut again", partial(copies, payload_size)), target),
-        (Case("faster-fifo raw", partial(faster_fifo, payload_size), needs="faster_fifo"), NO_TARGET),
-    ]
     batch = batch_size(payload_size)
-    yield Comparison(f"{label}, lists of {batch}", Case("ring", partial(lists, payload_size)), peers, 0.004)
-    array = Case("ring", partial(arrays, payload_size))
-    yield Comparison(f"{label}, numpy arrays of {batch}", array, peers, 0.004)
+    memcpy = Case("memcpy of the same bytes, in C", partial(loop, "copies_only", payload_size, batch))
+    fifo = Case("faster-fifo raw", partial(faster_fifo, payload_size), needs="faster_fifo")
+    joined = Case("bytes joined and cut again", partial(copies, payload_size))
+    rows = Case("numpy copies the rows, in and out", partial(row_copies, payload_size))
+    for kind, ours, floor in (("lists", lists, joined), ("numpy arrays", arrays, rows)):
+        yield Comparison(
+            f"{label}, {kind} of {batch}",
+            Case("ring", partial(ours, payload_size)),
+            [(memcpy, target), (floor, NO_TARGET), (fifo, NO_TARGET)],
+            round_seconds=0.004,
+        )
 
 
 COMPARISONS = [

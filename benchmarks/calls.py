@@ -70,7 +70,7 @@ def simple_queue() -> Iterator[Run]:
 
 COMPARISONS = [
     Comparison(
-        "send + recv → bytes, 64 B, one thread",
+        "64 B: send, recv → bytes",
         Case("ring", ring),
         [
             (Case("os.pipe", os_pipe), faster(8)),

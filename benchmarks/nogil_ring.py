@@ -37,10 +37,10 @@ def _comparison(what: str, length: int, batch: int, target: Target) -> Compariso
 
 
 COMPARISONS = [
-    _comparison("64 B, in and out, publish each", 64, 1, at_most_ns(24)),
-    _comparison("64 B, in and out, batches of 32", 64, 32, at_most_ns(14)),
-    _comparison("1 KiB, in and out, batches of 32", 1024, 32, Target("")),
-    _comparison(f"4 KiB, in and out, batches of {FILL_4K} (fill)", 4096, FILL_4K, at_most_times(1.25)),
+    _comparison("64 B, publish each", 64, 1, at_most_ns(24)),
+    _comparison("64 B, batches of 32", 64, 32, at_most_ns(14)),
+    _comparison("1 KiB, batches of 32", 1024, 32, Target("")),
+    _comparison(f"4 KiB, batches of {FILL_4K} (fill)", 4096, FILL_4K, at_most_times(1.25)),
 ]
 
 

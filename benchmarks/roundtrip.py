@@ -4,64 +4,70 @@ import ctypes
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from itertools import repeat
 from typing import Any
 
 from benchmarks.harness import Case, Comparison, Row, Run, at_most_times, faster, rows_of
 from benchmarks.link import Descriptor, SharedWindow, Work, two_processes, two_processors
+from vmbus.core.dispatch import Doorbell
 from vmbus.core.memory import Window
 from vmbus.core.ring import RingReader, RingWriter
 
 PAYLOAD = bytes(range(64))
 DATA_PAGES = 1
+POLL_SECONDS = 1.0
 
 
-def polled_client(outgoing: Window, incoming: Window) -> Work:
-    """Sends, then polls for the answer."""
+def ring_client(outgoing: Window, incoming: Window, to_server: int, to_client: int, spin: float) -> Work:
+    """Sends, rings when the ring says so, and waits for the answer."""
     writer, reader = RingWriter(outgoing), RingReader(incoming)
-    reader.mask()
-    send, recv_batch = writer.send, reader.recv_batch
+    server_bell, client_bell = Doorbell(to_server), Doorbell(to_client)
+    send, recv, wait = writer.send, reader.recv, client_bell.wait
 
     def work(count: int) -> int:
         seen = 0
         for _ in repeat(None, count):
-            send(PAYLOAD)
-            while not (packets := recv_batch(1)):
-                pass
-            seen += len(packets[0])
+            if send(PAYLOAD):
+                server_bell.ring()
+            wait(None, spin, reader)
+            seen += len(recv())
         return seen
 
     return work
 
 
-def polled_server(incoming: Window, outgoing: Window) -> Work:
-    """Polls, and sends back what came."""
+def ring_server(incoming: Window, outgoing: Window, to_server: int, to_client: int, spin: float) -> Work:
+    """Waits, and sends back what came."""
     reader, writer = RingReader(incoming), RingWriter(outgoing)
-    reader.mask()
-    send, recv_batch = writer.send, reader.recv_batch
+    server_bell, client_bell = Doorbell(to_server), Doorbell(to_client)
+    send, recv, wait = writer.send, reader.recv, server_bell.wait
 
     def work(count: int) -> int:
         seen = 0
         for _ in repeat(None, count):
-            while not (packets := recv_batch(1)):
-                pass
-            send(packets[0])
-            seen += len(packets[0])
+            wait(None, spin, reader)
+            data = recv()
+            if send(data):
+                client_bell.ring()
+            seen += len(data)
         return seen
 
     return work
 
 
 @contextmanager
-def ring_polled() -> Iterator[Run]:
+def rings(spin: float) -> Iterator[Run]:
     there, back = SharedWindow(DATA_PAGES), SharedWindow(DATA_PAGES)
-    with two_processes(
-        polled_client(there.map(), back.map()), len(PAYLOAD), polled_server, there, back
-    ) as run:
+    bells = os.eventfd(0, os.EFD_NONBLOCK), os.eventfd(0, os.EFD_NONBLOCK)
+    client = ring_client(there.map(), back.map(), *bells, spin)
+    over_there = (there, back, *map(Descriptor, bells), spin)
+    with two_processes(client, len(PAYLOAD), ring_server, *over_there) as run:
         yield run
     there.close()
     back.close()
+    for bell in bells:
+        os.close(bell)
 
 
 @cache
@@ -145,56 +151,6 @@ def iceoryx() -> Iterator[Run]:
         yield run
 
 
-def sleeping_client(outgoing: Window, incoming: Window, to_server: int, to_client: int) -> Work:
-    """Sends, rings when the ring says so, and sleeps until it is rung."""
-    writer, reader = RingWriter(outgoing), RingReader(incoming)
-    send, recv = writer.send, reader.recv
-    ring_bell, wait = os.eventfd_write, os.eventfd_read
-
-    def work(count: int) -> int:
-        seen = 0
-        for _ in repeat(None, count):
-            if send(PAYLOAD):
-                ring_bell(to_server, 1)
-            wait(to_client)
-            seen += len(recv())
-        return seen
-
-    return work
-
-
-def sleeping_server(incoming: Window, outgoing: Window, to_server: int, to_client: int) -> Work:
-    """Sleeps until it is rung, and sends back what came."""
-    reader, writer = RingReader(incoming), RingWriter(outgoing)
-    send, recv = writer.send, reader.recv
-    ring_bell, wait = os.eventfd_write, os.eventfd_read
-
-    def work(count: int) -> int:
-        seen = 0
-        for _ in repeat(None, count):
-            wait(to_server)
-            data = recv()
-            if send(data):
-                ring_bell(to_client, 1)
-            seen += len(data)
-        return seen
-
-    return work
-
-
-@contextmanager
-def ring_sleeping() -> Iterator[Run]:
-    there, back = SharedWindow(DATA_PAGES), SharedWindow(DATA_PAGES)
-    bells = [os.eventfd(0), os.eventfd(0)]
-    client = sleeping_client(there.map(), back.map(), *bells)
-    with two_processes(client, len(PAYLOAD), sleeping_server, there, back, *map(Descriptor, bells)) as run:
-        yield run
-    there.close()
-    back.close()
-    for bell in bells:
-        os.close(bell)
-
-
 def bare_client(to_server: int, to_client: int) -> Work:
     """Nothing but the two signals."""
     ring_bell, wait = os.eventfd_write, os.eventfd_read
@@ -232,13 +188,13 @@ def bare_eventfd() -> Iterator[Run]:
 
 COMPARISONS = [
     Comparison(
-        "round trip of 64 B, polled",
-        Case("two rings in shared memory", ring_polled, why_not=two_processors),
+        "64 B and back, polled",
+        Case("two rings in shared memory", partial(rings, POLL_SECONDS), why_not=two_processors),
         [(Case("iceoryx2 publish/subscribe", iceoryx, needs="iceoryx2", why_not=two_processors), faster(3))],
     ),
     Comparison(
-        "round trip of 64 B, sleeping on eventfds",
-        Case("two rings + eventfds", ring_sleeping),
+        "64 B and back, sleeping on eventfds",
+        Case("two rings + eventfds", partial(rings, 0.0)),
         [(Case("bare eventfd, no data", bare_eventfd), at_most_times(1.35))],
     ),
 ]
