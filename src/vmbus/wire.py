@@ -11,7 +11,7 @@
 gives a slotted dataclass with `pack()`, `unpack(buffer, offset)`, `SIZE` and `OFFSETS`. Fields of integers
 stay plain `int`, so that unknown values of an enumeration parse; compare them with `IntEnum` members.
 Other wire structures nest as fields. VMBus is little-endian; the few formats that are not (VHD, NBD) say
-``@wire(size=…, order=">")``.
+``@wire(size=…, byte_order=">")``.
 """
 
 import struct
@@ -139,14 +139,14 @@ def _guid_big_endian(values: list[bytes]) -> UUID:
 
 @dataclass_transform()
 def wire(
-    *, size: int, offsets: Mapping[str, int] | None = None, order: Literal["<", ">"] = "<"
+    *, size: int, offsets: Mapping[str, int] | None = None, byte_order: Literal["<", ">"] = "<"
 ) -> Callable[[type[T]], type[T]]:
     """Declare a `Structure` of `size` bytes; `offsets` asserts the places of chosen fields at import.
 
     Args:
         size: the structure's size in bytes.
         offsets: byte offsets of chosen fields.
-        order: ``"<"`` for little-endian fields, ``">"`` for big-endian ones; nested structures must agree.
+        byte_order: ``"<"`` for little-endian fields, ``">"`` for big-endian ones; nested structures must agree.
 
     Raises:
         TypeError: the declared fields do not give that size or those offsets.
@@ -155,13 +155,13 @@ def wire(
     def decorate(cls: type[T]) -> type[T]:
         hints = get_type_hints(cls, include_extras=True)
         made = dataclass(slots=True)(cls)
-        code: str = order
+        code: str = byte_order
         places: dict[str, int] = {}
         convert: list[tuple[int, int, Any]] = []
         index = 0
         for field in fields(cast(Any, made)):  # the type checker does not see the decorator's effect
             places[field.name] = struct.calcsize(code)
-            part, count, converter = _layout(hints[field.name], order, f"{cls.__name__}.{field.name}")
+            part, count, converter = _layout(hints[field.name], byte_order, f"{cls.__name__}.{field.name}")
             code += part
             if converter is not None:
                 convert.append((index, count, converter))

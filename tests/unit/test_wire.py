@@ -54,7 +54,7 @@ class Deep(Structure):
     last: U16
 
 
-@wire(size=26, order=">")
+@wire(size=26, byte_order=">")
 class Big(Structure):
     word: U32
     guid: Guid
@@ -188,6 +188,6 @@ def test_a_wrong_declaration_fails_at_import() -> None:
 
     with pytest.raises(TypeError, match="other byte order"):
 
-        @wire(size=4, order=">")
+        @wire(size=4, byte_order=">")
         class Mixed(Structure):
             pair: Pair

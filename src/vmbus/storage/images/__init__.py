@@ -1,0 +1,52 @@
+"""Disk images: VHD and VHDX files, and disks served by an NBD server.
+
+with open_disk("root.vhdx") as disk:
+    disk.write(0, bytes(512))
+    disk.flush()
+"""
+
+import os
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from vmbus.storage.disk import Disk, RawDisk
+from vmbus.storage.images.blocks import ImageDisk
+from vmbus.storage.images.create import Variant, create_vhd, create_vhdx
+from vmbus.storage.images.opening import open_image, open_image_or_none
+from vmbus.trace.ledger import Account
+
+__all__ = ["Format", "ImageDisk", "Variant", "create_vhd", "create_vhdx", "open_disk"]
+
+Format: TypeAlias = Literal["raw", "vhd", "vhdx"]
+
+
+def open_disk(
+    path_or_uri: str | os.PathLike[str],
+    *,
+    read_only: bool = False,
+    format: Format | None = None,
+    sector_size: int = 512,
+    account: Account | None = None,
+) -> Disk:
+    """Open a disk image.
+
+    The format is found by the file's content, not its name. A guest that writes to a raw image can make its
+    content look like another format, which then would be opened, with any file it names as its parent: say
+    ``format="raw"`` for raw images that an untrusted guest has had.
+
+    Args:
+        path_or_uri: a file or block device.
+        read_only: never change the image, not even by replaying a log that a crash left.
+        format: refuse anything else; by default found out.
+        sector_size: logical sector of a raw image, bytes; the other formats know theirs.
+        account: counts the calls into the host's files.
+
+    Raises:
+        DiskError: the image is missing, in use, damaged, or of another format; one sentence that names the file.
+    """
+    path = Path(path_or_uri)
+    account = Account() if account is None else account
+    if format in ("vhd", "vhdx"):
+        return open_image(path, read_only=read_only, account=account, format=format)
+    image = None if format == "raw" else open_image_or_none(path, read_only=read_only, account=account)
+    return image or RawDisk(path, read_only=read_only, sector_size=sector_size)

@@ -1,0 +1,292 @@
+"""The host file under an image: exact reads and writes, holes, counting, and a lock for many readers."""
+
+import errno
+import fcntl
+import os
+import stat
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import TypeAlias
+
+from vmbus.storage.disk import _NO_HOLES, _PUNCH_HOLE, DiskError, _fallocate
+from vmbus.trace.ledger import Account
+
+__all__ = ["Buffer", "HostFile", "SharedLock", "bad_image"]
+
+Buffer: TypeAlias = bytes | bytearray | memoryview
+
+PAGE = 4096
+_ZEROS = bytes(1 << 20)
+
+
+def bad_image(path: Path, sentence: str) -> DiskError:
+    """The error for an image whose content cannot be right."""
+    return DiskError(f"{path}: {sentence}", errno.EINVAL)
+
+
+class HostFile:
+    """An image file, opened and locked; every system call that moves data or syncs counts as a backend call.
+
+    Writers hold the file alone and readers share it (``flock``), so that two processes never write one image and
+    nobody writes the parent of an open differencing image.
+
+    Args:
+        path: an existing regular file or block device.
+        read_only: open without write access.
+        account: where backend calls are counted.
+
+    Attributes:
+        overlay: pages of `PAGE` bytes by file offset that reads see in place of the file's own: how a read-only
+            image looks as if its log had been replayed.
+        overlay_size: the file's size, at least, with the overlay.
+        sync_failed: a `sync` failed: what was written before may be lost for good.
+
+    Raises:
+        DiskError: missing, unreadable, neither file nor block device, or in use.
+    """
+
+    def __init__(self, path: Path, *, read_only: bool, account: Account) -> None:
+        self.path = path
+        self.read_only = read_only
+        self.account = account
+        self.overlay: dict[int, bytes] = {}
+        self.overlay_size = 0
+        self.sync_failed = False
+        try:
+            flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK
+            self.fd = os.open(path, flags)
+        except OSError as error:
+            raise DiskError(f"{path}: cannot open the image: {error.strerror}", error.errno or 0) from error
+        try:
+            mode = os.fstat(self.fd).st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+                raise DiskError(f"{path}: neither a file nor a block device")
+            fcntl.flock(self.fd, (fcntl.LOCK_SH if read_only else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except OSError as error:
+            self.close()
+            what = (
+                "the image is in use"
+                if error.errno == errno.EWOULDBLOCK
+                else f"cannot lock: {error.strerror}"
+            )
+            raise DiskError(f"{path}: {what}", error.errno or 0) from error
+        except DiskError:
+            self.close()
+            raise
+
+    @property
+    def size(self) -> int:
+        """Bytes in the file now."""
+        return max(os.lseek(self.fd, 0, os.SEEK_END), self.overlay_size)
+
+    @property
+    def identity(self) -> tuple[int, int]:
+        """Device and inode: the same for two names of one file."""
+        status = os.fstat(self.fd)
+        return status.st_dev, status.st_ino
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Exactly `length` bytes at `offset`.
+
+        Raises:
+            DiskError: the file ends before, or the host's disk failed.
+        """
+        if not self.overlay:
+            try:
+                self.account.backend_calls += 1
+                data = os.pread(self.fd, length, offset)
+            except OSError as error:
+                raise self._failed("read", offset, error) from error
+            if len(data) == length:
+                return data
+        out = bytearray(length)
+        self.read_into(offset, memoryview(out))
+        return bytes(out)
+
+    def read_into(self, offset: int, out: memoryview) -> None:
+        """Fill `out` from `offset`.
+
+        Raises:
+            DiskError: the file ends before, or the host's disk failed.
+        """
+        end = offset + len(out)
+        real_end = os.lseek(self.fd, 0, os.SEEK_END) if self.overlay else end
+        at = offset
+        try:
+            while at < min(end, real_end):
+                self.account.backend_calls += 1
+                done = os.preadv(self.fd, [out[at - offset : min(end, real_end) - offset]], at)
+                if not done:
+                    raise DiskError(f"{self.path}: the file ends at byte {at}, before byte {end}", errno.EIO)
+                at += done
+        except OSError as error:
+            raise self._failed("read", at, error) from error
+        if self.overlay:
+            if end > max(real_end, self.overlay_size):
+                raise DiskError(f"{self.path}: the file ends before byte {end}", errno.EIO)
+            self._lay_over(offset, out)
+
+    def _lay_over(self, offset: int, out: memoryview) -> None:
+        first, end = offset - offset % PAGE, offset + len(out)
+        pages: Iterator[int] = iter(range(first, end, PAGE))
+        if (end - first) // PAGE > len(self.overlay):
+            pages = iter([page for page in self.overlay if first <= page < end])
+        for page in pages:
+            content = self.overlay.get(page)
+            if content is not None:
+                start, stop = max(page, offset), min(page + PAGE, end)
+                out[start - offset : stop - offset] = content[start - page : stop - page]
+
+    def write(self, offset: int, data: Buffer) -> None:
+        """Write all of `data` at `offset`.
+
+        Raises:
+            DiskError: the host's disk failed or is full.
+        """
+        rest = memoryview(data).cast("B")
+        try:
+            while rest:
+                self.account.backend_calls += 1
+                done = os.pwrite(self.fd, rest, offset)
+                offset += done
+                rest = rest[done:]
+        except OSError as error:
+            raise self._failed("write", offset, error) from error
+
+    def set_size(self, size: int) -> None:
+        """Cut the file, or let it grow by a hole.
+
+        Raises:
+            DiskError: the host's disk refused.
+        """
+        try:
+            self.account.backend_calls += 1
+            os.ftruncate(self.fd, size)
+        except OSError as error:
+            raise self._failed("resize", size, error) from error
+
+    def zero(self, offset: int, length: int) -> None:
+        """Make the range read as zeros, as a hole where the host's file system can.
+
+        Raises:
+            DiskError: the host's disk failed.
+        """
+        if length <= 0:
+            return
+        self.account.backend_calls += 1
+        number = _fallocate(self.fd, _PUNCH_HOLE, offset, length)
+        if not number:
+            return
+        if number not in _NO_HOLES:
+            raise self._failed("unmap", offset, OSError(number, os.strerror(number)))
+        end = min(offset + length, self.size)
+        for at in range(offset, end, len(_ZEROS)):
+            self.write(at, memoryview(_ZEROS)[: min(len(_ZEROS), end - at)])
+
+    def sync(self) -> None:
+        """Return when everything written, and the file's size, is on stable storage.
+
+        Raises:
+            DiskError: the host could not promise it.
+        """
+        try:
+            self.account.backend_calls += 1
+            os.fsync(self.fd)
+        except OSError as error:
+            self.sync_failed = True
+            raise self._failed("flush", 0, error) from error
+
+    def data_runs(self, offset: int, length: int) -> Iterator[tuple[int, int, bool]]:
+        """Stretches (offset, length, has data) of the file; a host that knows no holes says data everywhere."""
+        end = offset + length
+        while offset < end:
+            data = self._seek(offset, os.SEEK_DATA, end)
+            if data > offset:
+                yield offset, data - offset, False
+                offset = data
+            if offset < end:
+                hole = self._seek(offset, os.SEEK_HOLE, end)
+                yield offset, hole - offset, True
+                offset = hole
+
+    def _seek(self, offset: int, whence: int, end: int) -> int:
+        try:
+            return min(max(os.lseek(self.fd, offset, whence), offset), end)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # no more data
+                return end
+            raise self._failed("query", offset, error) from error
+
+    def close(self) -> None:
+        """Close the file and give up its lock. Closing twice is allowed."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def _failed(self, what: str, offset: int, error: OSError) -> DiskError:
+        return DiskError(
+            f"{self.path}: {what} at byte {offset} failed: {error.strerror}", error.errno or errno.EIO
+        )
+
+
+class SharedLock:
+    """Many at once may hold `shared`, or one alone `exclusive`; who waits for the latter goes before later readers.
+
+    Neither side may be taken again by the thread that holds one.
+    """
+
+    def __init__(self) -> None:
+        self._gate = threading.Lock()  # held by the exclusive owner, and by who waits to become it
+        self._room = threading.Lock()  # held by the readers together, or by the exclusive owner
+        self._count_lock = threading.Lock()
+        self._readers = 0
+        self.shared = _Shared(self)
+        self.exclusive = _Exclusive(self)
+
+    def _enter_shared(self) -> None:
+        with self._gate, self._count_lock:
+            self._readers += 1
+            if self._readers == 1:
+                self._room.acquire()
+
+    def _leave_shared(self) -> None:
+        with self._count_lock:
+            self._readers -= 1
+            if not self._readers:
+                self._room.release()
+
+    def _enter_exclusive(self) -> None:
+        self._gate.acquire()
+        self._room.acquire()
+
+    def _leave_exclusive(self) -> None:
+        self._room.release()
+        self._gate.release()
+
+
+class _Shared:
+    __slots__ = ("_lock",)
+
+    def __init__(self, lock: SharedLock) -> None:
+        self._lock = lock
+
+    def __enter__(self) -> None:
+        self._lock._enter_shared()
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self._lock._leave_shared()
+
+
+class _Exclusive:
+    __slots__ = ("_lock",)
+
+    def __init__(self, lock: SharedLock) -> None:
+        self._lock = lock
+
+    def __enter__(self) -> None:
+        self._lock._enter_exclusive()
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self._lock._leave_exclusive()
