@@ -63,6 +63,8 @@ cdef enum:
 cdef uint64_t MOST_MEMORY = <uint64_t>1 << 46
 
 PAGE_SIZE = <int>PAGE_BYTES
+Buffer = bytes | bytearray | memoryview   # for annotations; any contiguous buffer will do
+
 READ = <int>ACCESS_READ
 WRITE = <int>ACCESS_WRITE
 EXECUTE = <int>ACCESS_EXECUTE
