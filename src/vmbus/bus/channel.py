@@ -252,7 +252,7 @@ class _Loop:
 
     def __init__(self, memory: GuestMemory, windows: tuple[Window, Window]) -> None:
         self._memory = memory
-        self._windows = windows
+        self._windows: tuple[Window, ...] = windows
         self._peer: dict[int, Channel] = {}
         self._due: deque[Channel] = deque()
         self._delivering = False
@@ -290,8 +290,7 @@ class _Loop:
         for gpadl in self._gpadls.values():
             gpadl.close()
         self._gpadls.clear()
-        for window in self._windows:
-            window.close()
+        self._windows = ()  # the rings over them may still be held by the ends; the last one unmaps them
 
     def find_gpadl(self, channel: Channel, gpadl_id: int) -> Gpadl:
         try:
