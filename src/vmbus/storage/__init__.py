@@ -1,1 +1,19 @@
-"""Enlightened storage: the SCSI provider (VSP) and client (VSC) over a VMBus channel."""
+"""Enlightened storage: the SCSI controller on VMBus, at both ends, and the disks behind it."""
+
+from vmbus.storage.disk import Disk, DiskError, MemoryDisk, RawDisk
+from vmbus.storage.scsi import DiskUnit, LogicalUnit
+from vmbus.storage.vsc import CommandError, StorageDisk, StorageVsc
+from vmbus.storage.vsp import StorageVsp
+
+__all__ = [
+    "CommandError",
+    "Disk",
+    "DiskError",
+    "DiskUnit",
+    "LogicalUnit",
+    "MemoryDisk",
+    "RawDisk",
+    "StorageDisk",
+    "StorageVsc",
+    "StorageVsp",
+]

@@ -1,0 +1,340 @@
+"""Commands that move, compare or give back blocks of a disk (SBC-3 chapter 5)."""
+
+import struct
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+
+from vmbus.errors import GuestMemoryError
+from vmbus.storage.disk import Disk, DiskError
+from vmbus.storage.scsi.cdb import BlockFields, allocation_length, block_fields
+from vmbus.storage.scsi.codes import AdditionalSense, Opcode, SenseKey
+from vmbus.storage.scsi.inquiry import MAX_COMPARE_BLOCKS, MAX_UNMAP_DESCRIPTORS, Limits
+from vmbus.storage.scsi.sense import (
+    CheckCondition,
+    disk_failure,
+    invalid_field,
+    invalid_parameter,
+    parameter_list_length_error,
+)
+from vmbus.storage.scsi.task import Task
+
+__all__ = ["BlockAccess"]
+
+_CHUNK = 1 << 20
+_BYTCHK_NONE, _BYTCHK_ALL, _BYTCHK_ONE = 0, 1, 3
+_DESCRIPTOR = 16
+_MAX_STATUS_DESCRIPTORS = 4096
+
+
+class _WriteGate:
+    """Lets writes overlap each other, but none overlap a COMPARE AND WRITE, which has to be atomic."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._writers = 0
+        self._exclusive = False
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        with self._condition:
+            self._condition.wait_for(lambda: not self._exclusive)
+            self._writers += 1
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._writers -= 1
+                self._condition.notify_all()
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        with self._condition:
+            self._condition.wait_for(lambda: not self._exclusive)
+            self._exclusive = True
+            self._condition.wait_for(lambda: not self._writers)
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._exclusive = False
+                self._condition.notify_all()
+
+
+class BlockAccess:
+    """Executes the block commands of one disk. Every method takes the task and returns the bytes moved.
+
+    Args:
+        disk: the backend.
+        limits: what one command may ask for.
+
+    All methods raise `CheckCondition` with the sense data that the standard prescribes.
+    """
+
+    def __init__(self, disk: Disk, limits: Limits) -> None:
+        self.disk = disk
+        self.limits = limits
+        self.write_cache = True
+        """Off: every write is durable before it is acknowledged."""
+        self._gate = _WriteGate()
+
+    def read(self, task: Task) -> int:
+        """READ (6), (10), (12) and (16)."""
+        fields = block_fields(task.cdb)
+        offset, length = self._extent(fields)
+        self._fits(task, length, fields)
+        disk = self.disk
+        done = 0
+        try:
+            if disk.fd >= 0:
+                while done < length:
+                    moved = task.data.read_file(disk.fd, offset + done, done, length - done)
+                    task.account.backend_calls += 1
+                    if not moved:
+                        raise DiskError("the file ends inside the disk")
+                    done += moved
+            else:
+                while done < length:
+                    part = disk.read(offset + done, min(length - done, _CHUNK))
+                    task.data.store(done, part)
+                    task.account.backend_calls += 1
+                    task.account.bytes_copied += len(part)
+                    done += len(part)
+        except (DiskError, OSError) as error:
+            raise self._failure(error, offset + done, writing=False) from error
+        return length
+
+    def write(self, task: Task) -> int:
+        """WRITE (6), (10), (12) and (16)."""
+        fields = block_fields(task.cdb)
+        offset, length = self._extent(fields, writing=True)
+        self._fits(task, length, fields)
+        with self._gate.shared():
+            self._write(task, offset, length, through=fields.fua or not self.write_cache)
+        return length
+
+    def _write(self, task: Task, offset: int, length: int, *, through: bool, skip: int = 0) -> None:
+        """Write `length` bytes of the data buffer after its first `skip`."""
+        disk = self.disk
+        done = 0
+        try:
+            while done < length:
+                if disk.fd >= 0 and not through:
+                    moved = task.data.write_file(disk.fd, offset + done, skip + done, length - done)
+                    if not moved:
+                        raise DiskError("the file takes no more data")
+                else:
+                    part = task.data.fetch(skip + done, min(length - done, _CHUNK))
+                    (disk.write_through if through else disk.write)(offset + done, part)
+                    task.account.bytes_copied += len(part)
+                    moved = len(part)
+                task.account.backend_calls += 1
+                done += moved
+        except (DiskError, OSError) as error:
+            raise self._failure(error, offset + done, writing=True) from error
+
+    def verify(self, task: Task) -> int:
+        """VERIFY (10), (12) and (16): read the medium, and compare if BYTCHK asks for it."""
+        fields = block_fields(task.cdb)
+        offset, length = self._extent(fields)
+        mode = fields.flags >> 1 & 3
+        if mode == _BYTCHK_NONE:
+            self._compare(task, offset, length, None)
+            return 0
+        if mode not in (_BYTCHK_ALL, _BYTCHK_ONE):
+            raise invalid_field(1, 2)
+        size = self.disk.sector_size
+        wanted = length if mode == _BYTCHK_ALL else min(length, size)
+        self._fits(task, wanted, fields)
+        if mode == _BYTCHK_ALL:
+            self._compare(task, offset, length, 0)
+        else:
+            one = task.data.fetch(0, wanted)
+            for at in range(0, length, size):
+                self._match(one, self._read_disk(task, offset + at, size), 0)
+        return wanted
+
+    def write_and_verify(self, task: Task) -> int:
+        """WRITE AND VERIFY (10), (12) and (16): durable, and read back (and compared with BYTCHK 1)."""
+        fields = block_fields(task.cdb)
+        offset, length = self._extent(fields, writing=True)
+        mode = fields.flags >> 1 & 3
+        if mode not in (_BYTCHK_NONE, _BYTCHK_ALL):
+            raise invalid_field(1, 2)
+        self._fits(task, length, fields)
+        with self._gate.shared():
+            self._write(task, offset, length, through=True)
+        self._compare(task, offset, length, 0 if mode == _BYTCHK_ALL else None)
+        return length
+
+    def compare_and_write(self, task: Task) -> int:
+        """COMPARE AND WRITE: one atomic test-and-set of up to 128 blocks."""
+        fields = block_fields(task.cdb)
+        if fields.blocks > MAX_COMPARE_BLOCKS:
+            raise invalid_field(fields.count_field)
+        offset, length = self._extent(fields, writing=True)
+        self._fits(task, 2 * length, fields)
+        with self._gate.exclusive():
+            self._compare(task, offset, length, 0)
+            self._write(task, offset, length, through=fields.fua or not self.write_cache, skip=length)
+        return 2 * length
+
+    def write_same(self, task: Task) -> int:
+        """WRITE SAME (10) and (16), with UNMAP and, in the long form, NDOB."""
+        fields = block_fields(task.cdb)
+        flags = fields.flags
+        if flags & 0x10:
+            raise invalid_field(1, 4)  # ANCHOR: no anchored blocks
+        if flags & 0x06:
+            raise invalid_field(1, 2)  # PBDATA, LBDATA: obsolete
+        no_data = task.cdb[0] == Opcode.WRITE_SAME_16 and bool(flags & 0x01)
+        if not fields.blocks or fields.blocks > self.limits.max_write_same:
+            raise invalid_field(fields.count_field)
+        offset, length = self._extent(fields, writing=True)
+        size = self.disk.sector_size
+        if not no_data:
+            self._fits(task, size, fields)
+        pattern = bytes(size) if no_data else task.data.fetch(0, size)
+        disk = self.disk
+        with self._gate.shared():
+            try:
+                if any(pattern):
+                    repeated = pattern * (min(length, _CHUNK) // size)
+                    for at in range(0, length, _CHUNK):
+                        disk.write(offset + at, memoryview(repeated)[: min(_CHUNK, length - at)])
+                        task.account.backend_calls += 1
+                        task.account.bytes_copied += min(_CHUNK, length - at)
+                else:
+                    (disk.unmap if flags & 0x08 and disk.unmap_granularity else disk.write_zeros)(
+                        offset, length
+                    )
+                    task.account.backend_calls += 1
+                if not self.write_cache:
+                    disk.flush()
+            except DiskError as error:
+                raise self._failure(error, offset, writing=True) from error
+        return 0 if no_data else size
+
+    def unmap(self, task: Task) -> int:
+        """UNMAP: nothing is given back unless every descriptor is right."""
+        if task.cdb[1] & 0x01:
+            raise invalid_field(1, 0)  # ANCHOR
+        length = allocation_length(task.cdb)
+        if not length:
+            return 0
+        data = task.parameters(length, 7)
+        if length < 8:
+            raise parameter_list_length_error()
+        self._writable()
+        listed = min(int.from_bytes(data[2:4], "big"), length - 8) // _DESCRIPTOR
+        if listed > MAX_UNMAP_DESCRIPTORS:
+            raise invalid_parameter(2)
+        ranges = []
+        for index in range(listed):
+            lba, count = struct.unpack_from(">QI", data, 8 + index * _DESCRIPTOR)
+            if count:
+                ranges.append(self._extent(BlockFields(lba, count, 0, 8 + index * _DESCRIPTOR), writing=True))
+        with self._gate.shared():
+            for offset, size in ranges:
+                try:
+                    self.disk.unmap(offset, size)
+                    task.account.backend_calls += 1
+                except DiskError as error:
+                    raise self._failure(error, offset, writing=True) from error
+            if ranges and not self.write_cache:
+                self._flush(task)
+        return length
+
+    def synchronize_cache(self, task: Task) -> int:
+        """SYNCHRONIZE CACHE (10) and (16): the whole disk, whatever the range; IMMED waits all the same."""
+        self._extent(block_fields(task.cdb))
+        self._flush(task)
+        return 0
+
+    def flush(self, task: Task) -> None:
+        """Make everything durable (for START STOP UNIT)."""
+        self._flush(task)
+
+    def get_lba_status(self, task: Task) -> int:
+        """GET LBA STATUS: mapped and deallocated stretches from the given block on."""
+        allocation = allocation_length(task.cdb)
+        size = self.disk.sector_size
+        offset = int.from_bytes(task.cdb[2:10], "big") * size
+        if offset >= self.disk.size:
+            raise self._out_of_range()
+        most = max(1, min((min(allocation, task.data.length) - 8) // _DESCRIPTOR, _MAX_STATUS_DESCRIPTORS))
+        try:
+            stretches = self._stretches(offset, self.disk.size - offset)
+            body = b"".join(islice(stretches, most))
+        except DiskError as error:
+            raise self._failure(error, offset, writing=False) from error
+        task.account.backend_calls += 1
+        return task.reply(struct.pack(">I4x", len(body) + 4) + body, allocation)
+
+    def _stretches(self, offset: int, length: int) -> Iterator[bytes]:
+        size = self.disk.sector_size
+        most = 0xFFFFFFFF // 8 * 8 * size  # blocks of a descriptor are 32 bits
+        for extent in self.disk.extents(offset, length):
+            for at in range(extent.offset, extent.offset + extent.length, most):
+                part = min(most, extent.offset + extent.length - at)
+                yield struct.pack(">QIB3x", at // size, part // size, 0 if extent.allocated else 1)
+
+    def _extent(self, fields: BlockFields, *, writing: bool = False) -> tuple[int, int]:
+        """Offset and length in bytes, checked against the disk. No blocks at all are no error (SBC-3 4.5)."""
+        if writing:
+            self._writable()
+        disk = self.disk
+        if fields.lba + fields.blocks > disk.sector_count or fields.lba >= disk.sector_count:
+            raise self._out_of_range()
+        return fields.lba * disk.sector_size, fields.blocks * disk.sector_size
+
+    def _writable(self) -> None:
+        if self.disk.read_only:
+            raise CheckCondition.of(SenseKey.DATA_PROTECT, AdditionalSense.WRITE_PROTECTED)
+
+    @staticmethod
+    def _fits(task: Task, length: int, fields: BlockFields) -> None:
+        if length > task.data.length:
+            raise invalid_field(fields.count_field, overrun=True)
+
+    @staticmethod
+    def _out_of_range() -> CheckCondition:
+        return CheckCondition.of(SenseKey.ILLEGAL_REQUEST, AdditionalSense.LBA_OUT_OF_RANGE)
+
+    def _compare(self, task: Task, offset: int, length: int, skip: int | None) -> None:
+        """Read the blocks; unless `skip` is None compare them with the data buffer from there on."""
+        for at in range(0, length, _CHUNK):
+            size = min(_CHUNK, length - at)
+            data = self._read_disk(task, offset + at, size)
+            if skip is not None:
+                self._match(task.data.fetch(skip + at, size), data, at)
+
+    def _read_disk(self, task: Task, offset: int, length: int) -> bytes:
+        try:
+            task.account.backend_calls += 1
+            task.account.bytes_copied += length
+            return self.disk.read(offset, length)
+        except DiskError as error:
+            raise self._failure(error, offset, writing=False) from error
+
+    @staticmethod
+    def _match(expected: bytes, found: bytes, base: int) -> None:
+        if expected != found:
+            at = next(i for i, (a, b) in enumerate(zip(expected, found, strict=True)) if a != b)
+            raise CheckCondition.of(SenseKey.MISCOMPARE, AdditionalSense.MISCOMPARE_DURING_VERIFY, base + at)
+
+    def _flush(self, task: Task) -> None:
+        try:
+            task.account.backend_calls += 1
+            self.disk.flush()
+        except DiskError as error:
+            raise self._failure(error, 0, writing=True) from error
+
+    def _failure(self, error: Exception, offset: int, *, writing: bool) -> Exception:
+        if isinstance(error, GuestMemoryError):
+            return error
+        if isinstance(error, OSError):
+            error = DiskError(str(error), error.errno or 0)
+        assert isinstance(error, DiskError)
+        return disk_failure(error, writing=writing, lba=offset // self.disk.sector_size)

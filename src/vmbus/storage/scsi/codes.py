@@ -1,0 +1,153 @@
+"""Numbers of the SCSI command set: operation codes, statuses, sense keys and sense codes.
+
+From SPC-4 (primary commands), SBC-3 (block devices), MMC-6 (CD-ROM) and SAM-5 (statuses).
+"""
+
+from enum import IntEnum
+
+__all__ = [
+    "AdditionalSense",
+    "DeviceType",
+    "MaintenanceIn",
+    "Opcode",
+    "ScsiStatus",
+    "SenseKey",
+    "ServiceIn16",
+]
+
+
+class Opcode(IntEnum):
+    """Byte 0 of a command descriptor block."""
+
+    TEST_UNIT_READY = 0x00
+    REQUEST_SENSE = 0x03
+    READ_6 = 0x08
+    WRITE_6 = 0x0A
+    INQUIRY = 0x12
+    MODE_SELECT_6 = 0x15
+    MODE_SENSE_6 = 0x1A
+    START_STOP_UNIT = 0x1B
+    SEND_DIAGNOSTIC = 0x1D
+    PREVENT_ALLOW_MEDIUM_REMOVAL = 0x1E
+    READ_CAPACITY_10 = 0x25
+    READ_10 = 0x28
+    WRITE_10 = 0x2A
+    WRITE_AND_VERIFY_10 = 0x2E
+    VERIFY_10 = 0x2F
+    SYNCHRONIZE_CACHE_10 = 0x35
+    WRITE_SAME_10 = 0x41
+    UNMAP = 0x42
+    READ_TOC = 0x43
+    GET_CONFIGURATION = 0x46
+    GET_EVENT_STATUS_NOTIFICATION = 0x4A
+    READ_DISC_INFORMATION = 0x51
+    READ_TRACK_INFORMATION = 0x52
+    MODE_SELECT_10 = 0x55
+    MODE_SENSE_10 = 0x5A
+    PERSISTENT_RESERVE_IN = 0x5E
+    PERSISTENT_RESERVE_OUT = 0x5F
+    READ_16 = 0x88
+    COMPARE_AND_WRITE = 0x89
+    WRITE_16 = 0x8A
+    WRITE_AND_VERIFY_16 = 0x8E
+    VERIFY_16 = 0x8F
+    SYNCHRONIZE_CACHE_16 = 0x91
+    WRITE_SAME_16 = 0x93
+    SERVICE_ACTION_IN_16 = 0x9E
+    REPORT_LUNS = 0xA0
+    MAINTENANCE_IN = 0xA3
+    READ_12 = 0xA8
+    WRITE_12 = 0xAA
+    GET_PERFORMANCE = 0xAC
+    READ_DISC_STRUCTURE = 0xAD
+    WRITE_AND_VERIFY_12 = 0xAE
+    VERIFY_12 = 0xAF
+    MECHANISM_STATUS = 0xBD
+
+
+class ServiceIn16(IntEnum):
+    """Service actions of SERVICE ACTION IN (16), SBC-3 table 10."""
+
+    READ_CAPACITY_16 = 0x10
+    GET_LBA_STATUS = 0x12
+
+
+class MaintenanceIn(IntEnum):
+    """Service actions of MAINTENANCE IN, SPC-4 6.25 ff."""
+
+    REPORT_SUPPORTED_OPERATION_CODES = 0x0C
+    REPORT_SUPPORTED_TASK_MANAGEMENT_FUNCTIONS = 0x0D
+
+
+class ScsiStatus(IntEnum):
+    """Status byte of a finished command, SAM-5 5.3."""
+
+    GOOD = 0x00
+    CHECK_CONDITION = 0x02
+    CONDITION_MET = 0x04
+    BUSY = 0x08
+    RESERVATION_CONFLICT = 0x18
+    TASK_SET_FULL = 0x28
+    TASK_ABORTED = 0x40
+
+
+class SenseKey(IntEnum):
+    """What kind of exception happened, SPC-4 4.5.6."""
+
+    NO_SENSE = 0x0
+    RECOVERED_ERROR = 0x1
+    NOT_READY = 0x2
+    MEDIUM_ERROR = 0x3
+    HARDWARE_ERROR = 0x4
+    ILLEGAL_REQUEST = 0x5
+    UNIT_ATTENTION = 0x6
+    DATA_PROTECT = 0x7
+    ABORTED_COMMAND = 0xB
+    MISCOMPARE = 0xE
+
+
+class AdditionalSense(IntEnum):
+    """Additional sense code in the high byte, its qualifier in the low byte, SPC-4 annex D."""
+
+    NONE = 0x0000
+    NOT_READY_INITIALIZING_COMMAND_REQUIRED = 0x0402
+    WRITE_ERROR = 0x0C00
+    UNRECOVERED_READ_ERROR = 0x1100
+    PARAMETER_LIST_LENGTH_ERROR = 0x1A00
+    MISCOMPARE_DURING_VERIFY = 0x1D00
+    INVALID_OPERATION_CODE = 0x2000
+    LBA_OUT_OF_RANGE = 0x2100
+    INVALID_FIELD_IN_CDB = 0x2400
+    LOGICAL_UNIT_NOT_SUPPORTED = 0x2500
+    INVALID_FIELD_IN_PARAMETER_LIST = 0x2600
+    INVALID_RELEASE_OF_PERSISTENT_RESERVATION = 0x2604
+    WRITE_PROTECTED = 0x2700
+    SOFTWARE_WRITE_PROTECTED = 0x2702
+    SPACE_ALLOCATION_FAILED = 0x2707
+    MEDIUM_MAY_HAVE_CHANGED = 0x2800
+    POWER_ON_OR_RESET = 0x2900
+    BUS_RESET_OCCURRED = 0x2902
+    DEVICE_RESET_OCCURRED = 0x2903
+    MODE_PARAMETERS_CHANGED = 0x2A01
+    RESERVATIONS_PREEMPTED = 0x2A03
+    RESERVATIONS_RELEASED = 0x2A04
+    REGISTRATIONS_PREEMPTED = 0x2A05
+    CAPACITY_DATA_CHANGED = 0x2A09
+    SAVING_PARAMETERS_NOT_SUPPORTED = 0x3900
+    MEDIUM_NOT_PRESENT = 0x3A00
+    MEDIUM_NOT_PRESENT_TRAY_CLOSED = 0x3A01
+    MEDIUM_NOT_PRESENT_TRAY_OPEN = 0x3A02
+    INTERNAL_TARGET_FAILURE = 0x4400
+    MEDIUM_REMOVAL_PREVENTED = 0x5302
+    INSUFFICIENT_REGISTRATION_RESOURCES = 0x5504
+    INSUFFICIENT_RESOURCES = 0x5503
+    LOGICAL_UNIT_COMMUNICATION_FAILURE = 0x0800
+
+
+class DeviceType(IntEnum):
+    """Peripheral device type of INQUIRY data, SPC-4 6.6.2."""
+
+    DISK = 0x00
+    CD_ROM = 0x05
+    NOT_PRESENT = 0x7F
+    """Qualifier 3 and type 1Fh: this logical unit number is not served."""

@@ -1,0 +1,363 @@
+"""Logical units: what answers the SCSI commands sent to one address of a controller."""
+
+import logging
+import struct
+import threading
+from collections.abc import Callable, Hashable
+from uuid import UUID
+
+from vmbus.errors import GuestMemoryError
+from vmbus.storage.disk import Disk
+from vmbus.storage.scsi import cdb as commands
+from vmbus.storage.scsi import mode
+from vmbus.storage.scsi.block import BlockAccess
+from vmbus.storage.scsi.cdb import Command, allocation_length
+from vmbus.storage.scsi.codes import (
+    AdditionalSense,
+    DeviceType,
+    MaintenanceIn,
+    Opcode,
+    ScsiStatus,
+    SenseKey,
+    ServiceIn16,
+)
+from vmbus.storage.scsi.inquiry import Identity, Limits, disk_pages, inquiry
+from vmbus.storage.scsi.reservations import Reservations
+from vmbus.storage.scsi.sense import CheckCondition, ReservationConflict, Sense, invalid_field
+from vmbus.storage.scsi.task import Outcome, Task
+
+__all__ = ["DiskUnit", "LogicalUnit"]
+
+_log = logging.getLogger(__name__)
+
+_MAX_ATTENTIONS = 16
+_NO_ATTENTION = (Opcode.INQUIRY, Opcode.REPORT_LUNS, Opcode.REQUEST_SENSE)
+"""Commands that are carried out although a unit attention is pending (SAM-5 5.14)."""
+
+_INTERNAL = CheckCondition.of(SenseKey.HARDWARE_ERROR, AdditionalSense.INTERNAL_TARGET_FAILURE).sense
+
+
+class LogicalUnit:
+    """Base of all units: finds the command, keeps unit attentions, turns failures into sense data.
+
+    A unit may be served to several initiators at once and from several threads at once.
+
+    Args:
+        identity: the unit's names.
+        table: the commands it knows.
+
+    Attributes:
+        plain: reads and writes need nothing but the disk: no unit attention is pending, nothing is
+            reserved or protected. Compiled code may then serve them.
+    """
+
+    device_type: int = DeviceType.DISK
+
+    def __init__(self, identity: Identity, table: tuple[Command, ...]) -> None:
+        self.identity = identity
+        self.plain = False
+        self.watchers: list[Callable[[], None]] = []
+        """Called when `plain` or the capacity may have changed."""
+        self._table = table
+        self._lock = threading.Lock()
+        self._attentions: dict[Hashable, list[AdditionalSense]] = {}
+        self._nexuses: set[Hashable] = set()
+        self._handlers: dict[int, Callable[[Task], int]] = {
+            Opcode.REQUEST_SENSE: self._request_sense,
+            Opcode.MAINTENANCE_IN: self._maintenance_in,
+        }
+
+    def attach(self, nexus: Hashable) -> None:
+        """An initiator can reach the unit from now on; it gets unit attentions."""
+        with self._lock:
+            self._nexuses.add(nexus)
+
+    def detach(self, nexus: Hashable) -> None:
+        """The initiator is gone; what was pending for it is dropped."""
+        with self._lock:
+            self._nexuses.discard(nexus)
+            self._attentions.pop(nexus, None)
+        self.changed()
+
+    def attention(self, what: AdditionalSense, nexus: Hashable = None, *, but: Hashable = None) -> None:
+        """Let `nexus`, or every initiator except `but`, get a unit attention."""
+        with self._lock:
+            for each in [nexus] if nexus is not None else list(self._nexuses):
+                queue = self._attentions.setdefault(each, [])
+                if each != but and what not in queue and len(queue) < _MAX_ATTENTIONS:
+                    queue.append(what)
+        self.changed()
+
+    def reset(self, what: AdditionalSense = AdditionalSense.DEVICE_RESET_OCCURRED) -> None:
+        """A logical unit or bus reset: settings go back to their defaults (SAM-5 6.3.3)."""
+        self.attention(what)
+
+    def changed(self) -> None:
+        """Work out `plain` again and tell the watchers."""
+        for watcher in self.watchers:
+            watcher()
+
+    def attention_pending(self) -> bool:
+        """Whether any initiator has a unit attention to get."""
+        return any(self._attentions.values())
+
+    def execute(self, task: Task) -> Outcome:
+        """Carry out one command. Never raises: every failure is an outcome."""
+        try:
+            return Outcome(ScsiStatus.GOOD, self._dispatch(task))
+        except CheckCondition as condition:
+            return self._check(condition.sense, condition.overrun)
+        except ReservationConflict:
+            return Outcome(ScsiStatus.RESERVATION_CONFLICT)
+        except GuestMemoryError as error:
+            _log.warning("a guest gave a data buffer outside its memory: %s", error)
+            return self._check(invalid_field(0).sense)
+        except Exception:  # a fault of ours must cost the guest this command, not the whole disk
+            _log.exception("command %s failed", task.cdb.hex())
+            return self._check(_INTERNAL)
+
+    def _check(self, sense: Sense, overrun: bool = False) -> Outcome:
+        packed = sense.pack(descriptor=self._descriptor_sense())
+        return Outcome(ScsiStatus.CHECK_CONDITION, 0, packed, overrun)
+
+    def _dispatch(self, task: Task) -> int:
+        cdb = task.cdb
+        command, known = commands.find(self._table, cdb)
+        if command is None:
+            if known:
+                raise invalid_field(1, 4)
+            raise CheckCondition.of(SenseKey.ILLEGAL_REQUEST, AdditionalSense.INVALID_OPERATION_CODE)
+        if cdb[len(command.usage) - 1] & 0x04:
+            raise invalid_field(len(command.usage) - 1, 2)  # NACA: not supported (SAM-5 5.2)
+        if self._attentions and cdb[0] not in _NO_ATTENTION:
+            self._raise_attention(task.nexus)
+        return self._run(task)
+
+    def _run(self, task: Task) -> int:
+        return self._handlers[task.cdb[0]](task)
+
+    def _raise_attention(self, nexus: Hashable) -> None:
+        with self._lock:
+            queue = self._attentions.get(nexus)
+            what = queue.pop(0) if queue else None
+        if what is not None:
+            self.changed()
+            raise CheckCondition.of(SenseKey.UNIT_ATTENTION, what)
+
+    def _descriptor_sense(self) -> bool:
+        return False
+
+    def _request_sense(self, task: Task) -> int:
+        with self._lock:
+            queue = self._attentions.get(task.nexus)
+            what = queue.pop(0) if queue else None
+        if what is not None:
+            self.changed()
+        sense = Sense(SenseKey.NO_SENSE, AdditionalSense.NONE)
+        if what is not None:
+            sense = Sense(SenseKey.UNIT_ATTENTION, what)
+        return task.reply(sense.pack(descriptor=bool(task.cdb[1] & 1)), allocation_length(task.cdb))
+
+    def _maintenance_in(self, task: Task) -> int:
+        cdb = task.cdb
+        allocation = allocation_length(cdb)
+        if cdb[1] & 0x1F == MaintenanceIn.REPORT_SUPPORTED_TASK_MANAGEMENT_FUNCTIONS:
+            return task.reply(bytes([0x08, 0, 0, 0]), allocation)  # LOGICAL UNIT RESET
+        option, timeouts = cdb[2] & 7, bool(cdb[2] & 0x80)
+        if option == 0:
+            body = b"".join(self._command_descriptor(each, timeouts) for each in self._table)
+            return task.reply(struct.pack(">I", len(body)) + body, allocation)
+        if option > 3:
+            raise invalid_field(2, 2)
+        opcode, action = cdb[3], int.from_bytes(cdb[4:6], "big")
+        same = [each for each in self._table if each.opcode == opcode]
+        has_actions = any(each.service_action is not None for each in same)
+        if (option == 1 and has_actions) or (option == 2 and same and not has_actions):
+            raise invalid_field(2, 2)
+        found = next((e for e in same if e.service_action is None or e.service_action == action), None)
+        if found is None:
+            return task.reply(bytes([0, 0x01, 0, 0]), allocation)  # SUPPORT 1: not supported
+        flags = 0x03 | (0x80 if timeouts else 0)
+        body = struct.pack(">BBH", 0, flags, len(found.usage)) + found.usage + self._timeouts(timeouts)
+        return task.reply(body, allocation)
+
+    def _command_descriptor(self, command: Command, timeouts: bool) -> bytes:
+        action = command.service_action
+        flags = (0x02 if timeouts else 0) | (0x01 if action is not None else 0)
+        head = struct.pack(">BxHxBH", command.opcode, action or 0, flags, len(command.usage))
+        return head + self._timeouts(timeouts)
+
+    @staticmethod
+    def _timeouts(wanted: bool) -> bytes:
+        return struct.pack(">H10x", 0x0A) if wanted else b""  # no timeout is recommended
+
+
+class DiskUnit(LogicalUnit):
+    """A hard disk.
+
+    Args:
+        disk: the backend; it is not closed by the unit.
+        serial: names the unit when the disk has no `Disk.identifier`.
+        limits: what one command may ask for.
+        identity: all names at once, instead of those made from `serial`.
+    """
+
+    def __init__(
+        self, disk: Disk, serial: UUID, *, limits: Limits | None = None, identity: Identity | None = None
+    ) -> None:
+        super().__init__(identity or Identity(disk.identifier or serial), commands.BLOCK_COMMANDS)
+        self.disk = disk
+        self.limits = limits or Limits()
+        self.block = block = BlockAccess(disk, self.limits)
+        self.modes = mode.disk_mode_pages(disk.sector_size)
+        self.reservations = Reservations(lambda nexus, what: self.attention(what, nexus))
+        self._pages = disk_pages(disk, self.identity, self.limits, unmap=self._thin)
+        self._stopped = False
+        self._sector_count = disk.sector_count
+        self._handlers |= {
+            Opcode.TEST_UNIT_READY: lambda _: 0,
+            Opcode.INQUIRY: self._inquiry,
+            Opcode.MODE_SENSE_6: self._mode_sense,
+            Opcode.MODE_SENSE_10: self._mode_sense,
+            Opcode.MODE_SELECT_6: self._mode_select,
+            Opcode.MODE_SELECT_10: self._mode_select,
+            Opcode.START_STOP_UNIT: self._start_stop,
+            Opcode.PREVENT_ALLOW_MEDIUM_REMOVAL: self._prevent_allow,
+            Opcode.READ_CAPACITY_10: self._read_capacity_10,
+            Opcode.SERVICE_ACTION_IN_16: self._service_action_in,
+            Opcode.PERSISTENT_RESERVE_IN: self.reservations.report,
+            Opcode.PERSISTENT_RESERVE_OUT: self._persistent_reserve_out,
+        }
+        self._media: dict[int, Callable[[Task], int]] = {
+            Opcode.SYNCHRONIZE_CACHE_10: block.synchronize_cache,
+            Opcode.SYNCHRONIZE_CACHE_16: block.synchronize_cache,
+        }
+        for group in ("6", "10", "12", "16"):
+            self._media[Opcode[f"READ_{group}"]] = block.read
+            self._media[Opcode[f"WRITE_{group}"]] = block.write
+            if group != "6":
+                self._media[Opcode[f"VERIFY_{group}"]] = block.verify
+                self._media[Opcode[f"WRITE_AND_VERIFY_{group}"]] = block.write_and_verify
+        self._media |= {
+            Opcode.COMPARE_AND_WRITE: block.compare_and_write,
+            Opcode.WRITE_SAME_10: block.write_same,
+            Opcode.WRITE_SAME_16: block.write_same,
+            Opcode.UNMAP: block.unmap,
+        }
+        self._writes = set(self._media) - {
+            opcode
+            for opcode, handler in self._media.items()
+            if handler in (block.read, block.verify, block.synchronize_cache)
+        }
+        self._handlers |= self._media
+        if not self._thin:
+            self._table = tuple(command for command in self._table if command.opcode != Opcode.UNMAP)
+        self.changed()
+
+    @property
+    def _thin(self) -> bool:
+        return self.disk.unmap_granularity > 0
+
+    def refresh(self) -> None:
+        """Notice a changed capacity: every initiator gets CAPACITY DATA HAS CHANGED."""
+        count = self.disk.sector_count
+        if count != self._sector_count:
+            self._sector_count = count
+            self.attention(AdditionalSense.CAPACITY_DATA_CHANGED)
+
+    def reset(self, what: AdditionalSense = AdditionalSense.DEVICE_RESET_OCCURRED) -> None:
+        """Mode pages go back to their defaults and the medium runs; persistent reservations stay."""
+        for page in self.modes.pages.values():
+            page.current[:] = page.default
+        self._stopped = False
+        self._apply_modes()
+        super().reset(what)
+
+    def changed(self) -> None:
+        """Work out `plain` again and tell the watchers."""
+        self.plain = not (
+            self._stopped
+            or not self.block.write_cache
+            or self.reservations.active
+            or self.modes.pages[mode.CONTROL].bit(mode.SWP)
+            or self.attention_pending()
+        )
+        super().changed()
+
+    def _run(self, task: Task) -> int:
+        opcode = task.cdb[0]
+        if self.disk.sector_count != self._sector_count and opcode != Opcode.INQUIRY:
+            self.refresh()
+            if opcode not in (Opcode.REPORT_LUNS, Opcode.REQUEST_SENSE):
+                self._raise_attention(task.nexus)
+        if self.reservations.active:
+            self.reservations.check(opcode, task.nexus)
+        if self._stopped and (opcode in self._media or opcode == Opcode.TEST_UNIT_READY):
+            additional = AdditionalSense.NOT_READY_INITIALIZING_COMMAND_REQUIRED
+            raise CheckCondition.of(SenseKey.NOT_READY, additional)
+        if opcode in self._writes and self.modes.pages[mode.CONTROL].bit(mode.SWP):
+            raise CheckCondition.of(SenseKey.DATA_PROTECT, AdditionalSense.SOFTWARE_WRITE_PROTECTED)
+        return self._handlers[opcode](task)
+
+    def _descriptor_sense(self) -> bool:
+        return self.modes.pages[mode.CONTROL].bit(mode.D_SENSE)
+
+    def _inquiry(self, task: Task) -> int:
+        return inquiry(task, self.identity, self.device_type, self._pages)
+
+    def _mode_sense(self, task: Task) -> int:
+        protected = self.disk.read_only or self.modes.pages[mode.CONTROL].bit(mode.SWP)
+        device_specific = 0x10 | (0x80 if protected else 0)  # DPOFUA, WP
+        return self.modes.sense(task, device_specific=device_specific, block_count=self.disk.sector_count)
+
+    def _mode_select(self, task: Task) -> int:
+        with self._lock:
+            changed = self.modes.select(task)
+        if changed:
+            if self.block.write_cache and not self.modes.pages[mode.CACHING].bit(mode.WCE):
+                self.block.flush(task)  # what was acknowledged with the cache on must be durable, too
+            self._apply_modes()
+            self.attention(AdditionalSense.MODE_PARAMETERS_CHANGED, but=task.nexus)
+        return allocation_length(task.cdb)
+
+    def _apply_modes(self) -> None:
+        self.block.write_cache = self.modes.pages[mode.CACHING].bit(mode.WCE)
+        self.changed()
+
+    def _start_stop(self, task: Task) -> int:
+        action = task.cdb[4]
+        if action & 0x02:
+            raise invalid_field(4, 1)  # LOEJ: nothing to load or eject
+        if action & 0xF0:
+            return 0  # a power condition: the disk is as ready in every one of them
+        start = bool(action & 1)
+        if not start:
+            if self.reservations.active:
+                self.reservations.check(Opcode.WRITE_10, task.nexus)
+            if not action & 0x04:  # NO_FLUSH
+                self.block.flush(task)
+        self._stopped = not start
+        self.changed()
+        return 0
+
+    def _prevent_allow(self, task: Task) -> int:
+        del task  # nothing can be removed from a hard disk, so preventing it is always granted
+        return 0
+
+    def _read_capacity_10(self, task: Task) -> int:
+        last = min(self.disk.sector_count - 1, 0xFFFFFFFF)
+        return task.reply(struct.pack(">II", last, self.disk.sector_size), 8)
+
+    def _service_action_in(self, task: Task) -> int:
+        if task.cdb[1] & 0x1F == ServiceIn16.GET_LBA_STATUS:
+            return self.block.get_lba_status(task)
+        disk = self.disk
+        exponent = (disk.physical_sector_size // disk.sector_size).bit_length() - 1
+        thin = 0xC000 if self._thin else 0  # LBPME, LBPRZ
+        data = struct.pack(">QIBBH16x", disk.sector_count - 1, disk.sector_size, 0, exponent, thin)
+        return task.reply(data, allocation_length(task.cdb))
+
+    def _persistent_reserve_out(self, task: Task) -> int:
+        self.reservations.change(task)
+        self.changed()
+        return allocation_length(task.cdb)

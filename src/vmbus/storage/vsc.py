@@ -1,0 +1,515 @@
+"""The storage client: what a guest's driver does to reach disks over storage channels.
+
+`StorageVsc` negotiates, sends SCSI commands and keeps their completions apart; `StorageDisk` is the block
+device on top of it. The host is as little trusted as a guest is by `vmbus.storage.vsp`: completions nobody
+waits for are dropped, lengths are checked, and a request that is never completed ends with an error.
+"""
+
+import logging
+import struct
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from vmbus.bus.channel import Channel
+from vmbus.core.memory import PAGE_SIZE, GpaRanges
+from vmbus.core.ring import COMPLETION, COMPLETION_REQUESTED, IN_BAND, Packet
+from vmbus.errors import DeviceError, LocalProtocolError, RemoteProtocolError, RingFull
+from vmbus.storage.disk import Buffer
+from vmbus.storage.negotiation import GuestNegotiation
+from vmbus.storage.scsi.codes import Opcode, ScsiStatus, SenseKey, ServiceIn16
+from vmbus.storage.scsi.sense import Sense
+from vmbus.storage.wire import (
+    SENSE_SIZE,
+    DataDirection,
+    Operation,
+    PacketFlags,
+    PacketHeader,
+    ScsiRequest,
+    SrbFlags,
+    SrbStatus,
+    Version,
+    parse_scsi_request,
+)
+
+__all__ = ["CommandError", "CommandResult", "StorageDisk", "StorageVsc"]
+
+_log = logging.getLogger(__name__)
+
+_CONTROL_ID = 0xFFFF_FFFF_0000_0000
+"""Transaction ids of the negotiation and of resets begin here; those of SCSI requests count up from 1."""
+
+_RETRIES = 5
+_BATCH = 64
+_DEFAULT_PAGES = 64
+
+
+class CommandError(DeviceError):
+    """A SCSI command failed.
+
+    Attributes:
+        srb_status: `SrbStatus` without its flags.
+        scsi_status: `ScsiStatus`.
+        sense: why, if the host said so.
+    """
+
+    def __init__(self, cdb: bytes, srb_status: int, scsi_status: int, sense: Sense | None) -> None:
+        reason = (
+            str(sense) if sense is not None else f"SCSI status 0x{scsi_status:02x}, SRB 0x{srb_status:02x}"
+        )
+        super().__init__(f"SCSI command 0x{cdb[0]:02x} failed: {reason}")
+        self.srb_status = srb_status
+        self.scsi_status = scsi_status
+        self.sense = sense
+
+
+@dataclass(frozen=True, slots=True)
+class CommandResult:
+    """How a SCSI command ended.
+
+    Attributes:
+        srb_status: `SrbStatus` without its flags.
+        scsi_status: `ScsiStatus`.
+        transferred: data bytes that the host says it moved, never more than the buffer has.
+        sense: sense data, if there is any.
+        data: data-in bytes, `transferred` of them.
+    """
+
+    srb_status: int
+    scsi_status: int
+    transferred: int
+    sense: Sense | None
+    data: bytes = b""
+
+    @property
+    def good(self) -> bool:
+        """Whether the command did what it should."""
+        return self.srb_status == SrbStatus.SUCCESS and self.scsi_status == ScsiStatus.GOOD
+
+
+@dataclass(slots=True)
+class _Pending:
+    cdb: bytes
+    length: int
+    result: CommandResult | None = None
+
+
+class StorageVsc:
+    """One guest's end of a storage controller.
+
+    Args:
+        channel: the open primary channel.
+        pages: page frame numbers of guest memory that the client may use for data, in any order. The
+            largest transfer and the queue depth are limited by their number.
+        versions: protocol versions in order of preference.
+        sub_channels: how many sub-channels to ask for; open them and give them to `add_channel`.
+        timeout: seconds to wait for the host before giving up.
+        on_change: called after the host's notice that disks came or went, outside of any request.
+    """
+
+    def __init__(
+        self,
+        channel: Channel,
+        pages: Sequence[int],
+        *,
+        versions: Sequence[int] = tuple(sorted(Version, reverse=True)),
+        sub_channels: int = 0,
+        timeout: float = 5.0,
+        on_change: Callable[[], None] | None = None,
+    ) -> None:
+        if not pages:
+            raise LocalProtocolError("a storage client needs at least one page for data")
+        self.timeout = timeout
+        self.on_change = on_change
+        self.channels = [channel]
+        self.negotiation = GuestNegotiation(versions, sub_channels=sub_channels)
+        self.stale_completions = 0
+        """Completions that no request waited for."""
+        self._pages = list(pages)
+        self._free = list(pages)
+        self._memory = channel.memory
+        self._pending: dict[int, _Pending] = {}
+        self._control: list[bytes] = []
+        self._control_id = 0
+        self._next_id = 1
+        self._turn = 0
+        self._changed = False
+        self._failed = ""
+        self._rang = threading.Event()
+        self._lock = threading.RLock()
+        channel.on_signal = self._rang.set
+
+    def connect(self) -> None:
+        """Negotiate; afterwards requests may be sent.
+
+        Raises:
+            RemoteProtocolError: the host refuses or answers nonsense.
+            DeviceError: the host does not answer in time.
+        """
+        with self._lock:
+            while not self.negotiation.done:
+                self.negotiation.receive(self._ask(self.negotiation.request()))
+
+    def add_channel(self, channel: Channel) -> None:
+        """Use an open sub-channel for requests, too."""
+        channel.on_signal = self._rang.set
+        with self._lock:
+            self.channels.append(channel)
+
+    @property
+    def max_transfer(self) -> int:
+        """Bytes of one request that host and buffer pages allow, whole pages."""
+        most = min(self.negotiation.properties.max_transfer_bytes, len(self._pages) * PAGE_SIZE)
+        return most // PAGE_SIZE * PAGE_SIZE
+
+    def execute(
+        self, target: int, lun: int, cdb: bytes, *, data_out: Buffer = b"", data_in: int = 0
+    ) -> CommandResult:
+        """Send one SCSI command and wait for it.
+
+        Args:
+            target: SCSI target.
+            lun: logical unit.
+            cdb: up to 16 bytes.
+            data_out: data for the device, or
+            data_in: bytes of room for data from the device.
+
+        Raises:
+            DeviceError: the host did not complete it in time, or the data exceed the buffer pages.
+        """
+        length = len(data_out) or data_in
+        with self._lock:
+            pages = self._take(length)
+            ranges = self._ranges(pages, length) if length else None
+            if data_out and ranges is not None:
+                ranges.write(self._memory, data_out)
+            direction = (
+                DataDirection.OUT if data_out else DataDirection.IN if data_in else DataDirection.UNKNOWN
+            )
+            request = self._submit((target, lun), cdb, direction, ranges, length)
+            self._finish([request])
+            result = self._pending.pop(request).result
+            assert result is not None
+            if data_in and ranges is not None:
+                data = ranges.read(self._memory, 0, result.transferred)
+                result = CommandResult(
+                    result.srb_status, result.scsi_status, result.transferred, result.sense, data
+                )
+            self._free += pages
+        self._tell()
+        return result
+
+    def check(self, target: int, lun: int, cdb: bytes, *, data_out: Buffer = b"", data_in: int = 0) -> bytes:
+        """`execute`, and try again after unit attentions; returns the data.
+
+        Raises:
+            CommandError: the command failed.
+            DeviceError: as `execute`.
+        """
+        for _ in range(_RETRIES):
+            result = self.execute(target, lun, cdb, data_out=data_out, data_in=data_in)
+            if result.good:
+                return result.data
+            if result.sense is None or result.sense.key != SenseKey.UNIT_ATTENTION:
+                break
+        raise CommandError(cdb, result.srb_status, result.scsi_status, result.sense)
+
+    def luns(self, target: int = 0) -> list[int]:
+        """The logical units of a target, by REPORT LUNS."""
+        cdb = struct.pack(">BxBxxxIxx", Opcode.REPORT_LUNS, 0, PAGE_SIZE)
+        data = self.check(target, 0, cdb, data_in=PAGE_SIZE)
+        if len(data) < 8:
+            raise RemoteProtocolError(f"REPORT LUNS gave {len(data)} bytes")
+        listed = min(int.from_bytes(data[:4], "big"), len(data) - 8) // 8
+        return [int.from_bytes(data[8 + 8 * i : 10 + 8 * i], "big") & 0x3FFF for i in range(listed)]
+
+    def disk(self, target: int = 0, lun: int = 0) -> "StorageDisk":
+        """The block device at an address.
+
+        Raises:
+            CommandError: there is none, or it is not ready.
+        """
+        return StorageDisk(self, target, lun)
+
+    def reset(self) -> None:
+        """Reset the bus: whatever is under way is aborted, and units report a unit attention."""
+        with self._lock:
+            header = PacketHeader(Operation.RESET_BUS, PacketFlags.REQUEST_COMPLETION)
+            packet = header.pack().ljust(self._packet_size, b"\0")
+            status = PacketHeader.unpack(self._ask(packet)).status
+            if status:
+                raise DeviceError(f"the host refuses a bus reset with status 0x{status:08x}")
+
+    def poll(self) -> None:
+        """Take what the host sent unasked, and call `on_change` if disks came or went."""
+        with self._lock:
+            self._collect()
+        self._tell()
+
+    def close(self) -> None:
+        """Close all channels, sub-channels first."""
+        for channel in reversed(self.channels):
+            channel.close()
+
+    @property
+    def _packet_size(self) -> int:
+        rules = self.negotiation.rules
+        if rules is None:
+            raise LocalProtocolError("not connected")
+        return rules.packet_size
+
+    def _tell(self) -> None:
+        if self._changed:
+            self._changed = False
+            if self.on_change is not None:
+                self.on_change()
+
+    def _take(self, length: int) -> list[int]:
+        if self._failed:
+            raise DeviceError(self._failed)
+        count = -(-length // PAGE_SIZE)
+        if count > len(self._free):
+            raise DeviceError(f"{length} bytes of data exceed the {len(self._free)} free buffer pages")
+        pages = self._free[len(self._free) - count :]
+        del self._free[len(self._free) - count :]
+        return pages
+
+    @staticmethod
+    def _ranges(pages: Sequence[int], length: int) -> GpaRanges:
+        return GpaRanges([(length, 0, pages)])
+
+    def _ask(self, packet: bytes) -> bytes:
+        """Send a control packet on the primary channel and wait for its completion."""
+        self._control.clear()
+        self._control_id += 1
+        self.channels[0].send(packet, _CONTROL_ID + self._control_id, IN_BAND, COMPLETION_REQUESTED)
+        self._wait(lambda: bool(self._control))
+        return self._control[0]
+
+    def _submit(
+        self,
+        address: tuple[int, int],
+        cdb: bytes,
+        direction: DataDirection,
+        ranges: GpaRanges | None,
+        length: int,
+    ) -> int:
+        """Send one request; returns its transaction id."""
+        flags = {DataDirection.IN: SrbFlags.DATA_IN, DataDirection.OUT: SrbFlags.DATA_OUT}.get(direction, 0)
+        size = self._packet_size - PacketHeader.SIZE
+        request = ScsiRequest(
+            length=size,
+            target_id=address[0],
+            lun=address[1],
+            cdb_length=len(cdb),
+            sense_info_length=SENSE_SIZE,
+            data_in=direction,
+            data_transfer_length=length,
+            payload=cdb,
+            srb_flags=flags | SrbFlags.DISABLE_SYNCH_TRANSFER,
+            time_out_value=60,
+        )
+        packet = (
+            PacketHeader(Operation.EXECUTE_SRB, PacketFlags.REQUEST_COMPLETION).pack() + request.pack()[:size]
+        )
+        request_id = self._next_id
+        self._next_id += 1
+        channel = self.channels[self._turn % len(self.channels)]
+        self._turn += 1
+        self._pending[request_id] = _Pending(cdb, length)
+        self._wait(lambda: self._try_send(channel, packet, ranges, request_id))
+        return request_id
+
+    @staticmethod
+    def _try_send(channel: Channel, packet: bytes, ranges: GpaRanges | None, request_id: int) -> bool:
+        outgoing = channel.outgoing
+        try:
+            if ranges is None:
+                signal = outgoing.send(packet, request_id, IN_BAND, COMPLETION_REQUESTED)
+            else:
+                signal = outgoing.send_gpa_direct(packet, ranges, request_id)
+        except RingFull:
+            return False
+        channel.account.packets_sent += 1
+        channel.notify(signal)
+        return True
+
+    def _finish(self, requests: Sequence[int]) -> None:
+        self._wait(lambda: all(self._pending[request].result is not None for request in requests))
+
+    def _wait(self, done: Callable[[], bool]) -> None:
+        """Take completions until `done`.
+
+        Raises:
+            DeviceError: the host did not answer within `timeout`. Its later answers could write into
+                buffers that were given to other requests, so the client is of no use any more.
+        """
+        deadline = 0.0
+        while not done():
+            self._rang.clear()
+            if self._collect():
+                continue
+            now = time.monotonic()
+            deadline = deadline or now + self.timeout
+            if now >= deadline:
+                self._failed = f"the host did not complete a request within {self.timeout} s"
+                raise DeviceError(self._failed)
+            if not all(channel.is_open for channel in self.channels):
+                self._failed = "the storage channel was closed"
+                raise DeviceError(self._failed)
+            self._rang.wait(deadline - now)
+
+    def _collect(self) -> int:
+        """Take all packets there are; returns their number."""
+        taken = 0
+        for channel in self.channels:
+            if not channel.is_open:
+                continue
+            while packets := channel.incoming.recv_packets(_BATCH):
+                taken += len(packets)
+                channel.account.packets_received += len(packets)
+                for packet in packets:
+                    self._packet(packet)
+                channel.notify(channel.incoming.take_signal())
+        return taken
+
+    def _packet(self, packet: Packet) -> None:
+        payload = packet.payload
+        if packet.type == IN_BAND and packet.transaction_id == 0:
+            if int.from_bytes(payload[:4], "little") in (Operation.ENUMERATE_BUS, Operation.REMOVE_DEVICE):
+                self._changed = True
+            return
+        if packet.type == COMPLETION and packet.transaction_id == _CONTROL_ID + self._control_id:
+            self._control.append(payload)
+            return
+        pending = self._pending.get(packet.transaction_id) if packet.type == COMPLETION else None
+        if pending is None or pending.result is not None:
+            self.stale_completions += 1
+            _log.warning("the host completed request %#x, which is not pending", packet.transaction_id)
+            return
+        try:
+            pending.result = self._result(payload, pending)
+        except RemoteProtocolError as error:
+            _log.warning("the host completed request %#x with nonsense: %s", packet.transaction_id, error)
+            pending.result = CommandResult(SrbStatus.ERROR, ScsiStatus.GOOD, 0, None)
+
+    @staticmethod
+    def _result(payload: bytes, pending: _Pending) -> CommandResult:
+        header = PacketHeader.unpack(payload)
+        if header.operation != Operation.COMPLETE_IO:
+            raise RemoteProtocolError(f"operation {header.operation} instead of a completion")
+        answer = parse_scsi_request(payload)
+        status = answer.srb_status & SrbStatus.MASK
+        sense = None
+        if answer.srb_status & SrbStatus.AUTOSENSE_VALID:
+            sense = Sense.unpack(answer.payload[: min(answer.sense_info_length, SENSE_SIZE)])
+        if header.status and status == SrbStatus.SUCCESS:
+            status = SrbStatus.ERROR  # refused before it became a SCSI command
+        return CommandResult(
+            status, answer.scsi_status, min(answer.data_transfer_length, pending.length), sense
+        )
+
+
+class StorageDisk:
+    """A disk of the host as a block device of the guest.
+
+    Offsets and lengths are bytes and multiples of `sector_size`.
+
+    Args:
+        vsc: a connected client.
+        target: SCSI target.
+        lun: logical unit.
+
+    Attributes:
+        sector_size: bytes of a sector.
+        physical_sector_size: bytes the medium writes at once.
+        size: capacity in bytes.
+        thin: unmapped blocks can be given back.
+    """
+
+    def __init__(self, vsc: StorageVsc, target: int = 0, lun: int = 0) -> None:
+        self.vsc = vsc
+        self.target = target
+        self.lun = lun
+        self._check(bytes([Opcode.TEST_UNIT_READY]))
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Ask for the capacity again."""
+        cdb = struct.pack(">BB8xIxx", Opcode.SERVICE_ACTION_IN_16, ServiceIn16.READ_CAPACITY_16, 32)
+        data = self._check(cdb, data_in=32)
+        if len(data) < 16:
+            raise RemoteProtocolError(f"READ CAPACITY gave {len(data)} bytes")
+        last, self.sector_size, _, exponent, thin = struct.unpack(">QIBBH", data[:16])
+        if (
+            self.sector_size < 512
+            or self.sector_size & (self.sector_size - 1)
+            or self.sector_size > PAGE_SIZE
+        ):
+            raise RemoteProtocolError(f"sectors of {self.sector_size} bytes")
+        self.physical_sector_size = self.sector_size << (exponent & 0xF)
+        self.thin = bool(thin & 0x8000)
+        self.size = (last + 1) * self.sector_size
+
+    def inquiry(self, page: int | None = None) -> bytes:
+        """Standard INQUIRY data, or a page of vital product data."""
+        cdb = struct.pack(">BBBHx", Opcode.INQUIRY, page is not None, page or 0, 255)
+        return self._check(cdb, data_in=255)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Exactly `length` bytes.
+
+        Raises:
+            CommandError: the disk refused or failed.
+        """
+        parts = []
+        for at in range(offset, offset + length, self.vsc.max_transfer):
+            size = min(self.vsc.max_transfer, offset + length - at)
+            data = self._check(self._cdb(Opcode.READ_16, at, size), data_in=size)
+            if len(data) != size:
+                raise RemoteProtocolError(f"the host read {len(data)} of {size} bytes")
+            parts.append(data)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def write(self, offset: int, data: Buffer, *, fua: bool = False) -> None:
+        """Write all of `data`; with `fua` it is durable on return.
+
+        Raises:
+            CommandError: the disk refused or failed.
+        """
+        view = memoryview(data).cast("B")
+        for at in range(0, len(view), self.vsc.max_transfer):
+            part = view[at : at + self.vsc.max_transfer]
+            cdb = bytearray(self._cdb(Opcode.WRITE_16, offset + at, len(part)))
+            cdb[1] |= 0x08 if fua else 0
+            self._check(bytes(cdb), data_out=part)
+
+    def flush(self) -> None:
+        """Return when everything written before is durable."""
+        self._check(bytes([Opcode.SYNCHRONIZE_CACHE_10]) + bytes(9))
+
+    def unmap(self, offset: int, length: int) -> None:
+        """Give the range back; it reads as zeros."""
+        most = 0xFFFF_FFFF // 8 * 8 * self.sector_size
+        for at in range(offset, offset + length, most):
+            size = min(most, offset + length - at)
+            data = struct.pack(">HH4xQI4x", 22, 16, at // self.sector_size, size // self.sector_size)
+            self._check(struct.pack(">B6xHx", Opcode.UNMAP, len(data)), data_out=data)
+
+    def read_batch(self, offsets: Sequence[int], length: int) -> list[bytes]:
+        """`length` bytes at each of the offsets."""
+        return [self.read(offset, length) for offset in offsets]
+
+    def write_batch(self, offsets: Sequence[int], data: Sequence[Buffer]) -> None:
+        """Write each piece of data at its offset."""
+        for offset, part in zip(offsets, data, strict=True):
+            self.write(offset, part)
+
+    def _cdb(self, opcode: Opcode, offset: int, length: int) -> bytes:
+        if offset % self.sector_size or length % self.sector_size:
+            raise LocalProtocolError(f"bytes {offset}+{length} are not whole {self.sector_size}-byte sectors")
+        return struct.pack(">BxQIxx", opcode, offset // self.sector_size, length // self.sector_size)
+
+    def _check(self, cdb: bytes, *, data_out: Buffer = b"", data_in: int = 0) -> bytes:
+        return self.vsc.check(self.target, self.lun, cdb, data_out=data_out, data_in=data_in)

@@ -1,0 +1,494 @@
+"""The storage provider: serves the disks of the parent to one guest over storage channels.
+
+One `StorageVsp` is one synthetic SCSI controller (or one IDE accelerator). Its primary channel carries the
+negotiation; requests may come on any of its channels and are completed where they came from, in the order in
+which the backend finishes them.
+"""
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple, TypeAlias
+from uuid import UUID, uuid4, uuid5
+
+from vmbus.bus.channel import Channel
+from vmbus.bus.offer import Offer
+from vmbus.core.ring import COMPLETION, COMPLETION_REQUESTED, GPA_DIRECT, IN_BAND, Packet
+from vmbus.errors import GuestMemoryError, LocalProtocolError, RemoteProtocolError, RingCorrupt, RingFull
+from vmbus.storage.buffers import GuestBuffer
+from vmbus.storage.disk import Disk
+from vmbus.storage.negotiation import HostNegotiation, State
+from vmbus.storage.scsi.cdb import allocation_length
+from vmbus.storage.scsi.codes import AdditionalSense, Opcode, ScsiStatus, SenseKey
+from vmbus.storage.scsi.inquiry import Limits, absent_inquiry
+from vmbus.storage.scsi.sense import CheckCondition, Sense, invalid_field, sense_key
+from vmbus.storage.scsi.task import Outcome, Task
+from vmbus.storage.scsi.unit import DiskUnit, LogicalUnit
+from vmbus.storage.wire import (
+    CDB_SIZE,
+    IDE_ACCELERATOR_INTERFACE,
+    MAX_REQUEST_SIZE,
+    MAX_TRANSFER,
+    MIN_REQUEST_SIZE,
+    SCSI_INTERFACE,
+    NtStatus,
+    OfferProperties,
+    Operation,
+    PacketHeader,
+    ScsiRequest,
+    SrbFlags,
+    SrbStatus,
+    Version,
+    ide_instance,
+    parse_scsi_request,
+)
+
+__all__ = ["Address", "StorageVsp"]
+
+_log = logging.getLogger(__name__)
+
+Address: TypeAlias = tuple[int, int]
+"""(target, lun) on path 0, each below 256."""
+
+MAX_OUTSTANDING = 1024
+"""Requests of one channel that are read before any of them is completed."""
+
+_BATCH = 64
+_RESETS = {
+    Operation.RESET_LUN: AdditionalSense.DEVICE_RESET_OCCURRED,
+    Operation.RESET_ADAPTER: AdditionalSense.POWER_ON_OR_RESET,
+    Operation.RESET_BUS: AdditionalSense.BUS_RESET_OCCURRED,
+}
+_NO_UNIT = Outcome(
+    ScsiStatus.CHECK_CONDITION,
+    sense=Sense(SenseKey.ILLEGAL_REQUEST, AdditionalSense.LOGICAL_UNIT_NOT_SUPPORTED).pack(),
+)
+_BAD_BUFFER = invalid_field(0).sense.pack()
+_NT_STATUS = {
+    SrbStatus.SUCCESS: NtStatus.SUCCESS,
+    SrbStatus.BUSY: NtStatus.DEVICE_BUSY,
+    SrbStatus.ABORTED: NtStatus.CANCELLED,
+    SrbStatus.DATA_OVERRUN: NtStatus.BUFFER_OVERFLOW,
+    SrbStatus.INVALID_LUN: NtStatus.DEVICE_DOES_NOT_EXIST,
+}
+
+
+class _Request(NamedTuple):
+    """One SCSI request of the guest; `size` is that of its payload area, and of its completion's."""
+
+    packet: Packet
+    size: int
+    scsi: ScsiRequest
+
+
+class _Server:
+    """One open channel and what is under way on it."""
+
+    def __init__(self, channel: Channel) -> None:
+        self.channel = channel
+        self.index = channel.offer.subchannel_index
+        self.completions: deque[tuple[int, bytes]] = deque()
+        self.notices: set[Operation] = set()
+        self.running: set[Future[Outcome]] = set()
+        self.idle = threading.Condition()
+        self._lock = threading.Lock()
+        self._again = False
+
+    def kick(self, run: Callable[["_Server"], None]) -> None:
+        """Run the server unless somebody does so already; then let that one look again.
+
+        So no thread waits for another, a doorbell from inside the loop does not nest, and none is lost.
+        """
+        self._again = True
+        while self._again:
+            if not self._lock.acquire(blocking=False):
+                return
+            try:
+                self._again = False
+                run(self)
+            finally:
+                self._lock.release()
+
+
+class StorageVsp:
+    """One storage controller.
+
+    Args:
+        disks: what is attached, by (target, lun); a `Disk`, or a `LogicalUnit` that may be shared with other
+            controllers.
+        instance_id: the device's instance; a random one if not given. Serial numbers of disks that have no
+            identifier come from it, so fix it where runs have to repeat.
+        max_sub_channels: sub-channels the guest may open beside the primary one.
+        max_transfer: bytes of one request, announced to the guest.
+        workers: threads that execute requests; 0 executes them on the thread that rings, one after another.
+        versions: protocol versions that are accepted.
+
+    Attributes:
+        offer: what to offer on the bus, with `open` and `close` as its callbacks.
+        create_sub_channels: called with a number when the guest asks for sub-channels; whoever offers
+            `offer` sets it to offer ``offer.subchannel(1)`` to ``offer.subchannel(number)``.
+    """
+
+    def __init__(
+        self,
+        disks: Mapping[Address, Disk | LogicalUnit] | None = None,
+        *,
+        instance_id: UUID | None = None,
+        max_sub_channels: int = 0,
+        max_transfer: int = MAX_TRANSFER,
+        workers: int = 0,
+        versions: Sequence[int] = tuple(Version),
+    ) -> None:
+        self.offer = Offer(SCSI_INTERFACE, instance_id or uuid4())
+        self.create_sub_channels: Callable[[int], None] | None = None
+        self._path: int | None = None  # of an IDE accelerator, whatever the guest says
+        self._max_sub_channels = max_sub_channels
+        self._max_transfer = max_transfer
+        self._versions = versions
+        self._units: dict[Address, LogicalUnit] = {}
+        self._servers: dict[int, _Server] = {}
+        self._negotiation = self._new_negotiation()
+        self._pool = ThreadPoolExecutor(workers, "storvsp") if workers else None
+        for address, disk in (disks or {}).items():
+            self.add_disk(address, disk)
+
+    @classmethod
+    def ide_accelerator(cls, disk: Disk | LogicalUnit, *, path: int, target: int) -> "StorageVsp":
+        """The controller that gives a guest its emulated IDE disk over VMBus: one disk, one channel.
+
+        Args:
+            disk: the same disk that the emulated controller serves.
+            path: IDE channel, 0 or 1.
+            target: 0 for the master, 1 for the slave.
+        """
+        vsp = cls({(target, 0): disk}, instance_id=ide_instance(path, target))
+        user_defined = OfferProperties(path_id=path, target_id=target).pack()
+        vsp.offer = Offer(IDE_ACCELERATOR_INTERFACE, ide_instance(path, target), user_defined=user_defined)
+        vsp._path = path
+        return vsp
+
+    @property
+    def units(self) -> dict[Address, LogicalUnit]:
+        """The attached units by (target, lun)."""
+        return dict(self._units)
+
+    @property
+    def version(self) -> Version | None:
+        """The negotiated protocol version, None before."""
+        rules = self._negotiation.rules
+        return rules.version if rules is not None else None
+
+    @property
+    def ready(self) -> bool:
+        """Whether the guest has finished the negotiation."""
+        return self._negotiation.state is State.READY
+
+    def add_disk(self, address: Address, disk: Disk | LogicalUnit) -> LogicalUnit:
+        """Attach a disk, also while the guest runs: it is told to look.
+
+        Raises:
+            LocalProtocolError: the address is taken or impossible.
+        """
+        target, lun = address
+        if not (0 <= target < 256 and 0 <= lun < 256):
+            raise LocalProtocolError(f"target {target}, LUN {lun}: each must be below 256")
+        if address in self._units:
+            raise LocalProtocolError(f"target {target}, LUN {lun} is taken")
+        if isinstance(disk, Disk):
+            limits = Limits(max_transfer=self._max_transfer // disk.sector_size)
+            serial = uuid5(self.offer.instance_id, f"{target}:{lun}")
+            unit: LogicalUnit = DiskUnit(disk, serial, limits=limits)
+        else:
+            unit = disk
+        unit.attach(self.offer.instance_id)
+        self._units[address] = unit
+        self._notify(Operation.ENUMERATE_BUS)
+        return unit
+
+    def remove_disk(self, address: Address) -> LogicalUnit:
+        """Detach a disk; on return no request is in it any more. The guest is told to look.
+
+        Raises:
+            LocalProtocolError: nothing is attached there.
+        """
+        unit = self._units.pop(address, None)
+        if unit is None:
+            raise LocalProtocolError(f"no disk is attached at target {address[0]}, LUN {address[1]}")
+        for server in list(self._servers.values()):
+            self._wait_idle(server)
+        unit.detach(self.offer.instance_id)
+        self._notify(Operation.REMOVE_DEVICE)
+        return unit
+
+    def open(self, channel: Channel) -> None:
+        """Serve a channel that the guest opened; its sub-channel index comes from its offer."""
+        server = _Server(channel)
+        if server.index == 0:
+            self._negotiation = self._new_negotiation()
+        self._servers[server.index] = server
+        channel.on_signal = lambda: server.kick(self._run)
+        server.kick(self._run)  # packets may have come before we listened
+
+    def close(self, channel: Channel) -> None:
+        """Stop serving a channel; on return no request of it is in any disk."""
+        server = self._servers.get(channel.offer.subchannel_index)
+        if server is None or server.channel is not channel:
+            return
+        del self._servers[server.index]
+        channel.on_signal = None
+        for future in list(server.running):
+            future.cancel()
+        self._wait_idle(server)
+        server.completions.clear()
+        if server.index == 0:
+            self._negotiation = self._new_negotiation()
+            for unit in self._units.values():
+                unit.detach(self.offer.instance_id)
+                unit.attach(self.offer.instance_id)
+
+    def shutdown(self) -> None:
+        """Close all channels' service and end the worker threads. The disks stay open."""
+        for server in list(self._servers.values()):
+            self.close(server.channel)
+        if self._pool is not None:
+            self._pool.shutdown()
+
+    def _new_negotiation(self) -> HostNegotiation:
+        return HostNegotiation(
+            max_sub_channels=self._max_sub_channels,
+            max_transfer=self._max_transfer,
+            create=self._create if self._max_sub_channels else None,
+            versions=self._versions,
+        )
+
+    def _create(self, count: int) -> None:
+        if self.create_sub_channels is not None:
+            self.create_sub_channels(count)
+
+    def _notify(self, notice: Operation) -> None:
+        """Send an unsolicited packet (transaction id 0) on the primary channel, once the guest understands it."""
+        server = self._servers.get(0)
+        rules = self._negotiation.rules
+        # Before the negotiation is over the guest has not scanned anything that could have changed.
+        if server is not None and self.ready and rules is not None and rules.notifications:
+            server.notices.add(notice)
+            server.kick(self._run)
+
+    @staticmethod
+    def _wait_idle(server: _Server) -> None:
+        with server.idle:
+            server.idle.wait_for(lambda: not server.running)
+
+    def _run(self, server: _Server) -> None:
+        """Move packets until there is nothing to do; called with the server's lock held."""
+        channel = server.channel
+        incoming = channel.incoming
+        try:
+            while channel.is_open and self._servers.get(server.index) is server:
+                if not self._flush(server):
+                    return  # the guest's ring is full: it rings when it has made room
+                room = MAX_OUTSTANDING - len(server.running)
+                if room <= 0:
+                    return  # a finishing request comes back here
+                incoming.mask()
+                packets = incoming.recv_packets(min(_BATCH, room))
+                for packet in packets:
+                    self._packet(server, packet)
+                channel.account.packets_received += len(packets)
+                if packets:
+                    channel.notify(incoming.take_signal())
+                elif not incoming.unmask():
+                    return
+        except RingCorrupt as error:
+            _log.warning("storage channel %d is corrupt and gets closed: %s", channel.channel_id, error)
+            self.close(channel)
+            channel.close()
+
+    def _flush(self, server: _Server) -> bool:
+        """Write completions and notices, ring once; False if the ring is full."""
+        if not server.completions and not server.notices:
+            return True
+        channel = server.channel
+        outgoing = channel.outgoing
+        signal = False
+        sent = 0
+        try:
+            while server.notices:
+                notice = min(server.notices)
+                rules = self._negotiation.rules
+                size = rules.packet_size if rules is not None else PacketHeader.SIZE + MAX_REQUEST_SIZE
+                signal |= outgoing.send(PacketHeader(notice).pack().ljust(size, b"\0"), 0, IN_BAND)
+                sent += 1
+                server.notices.discard(notice)
+            while server.completions:
+                transaction_id, payload = server.completions[0]
+                signal |= outgoing.send(payload, transaction_id, COMPLETION)
+                sent += 1
+                server.completions.popleft()
+        except RingFull:
+            if outgoing.want_space(PacketHeader.SIZE + MAX_REQUEST_SIZE):
+                return self._signal(channel, signal, sent) and self._flush(server)
+            self._signal(channel, signal, sent)
+            return False
+        outgoing.stop_waiting()
+        return self._signal(channel, signal, sent)
+
+    @staticmethod
+    def _signal(channel: Channel, signal: bool, sent: int) -> bool:
+        channel.account.packets_sent += sent
+        if sent:
+            channel.notify(signal)
+        return True
+
+    def _packet(self, server: _Server, packet: Packet) -> None:
+        """Take one packet of the guest. A wrong one is answered, never fatal."""
+        if packet.type not in (IN_BAND, GPA_DIRECT):
+            _log.warning("packet of type %d on storage channel %d", packet.type, server.channel.channel_id)
+            return
+        payload = packet.payload
+        size = min(max(len(payload) - PacketHeader.SIZE, MIN_REQUEST_SIZE), MAX_REQUEST_SIZE)
+        try:
+            header = PacketHeader.unpack(payload)
+            if header.operation == Operation.EXECUTE_SRB and self.ready:
+                self._execute_srb(server, packet, _Request(packet, size, parse_scsi_request(payload)))
+                return
+            status, body = self._control(server, header.operation, payload[PacketHeader.SIZE :])
+        except RemoteProtocolError as error:
+            _log.warning("bad packet on storage channel %d: %s", server.channel.channel_id, error)
+            status, body = NtStatus.INVALID_PARAMETER, b""
+        self._complete(server, packet, size, status, body)
+
+    def _complete(self, server: _Server, packet: Packet, size: int, status: int, body: bytes) -> None:
+        """Queue a completion of exactly the request's size, as Windows guests insist on it."""
+        if packet.flags & COMPLETION_REQUESTED:
+            header = PacketHeader(Operation.COMPLETE_IO, 0, status).pack()
+            server.completions.append((packet.transaction_id, header + body[:size].ljust(size, b"\0")))
+
+    def _control(self, server: _Server, operation: int, payload: bytes) -> tuple[NtStatus, bytes]:
+        if server.index:
+            return NtStatus.INVALID_DEVICE_STATE, b""  # only the primary channel is for anything but requests
+        if operation in _RESETS:
+            if not self.ready:
+                return NtStatus.INVALID_DEVICE_STATE, b""
+            return self._reset(Operation(operation), payload), b""
+        if operation not in list(Operation):
+            _log.warning("unknown storage operation %d", operation)
+            return NtStatus.INVALID_DEVICE_REQUEST, b""
+        return self._negotiation.receive(operation, payload)
+
+    def _reset(self, operation: Operation, payload: bytes) -> NtStatus:
+        """Abort what has not begun, let what has begun end, and give the units their unit attention."""
+        for server in list(self._servers.values()):
+            for future in list(server.running):
+                future.cancel()
+        if operation is Operation.RESET_LUN:
+            request = ScsiRequest.unpack(payload.ljust(MAX_REQUEST_SIZE, b"\0"))
+            unit = self._units.get((request.target_id, request.lun))
+            if unit is None:
+                return NtStatus.DEVICE_DOES_NOT_EXIST
+            unit.reset(_RESETS[operation])
+        else:
+            for unit in self._units.values():
+                unit.reset(_RESETS[operation])
+        return NtStatus.SUCCESS
+
+    def _execute_srb(self, server: _Server, packet: Packet, request: _Request) -> None:
+        scsi = request.scsi
+        ranges = packet.ranges
+        if scsi.data_transfer_length > (ranges.total if ranges is not None else 0):
+            # The data buffer is not there; without it not even an error of the command itself would be right.
+            self._respond(server, request, Outcome(ScsiStatus.CHECK_CONDITION, 0, _BAD_BUFFER))
+            return
+        buffer = GuestBuffer(server.channel.memory, ranges, scsi.data_transfer_length)
+        task = Task(scsi.payload[:CDB_SIZE], buffer, self.offer.instance_id, server.channel.account)
+        if self._pool is None:
+            self._respond(server, request, self._carry_out(scsi, task))
+            return
+        future = self._pool.submit(self._carry_out, scsi, task)
+        with server.idle:
+            server.running.add(future)
+
+        def finished(future: Future[Outcome]) -> None:
+            outcome = Outcome(ScsiStatus.TASK_ABORTED) if future.cancelled() else future.result()
+            self._respond(server, request, outcome)
+            with server.idle:
+                server.running.discard(future)
+                server.idle.notify_all()
+            server.kick(self._run)
+
+        future.add_done_callback(finished)
+
+    def _carry_out(self, scsi: ScsiRequest, task: Task) -> Outcome:
+        """Find the unit and let it execute the command. Never raises."""
+        path = scsi.path_id if self._path is None else 0
+        unit = self._units.get((scsi.target_id, scsi.lun)) if path == 0 else None
+        cdb = task.cdb
+        try:
+            if cdb[0] == Opcode.REPORT_LUNS:
+                return Outcome(transferred=self._report_luns(scsi, task))
+            if unit is not None:
+                return unit.execute(task)
+            if cdb[0] == Opcode.INQUIRY and not cdb[1] & 1 and not cdb[2]:
+                return Outcome(transferred=task.reply(absent_inquiry(), allocation_length(cdb)))
+        except CheckCondition as condition:
+            return Outcome(ScsiStatus.CHECK_CONDITION, 0, condition.sense.pack())
+        except GuestMemoryError as error:
+            _log.warning("a guest gave a data buffer outside its memory: %s", error)
+            return Outcome(ScsiStatus.CHECK_CONDITION, 0, _BAD_BUFFER)
+        return _NO_UNIT
+
+    def _report_luns(self, scsi: ScsiRequest, task: Task) -> int:
+        """REPORT LUNS for the target that is addressed; single-level addresses (SAM-5 4.7.7.5)."""
+        select, allocation = task.cdb[2], allocation_length(task.cdb)
+        if select > 2:
+            raise invalid_field(2)
+        if allocation < 16:
+            raise invalid_field(6)
+        path = 0 if self._path is None else self._path
+        luns = sorted(lun for target, lun in list(self._units) if target == scsi.target_id)
+        if select == 1 or scsi.path_id != path:  # well-known units only, of which there are none
+            luns = []
+        body = b"".join(bytes([0, lun, 0, 0, 0, 0, 0, 0]) for lun in luns)
+        return task.reply(len(body).to_bytes(4, "big") + bytes(4) + body, allocation)
+
+    def _respond(self, server: _Server, request: _Request, outcome: Outcome) -> None:
+        """Queue the completion of a SCSI request."""
+        scsi = request.scsi
+        rules = self._negotiation.rules
+        sense = b"" if scsi.srb_flags & SrbFlags.DISABLE_AUTOSENSE else outcome.sense
+        sense = sense[: rules.sense_size if rules is not None else 0]
+        srb_status = _srb_status(outcome)
+        response = ScsiRequest(
+            length=request.size,
+            srb_status=srb_status | (SrbStatus.AUTOSENSE_VALID if sense else 0),
+            scsi_status=outcome.status,
+            path_id=scsi.path_id,
+            target_id=scsi.target_id,
+            lun=scsi.lun,
+            cdb_length=CDB_SIZE,
+            sense_info_length=len(sense),
+            data_in=scsi.data_in,
+            data_transfer_length=outcome.transferred,
+            payload=sense,
+        )
+        status = _NT_STATUS.get(srb_status, NtStatus.IO_DEVICE_ERROR)
+        self._complete(server, request.packet, request.size, status, response.pack())
+
+
+def _srb_status(outcome: Outcome) -> SrbStatus:
+    """The storage stack's view of how a command ended, as OpenVMM gives it."""
+    if outcome.status == ScsiStatus.GOOD:
+        return SrbStatus.SUCCESS
+    if outcome is _NO_UNIT:
+        return SrbStatus.INVALID_LUN
+    if outcome.overrun:
+        return SrbStatus.DATA_OVERRUN
+    if outcome.status == ScsiStatus.BUSY:
+        return SrbStatus.BUSY
+    if outcome.status == ScsiStatus.TASK_ABORTED:
+        return SrbStatus.ABORTED
+    if outcome.status == ScsiStatus.CHECK_CONDITION and sense_key(outcome.sense) == SenseKey.ILLEGAL_REQUEST:
+        return SrbStatus.INVALID_REQUEST
+    return SrbStatus.ERROR

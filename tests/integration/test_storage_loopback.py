@@ -1,0 +1,195 @@
+"""The storage client and provider over two rings and guest memory."""
+
+import os
+import struct
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from vmbus.bus.channel import Channel, loopback
+from vmbus.core.memory import GuestMemory
+from vmbus.errors import LocalProtocolError
+from vmbus.storage.disk import Disk, MemoryDisk
+from vmbus.storage.scsi.codes import AdditionalSense, Opcode, SenseKey
+from vmbus.storage.scsi.sense import Sense
+from vmbus.storage.vsc import CommandError, StorageVsc
+from vmbus.storage.vsp import StorageVsp
+from vmbus.storage.wire import SrbStatus, Version
+
+MIB = 1 << 20
+CONTENT = os.urandom(8 * MIB)
+
+Connect = Callable[..., tuple[StorageVsp, StorageVsc]]
+
+
+class Slow(Disk):
+    """A disk without a file descriptor: every byte goes through its Python methods."""
+
+    def __init__(self, inner: Disk) -> None:
+        self.inner = inner
+        self.sector_size, self.sector_count = inner.sector_size, inner.sector_count
+        self.physical_sector_size, self.read_only = inner.physical_sector_size, inner.read_only
+        self.read, self.write, self.flush, self.close = inner.read, inner.write, inner.flush, inner.close  # type: ignore[method-assign]
+
+    def read(self, offset: int, length: int) -> bytes:
+        raise NotImplementedError
+
+    def write(self, offset: int, data: object) -> None:
+        raise NotImplementedError
+
+    def flush(self) -> None:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+
+@pytest.fixture
+def connect() -> Iterator[Connect]:
+    opened: list[tuple[StorageVsp, Channel]] = []
+
+    def make(
+        disks: dict[tuple[int, int], Disk], *, versions: list[int] | None = None, **options: int
+    ) -> tuple[StorageVsp, StorageVsc]:
+        memory = GuestMemory(16 * MIB)
+        guest, host = loopback(memory, 16, 16)
+        vsp = StorageVsp(disks, **options)  # type: ignore[arg-type]
+        vsp.open(host)
+        opened.append((vsp, host))
+        pages = list(range(1024, 0, -7))  # scattered, in falling order
+        vsc = StorageVsc(guest, pages, **({"versions": versions} if versions else {}))  # type: ignore[arg-type]
+        vsc.connect()
+        return vsp, vsc
+
+    yield make
+    for vsp, host in opened:
+        vsp.shutdown()
+        host.close()
+
+
+@pytest.mark.parametrize("version", list(Version))
+@pytest.mark.parametrize("wrap", [lambda disk: disk, Slow], ids=["file", "python"])
+@pytest.mark.parametrize("workers", [0, 3])
+def test_a_disk_reads_writes_and_gives_back(
+    connect: Connect, version: Version, wrap: Callable[[Disk], Disk], workers: int
+) -> None:
+    disk = MemoryDisk(8 * MIB, content=CONTENT)
+    vsp, vsc = connect({(0, 0): wrap(disk)}, versions=[version], workers=workers)
+    assert vsp.version == version
+    device = vsc.disk()
+    assert (device.size, device.sector_size) == (8 * MIB, 512)
+    for offset, length in ((0, 512), (4096, 4096), (512, 3 * 512), (8 * MIB - 512, 512), (MIB, 2 * MIB)):
+        assert device.read(offset, length) == CONTENT[offset : offset + length]
+    data = os.urandom(700 * 1024)
+    device.write(3 * 512, data)
+    device.write(0, b"\x55" * 512, fua=True)
+    device.flush()
+    assert disk.read(0, 512) == b"\x55" * 512
+    assert disk.read(3 * 512, len(data)) == data
+    if device.thin:
+        device.unmap(4 * MIB, MIB)
+        assert disk.read(4 * MIB, MIB) == bytes(MIB)
+        assert device.read(4 * MIB, MIB) == bytes(MIB)
+
+
+@pytest.mark.parametrize(("sector", "physical"), [(512, 512), (512, 4096), (4096, 4096)])
+def test_geometries(connect: Connect, sector: int, physical: int) -> None:
+    disk = MemoryDisk(MIB, sector_size=sector, physical_sector_size=physical, content=CONTENT[:MIB])
+    _, vsc = connect({(0, 3): disk})
+    device = vsc.disk(0, 3)
+    assert (device.sector_size, device.physical_sector_size, device.size) == (sector, physical, MIB)
+    assert device.read(sector, 2 * sector) == CONTENT[sector : 3 * sector]
+    with pytest.raises(LocalProtocolError):
+        device.read(100, sector)
+
+
+def test_a_command_to_nobody(connect: Connect) -> None:
+    _, vsc = connect({(0, 1): MemoryDisk(MIB)})
+    assert vsc.luns(0) == [1]
+    assert vsc.luns(1) == []
+    result = vsc.execute(0, 0, bytes([Opcode.TEST_UNIT_READY]))
+    assert result.srb_status == SrbStatus.INVALID_LUN
+    assert result.sense == Sense(SenseKey.ILLEGAL_REQUEST, AdditionalSense.LOGICAL_UNIT_NOT_SUPPORTED)
+    # Guests look for the units of a target at LUN 0, so that must answer INQUIRY all the same.
+    inquiry = vsc.execute(0, 0, struct.pack(">BBBHx", Opcode.INQUIRY, 0, 0, 36), data_in=36)
+    assert inquiry.good
+    assert inquiry.data[0] == 0x7F
+
+
+def test_hot_add_and_remove_are_told_and_take_effect(connect: Connect) -> None:
+    vsp, vsc = connect({(0, 0): MemoryDisk(MIB)})
+    seen: list[list[int]] = []
+    vsc.on_change = lambda: seen.append(vsc.luns())
+    vsp.add_disk((0, 5), MemoryDisk(2 * MIB))
+    vsc.poll()
+    device = vsc.disk(0, 5)
+    assert device.size == 2 * MIB
+    vsp.remove_disk((0, 5))
+    vsc.poll()
+    assert seen == [[0, 5], [0]]
+    with pytest.raises(CommandError) as caught:
+        device.read(0, 512)
+    assert caught.value.srb_status == SrbStatus.INVALID_LUN
+    with pytest.raises(LocalProtocolError):
+        vsp.remove_disk((0, 5))
+    with pytest.raises(LocalProtocolError):
+        vsp.add_disk((0, 0), MemoryDisk(MIB))
+
+
+def test_old_guests_get_no_notice_that_they_do_not_know(connect: Connect) -> None:
+    vsp, vsc = connect({}, versions=[Version.WIN6])
+    vsp.add_disk((0, 0), MemoryDisk(MIB))
+    assert vsc.channels[0].incoming.available_bytes == 0
+    assert vsc.disk().size == MIB
+
+
+def test_a_reset_is_told_to_the_next_command(connect: Connect) -> None:
+    _, vsc = connect({(0, 0): MemoryDisk(MIB)})
+    device = vsc.disk()
+    vsc.reset()
+    result = vsc.execute(0, 0, bytes([Opcode.TEST_UNIT_READY]))
+    assert result.sense == Sense(SenseKey.UNIT_ATTENTION, AdditionalSense.BUS_RESET_OCCURRED)
+    assert device.read(0, 512) == bytes(512)
+
+
+def test_the_ide_accelerator_ignores_the_path_that_the_guest_gives() -> None:
+    memory = GuestMemory(4 * MIB)
+    vsp = StorageVsp.ide_accelerator(MemoryDisk(MIB, content=CONTENT[:MIB]), path=1, target=1)
+    assert vsp.offer.instance_id.bytes_le[4:6] == b"\1\0"  # where Linux reads the target
+    assert vsp.offer.user_defined[2:4] == bytes([1, 1])
+    guest, host = loopback(memory, 4, 4, offer=vsp.offer)
+    vsp.open(host)
+    vsc = StorageVsc(guest, range(64))
+    vsc.connect()
+    assert vsc.disk(1, 0).read(0, 4096) == CONTENT[:4096]
+    vsp.shutdown()
+    guest.close()
+
+
+def test_requests_before_the_negotiation_are_refused() -> None:
+    from vmbus.storage.wire import NtStatus, Operation, PacketHeader
+
+    memory = GuestMemory(MIB)
+    guest, host = loopback(memory)
+    vsp = StorageVsp({(0, 0): MemoryDisk(MIB)})
+    vsp.open(host)
+    guest.send(PacketHeader(Operation.EXECUTE_SRB).pack() + bytes(52), 7, flags=1)
+    packet = guest.incoming.recv_packet()
+    assert packet.transaction_id == 7
+    assert PacketHeader.unpack(packet.payload).status == NtStatus.INVALID_DEVICE_STATE
+    guest.close()
+
+
+def test_ledger_counts_are_exact(connect: Connect) -> None:
+    vsp, vsc = connect({(0, 0): MemoryDisk(MIB)})
+    device = vsc.disk()
+    host = vsp._servers[0].channel.account
+    guest = vsc.channels[0].account
+    before_host, before_guest = host.copy(), guest.copy()
+    for index in range(10):
+        device.read(index * 4096, 4096)
+    spent_host, spent_guest = host - before_host, guest - before_guest
+    assert (spent_host.packets_received, spent_host.packets_sent, spent_host.backend_calls) == (10, 10, 10)
+    assert spent_host.bytes_copied == 0
+    assert (spent_guest.packets_sent, spent_guest.packets_received) == (10, 10)
+    assert spent_guest.doorbells_sent == 10
