@@ -1,0 +1,185 @@
+"""The engine that runs unmodified kernels: one virtual processor on the Unicorn library.
+
+`vmbus.core.cpu_unicorn` executes instructions and delivers events; this module gives it the time and says when to stop.
+Every exit is answered by the `VirtualProcessor` itself, on the thread that calls `run`: providers behind a
+doorbell hypercall have done their work when the guest's instruction ends. With a `VirtualClock` a run therefore
+repeats exactly: nothing in it depends on the host's time.
+"""
+
+import importlib.util
+import time
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+
+from vmbus.core import cpu_unicorn
+from vmbus.errors import EngineError
+from vmbus.hypervisor import GuestFault, VirtualClock, VirtualProcessor
+
+__all__ = ["Stop", "UnicornEngine", "find_library"]
+
+FOREVER = (1 << 64) - 1
+POLL_TICKS = 20_000_000
+"""How often, in virtual ns, the host's own business is looked at: tens of milliseconds of host time."""
+TSC_FREQUENCY = 1_000_000_000
+"""Hz; a tick of the engine is a nanosecond."""
+
+
+class Stop(Enum):
+    """Why `UnicornEngine.run` returned."""
+
+    REQUESTED = "stopped by request"
+    TRIPLE_FAULT = "triple fault"
+    HALTED = "halted with interrupts disabled"
+    IDLE = "waits for an interrupt that nothing will raise"
+    VIRTUAL_TIME = "virtual time limit reached"
+    WALL_TIME = "wall-clock time limit reached"
+
+
+def find_library() -> Path:
+    """The shared library inside the installed ``unicorn`` package, without importing that package.
+
+    Raises:
+        EngineError: the package is not installed, or holds no library.
+    """
+    spec = importlib.util.find_spec("unicorn")
+    places = spec.submodule_search_locations if spec is not None else None
+    for place in places or ():
+        for library in sorted(Path(place, "lib").glob("libunicorn.so*")):
+            return library
+    raise EngineError("running a real kernel needs the unicorn package: pip install 'vmbus[guest]'")
+
+
+class UnicornEngine:
+    """Runs the code of one virtual processor until something stops it.
+
+    Args:
+        vp: the processor; its hypervisor must have a `VirtualClock` and a TSC of 1 GHz.
+        translation_cache: bytes for translated code; it is filled only as far as needed.
+
+    Raises:
+        EngineError: there is no usable Unicorn library, or the clock does not fit.
+
+    Attributes:
+        cpu: the compiled processor.
+        idle: called with the virtual ns until the next timer (None if none is set) while the guest waits for an
+            interrupt; returns True to be called again (something came from outside, or may still come), False to
+            go on to that timer. Without it idle time is skipped.
+        poll: called now and then while the guest runs, for the host's own business.
+    """
+
+    def __init__(self, vp: VirtualProcessor, *, translation_cache: int = 256 << 20) -> None:
+        hypervisor = vp.partition.hypervisor
+        if not isinstance(hypervisor.clock, VirtualClock) or hypervisor.tsc_frequency != TSC_FREQUENCY:
+            raise EngineError("the Unicorn engine needs a VirtualClock and a TSC of 1 GHz: it makes the time")
+        cpu_unicorn.load(str(find_library()))
+        self.vp = vp
+        self.idle: Callable[[int | None], bool] | None = None
+        self.poll: Callable[[], None] | None = None
+        self._clock = hypervisor.clock
+        self._stop = Stop.REQUESTED
+        self._limit = FOREVER
+        self._next_poll = 0
+        self._wall_limit = float("inf")
+        self.cpu = cpu_unicorn.Cpu(
+            vp.partition.memory,
+            vp,
+            fault=GuestFault,
+            before=self._clock.advance_to,
+            after=self._after,
+            on_event=self._event,
+            on_halt=self._halt,
+            translation_cache=translation_cache,
+        )
+        vp.on_interrupt = self._interrupt
+
+    def run(self, *, virtual_limit: int | None = None, wall_limit: float | None = None) -> Stop:
+        """Execute the guest.
+
+        Args:
+            virtual_limit: the guest's time, in ns since the clock was made, at which to stop.
+            wall_limit: `time.monotonic` value at which to stop.
+
+        Returns:
+            Why it stopped; `run` may be called again after `REQUESTED` and the limits.
+
+        Raises:
+            EngineError: the engine cannot go on.
+            Exception: what a device, a provider or a callback raised.
+        """
+        self._limit = FOREVER if virtual_limit is None else virtual_limit
+        self._wall_limit = float("inf") if wall_limit is None else wall_limit
+        self._stop = Stop.REQUESTED
+        self._next_poll = self.cpu.ticks
+        self._after()
+        reason = self.cpu.run()
+        self._clock.advance_to(self.cpu.ticks)
+        if reason == cpu_unicorn.STOP_TRIPLE_FAULT:
+            return Stop.TRIPLE_FAULT
+        if reason == cpu_unicorn.STOP_SHUTDOWN:
+            raise EngineError(f"the guest used something that is not intercepted here: {self.cpu.describe()}")
+        return self._stop
+
+    def stop(self, why: Stop = Stop.REQUESTED) -> None:
+        """Make `run` return `why`; for calls from inside it (devices, callbacks)."""
+        self._stop = why
+        self.cpu.stop()
+
+    def _interrupt(self) -> None:
+        self.cpu.interrupt = True
+
+    def _after(self) -> None:
+        """Tell the processor what an exit may have changed: timers, pending interrupts, the TSC's offset."""
+        cpu, vp = self.cpu, self.vp
+        due = self._clock.next_deadline()
+        event = min(self._next_poll, self._limit)
+        cpu.next_event = event if due is None or due > event else due
+        cpu.interrupt = vp.interrupt_pending
+        cpu.tsc_offset = vp.tsc_offset
+
+    def _event(self, ticks: int) -> None:
+        self._clock.advance_to(ticks)
+        if ticks >= self._next_poll:
+            self._next_poll = ticks + POLL_TICKS
+            if self.poll is not None:
+                self.poll()
+            if time.monotonic() >= self._wall_limit:
+                self.stop(Stop.WALL_TIME)
+        if ticks >= self._limit:
+            self.stop(Stop.VIRTUAL_TIME)
+        self._after()
+
+    def _halt(self, ticks: int, interruptible: bool) -> None:
+        clock, vp = self._clock, self.vp
+        vp.account.exits["halt"] += 1
+        clock.advance_to(ticks)
+        if not interruptible and not vp.interrupt_pending:
+            self.stop(Stop.HALTED)
+            return
+        while not vp.interrupt_pending:
+            due = clock.next_deadline()
+            if self._wait_outside(None if due is None else due - clock.now()):
+                if time.monotonic() >= self._wall_limit:
+                    self.stop(Stop.WALL_TIME)
+                    break
+                continue
+            if due is None:
+                self.stop(Stop.IDLE)
+                break
+            if due >= self._limit:
+                clock.advance_to(self._limit)
+                self.stop(Stop.VIRTUAL_TIME)
+                break
+            if time.monotonic() >= self._wall_limit:
+                self.stop(Stop.WALL_TIME)
+                break
+            clock.advance_to(due)
+        self.cpu.advance_to(clock.now())
+        self._after()
+
+    def _wait_outside(self, until_timer: int | None) -> bool:
+        if self.idle is None:
+            return False
+        if self.poll is not None:
+            self.poll()
+        return self.idle(until_timer)
