@@ -164,15 +164,16 @@ def measure(comparison: Comparison, quick: bool) -> Iterator[Row]:
 
 
 def calibrate(runs: Iterable[Run], seconds: float) -> int:
-    """The count with which even the fastest contestant works for that long; warms all of them up on the way."""
-    count = 1
+    """The count with which the fastest contestant works for that long, and the slowest for a hundred times as long at
+    most; warms all of them up on the way."""
+    counts = []
     for run in runs:
         run(1)
         tried = 64
         while (took := run(tried)) < seconds / 4 and tried < 1 << 26:
             tried *= 4
-        count = max(count, int(tried * seconds / max(took, 1e-9)))
-    return count
+        counts.append(tried * seconds / max(took, 1e-9))
+    return max(1, int(min(max(counts), 100 * min(counts)))) if counts else 1
 
 
 def interleave(runs: dict[str, Run], count: int, rounds: int) -> dict[str, list[float]]:

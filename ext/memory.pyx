@@ -79,6 +79,20 @@ cdef object _os_error(str what):
     return OSError(code, f"{what}: {os.strerror(code)}")
 
 
+cdef uint8_t *_reserve(size_t length) noexcept nogil:
+    """Address space for `length` bytes, between two pages that nobody may touch; NULL if there is none.
+
+    Without those, the kernel likes to put mappings side by side, and an overrun would hit another partition or ring.
+    """
+    cdef void *start = mmap(NULL, length + 2 * PAGE_BYTES, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
+    return NULL if start == MAP_FAILED else <uint8_t *>start + PAGE_BYTES
+
+
+cdef void _give_back(uint8_t *base, size_t length) noexcept nogil:
+    """Undo `_reserve`, with whatever was mapped there."""
+    munmap(base - PAGE_BYTES, length + 2 * PAGE_BYTES)
+
+
 cdef class GuestMemory:
     """One guest physical address space, from address 0 up.
 
@@ -106,11 +120,12 @@ cdef class GuestMemory:
             # A peer that holds the descriptor must not be able to shrink it under us: that would be SIGBUS.
             fcntl(self.fd, F_ADD_SEALS, <int>(F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL))
             flags = MAP_SHARED
-        base = mmap(NULL, length, PROT_READ | PROT_WRITE, flags | MAP_NORESERVE, self.fd, 0)
-        if base == MAP_FAILED:
+        self.c.base = _reserve(length)
+        if self.c.base == NULL:
             raise _os_error("guest memory")
-        self.c.base = <uint8_t *>base
         self.c.size = length
+        if mmap(self.c.base, length, PROT_READ | PROT_WRITE, flags | MAP_NORESERVE | MAP_FIXED, self.fd, 0) == MAP_FAILED:
+            raise _os_error("guest memory")
         self.c.pages = <guest_page_t *>calloc(length >> 12, sizeof(guest_page_t))
         if self.c.pages == NULL:
             raise MemoryError()
@@ -122,7 +137,7 @@ cdef class GuestMemory:
 
     def __dealloc__(self):
         if self.c.base != NULL:
-            munmap(self.c.base, self.c.size)
+            _give_back(self.c.base, self.c.size)
         if self.fd >= 0:
             close_fd(self.fd)
         free(self.c.pages)
@@ -309,7 +324,7 @@ cdef class GuestMemory:
         if self.exports:
             raise BufferError("views of this guest memory still exist")
         if self.c.base != NULL:
-            munmap(self.c.base, self.c.size)
+            _give_back(self.c.base, self.c.size)
             self.c.base = NULL
             self.c.size = 0
         if self.fd >= 0:
@@ -337,10 +352,9 @@ cdef class Window:
             raise ValueError(f"a window of {count} pages is too large")
         cdef size_t data = count - 1
         cdef size_t total = count + (data if mirrored else 0)
-        base = mmap(NULL, total << 12, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
-        if base == MAP_FAILED:
+        self.base = _reserve(total << 12)
+        if self.base == NULL:
             raise _os_error("mapping a window")
-        self.base = <uint8_t *>base
         self.mapped = total << 12
         self.size = count << 12
         self.mirrored = mirrored
@@ -360,7 +374,7 @@ cdef class Window:
 
     def __dealloc__(self):
         if self.base != NULL:
-            munmap(self.base, self.mapped)
+            _give_back(self.base, self.mapped)
 
     @staticmethod
     def allocate(data_pages) -> Window:
@@ -429,7 +443,7 @@ cdef class Window:
         if self.exports:
             raise BufferError("rings or views over this window still exist")
         if self.base != NULL:
-            munmap(self.base, self.mapped)
+            _give_back(self.base, self.mapped)
             self.base = NULL
 
 
