@@ -1,0 +1,429 @@
+"""The virtual switch in the parent partition: a learning Ethernet bridge with VLANs and per-port rules.
+
+Three kinds, as in Hyper-V: *external* switches have an uplink to the world, *internal* ones a port for the
+parent itself, *private* ones join guests only. Frames inside the switch are whole Ethernet frames; a VLAN tag
+is in the frame. Frames of one call of `Port.send` that go to the same port are delivered in one call.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from enum import Enum
+from typing import Final, Protocol
+
+from vmbus.errors import LocalProtocolError
+
+__all__ = [
+    "BROADCAST",
+    "Access",
+    "MacTable",
+    "Mirror",
+    "Port",
+    "PortCounters",
+    "PortKind",
+    "Switch",
+    "SwitchKind",
+    "Trunk",
+    "Vlan",
+]
+
+BROADCAST: Final = b"\xff" * 6
+MIN_FRAME: Final = 14
+TAG_TYPE: Final = b"\x81\x00"
+MAX_VLAN: Final = 4094
+RESERVED_PREFIX: Final = b"\x01\x80\xc2\x00\x00"
+"""01-80-C2-00-00-00 to -0F are for the bridge itself (IEEE 802.1D 7.12.6) and never forwarded."""
+
+
+class SwitchKind(Enum):
+    """Who may be connected to a switch."""
+
+    EXTERNAL = "external"
+    INTERNAL = "internal"
+    PRIVATE = "private"
+
+
+class PortKind(Enum):
+    """What is behind a port."""
+
+    GUEST = "guest"
+    HOST = "host"
+    UPLINK = "uplink"
+
+
+class Mirror(Enum):
+    """Port mirroring: `DESTINATION` ports get a copy of all that passes `SOURCE` ports."""
+
+    NONE = "none"
+    SOURCE = "source"
+    DESTINATION = "destination"
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """A port in one VLAN that sees untagged frames only; id 0 stands for "no VLAN"."""
+
+    vlan: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.vlan <= MAX_VLAN:
+            raise ValueError(f"VLAN id {self.vlan} is not in 0 to {MAX_VLAN}")
+
+
+@dataclass(frozen=True, slots=True)
+class Trunk:
+    """A port that sees tagged frames of the `allowed` VLANs, and those of `native` untagged."""
+
+    allowed: frozenset[int]
+    native: int = 0
+
+    def __post_init__(self) -> None:
+        if not all(1 <= vlan <= MAX_VLAN for vlan in self.allowed) or not 0 <= self.native <= MAX_VLAN:
+            raise ValueError(f"VLAN ids must be in 1 to {MAX_VLAN}")
+
+
+Vlan = Access | Trunk
+
+
+class Receiver(Protocol):
+    """What gets the frames that leave the switch through a port."""
+
+    def __call__(self, frames: list[bytes], /) -> None:
+        """Take frames; must not keep the list."""
+
+
+def _discard(frames: list[bytes], /) -> None:
+    del frames
+
+
+@dataclass(slots=True)
+class PortCounters:
+    """Frames and bytes from and to the owner of a port, and why frames were not forwarded.
+
+    Attributes:
+        received_frames: from the owner into the switch.
+        sent_frames: from the switch to the owner, copies for mirroring not counted.
+        mirrored_frames: copies given to a mirror destination.
+        dropped_malformed: shorter than an Ethernet header, too long, or from an impossible address.
+        dropped_spoofed: source address not the port's own.
+        dropped_vlan: VLAN not allowed on the port.
+        dropped_reserved: destination addresses that bridges do not forward.
+        dropped_no_target: nobody else is there, or the only target is the port itself.
+    """
+
+    received_frames: int = 0
+    received_bytes: int = 0
+    received_multicast: int = 0
+    received_broadcast: int = 0
+    sent_frames: int = 0
+    sent_bytes: int = 0
+    mirrored_frames: int = 0
+    dropped_malformed: int = 0
+    dropped_spoofed: int = 0
+    dropped_vlan: int = 0
+    dropped_reserved: int = 0
+    dropped_no_target: int = 0
+
+    def to_dict(self) -> dict[str, int]:
+        """All counts by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+class MacTable:
+    """Which port an address was last seen on, by (VLAN, address), bounded and ageing.
+
+    When the table or a port's share of it is full, further addresses are not learned and frames to them are
+    flooded: a guest that invents addresses costs bandwidth, never memory, and cannot push others out.
+    """
+
+    def __init__(self, *, max_age: float = 300.0, capacity: int = 8192, per_port: int = 1024) -> None:
+        """`max_age` in seconds (300 is IEEE 802.1D's default); the other two are numbers of addresses."""
+        self.max_age = max_age
+        self.capacity = capacity
+        self.per_port = per_port
+        self._entries: dict[tuple[int, bytes], tuple[Port, float]] = {}
+        self._share: dict[Port, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def learn(self, vlan: int, address: bytes, port: "Port", now: float) -> bool:
+        """Note that `address` was seen on `port`; False if there was no room."""
+        key = (vlan, address)
+        known = self._entries.get(key)
+        if known is not None:
+            if known[0] is not port:
+                if self._share.get(port, 0) >= self.per_port:
+                    return False
+                self._share[known[0]] -= 1
+                self._share[port] = self._share.get(port, 0) + 1
+            self._entries[key] = (port, now)
+            return True
+        if len(self._entries) >= self.capacity or self._share.get(port, 0) >= self.per_port:
+            return False
+        self._entries[key] = (port, now)
+        self._share[port] = self._share.get(port, 0) + 1
+        return True
+
+    def find(self, vlan: int, address: bytes, now: float) -> "Port | None":
+        """The port of an address; None if it is unknown or has not been seen for `max_age`."""
+        entry = self._entries.get((vlan, address))
+        if entry is None:
+            return None
+        if now - entry[1] > self.max_age:
+            self._remove((vlan, address))
+            return None
+        return entry[0]
+
+    def age(self, now: float) -> int:
+        """Remove all entries that are too old; how many."""
+        old = [key for key, (_, seen) in self._entries.items() if now - seen > self.max_age]
+        for key in old:
+            self._remove(key)
+        return len(old)
+
+    def forget(self, port: "Port") -> None:
+        """Remove all entries of a port."""
+        for key in [key for key, (owner, _) in self._entries.items() if owner is port]:
+            del self._entries[key]
+        self._share.pop(port, None)
+
+    def entries(self) -> list[tuple[int, bytes, "Port", float]]:
+        """(VLAN, address, port, last seen) of all entries."""
+        return [(vlan, address, port, seen) for (vlan, address), (port, seen) in self._entries.items()]
+
+    def _remove(self, key: tuple[int, bytes]) -> None:
+        port, _ = self._entries.pop(key)
+        self._share[port] -= 1
+
+
+@dataclass(eq=False, slots=True)
+class Port:
+    """A port of a switch.
+
+    Attributes:
+        switch: the switch it belongs to.
+        name: unique in the switch.
+        kind: what is behind it.
+        vlan: `Access` or `Trunk`.
+        addresses: if not None, the spoof guard: the only source addresses that the owner may use.
+        mirror: its part in port mirroring.
+        max_frame: longest frame in bytes, tag not counted.
+        receiver: gets frames that leave through this port; the owner sets it.
+        counters: what happened.
+        connected: a port that is not connected neither sends nor receives.
+    """
+
+    switch: "Switch"
+    name: str
+    kind: PortKind
+    vlan: Vlan = field(default_factory=Access)
+    addresses: frozenset[bytes] | None = None
+    mirror: Mirror = Mirror.NONE
+    max_frame: int = 9216
+    receiver: Receiver = _discard
+    counters: PortCounters = field(default_factory=PortCounters)
+    connected: bool = True
+
+    def send(self, frames: Sequence[bytes]) -> None:
+        """Frames from the owner of this port into the switch."""
+        self.switch.forward(self, frames)
+
+    def disconnect(self) -> None:
+        """Leave the switch."""
+        self.switch.disconnect(self)
+
+
+def tag_frame(frame: bytes, tci: int) -> bytes:
+    """`frame` with an 802.1Q tag."""
+    return frame[:12] + TAG_TYPE + tci.to_bytes(2, "big") + frame[12:]
+
+
+def strip_tag(frame: bytes) -> tuple[bytes, int | None]:
+    """The frame without its 802.1Q tag, and the tag's TCI or None if there was no tag."""
+    if frame[12:14] != TAG_TYPE or len(frame) < MIN_FRAME + 4:
+        return frame, None
+    return frame[:12] + frame[16:], frame[14] << 8 | frame[15]
+
+
+class Switch:
+    """A virtual switch.
+
+    Calls may come from several threads. Deliveries happen in the caller's thread, after the switch's lock is
+    released, so a receiver may send again.
+    """
+
+    def __init__(
+        self,
+        kind: SwitchKind = SwitchKind.PRIVATE,
+        *,
+        name: str = "switch",
+        clock: Callable[[], float] = time.monotonic,
+        table: MacTable | None = None,
+        max_ports: int = 1024,
+    ) -> None:
+        """`clock` gives seconds, for the ageing of addresses."""
+        self.kind = kind
+        self.name = name
+        self.clock = clock
+        self.table = MacTable() if table is None else table
+        self.max_ports = max_ports
+        self._ports: dict[str, Port] = {}
+        self._mirrors: tuple[Port, ...] = ()
+        self._mirrored = False
+        self._last_ageing = clock()
+        self._lock = threading.RLock()
+
+    @property
+    def ports(self) -> list[Port]:
+        """All connected ports."""
+        return list(self._ports.values())
+
+    def connect(
+        self,
+        name: str,
+        kind: PortKind = PortKind.GUEST,
+        *,
+        vlan: Vlan | None = None,
+        addresses: Sequence[bytes] | None = None,
+        mirror: Mirror = Mirror.NONE,
+        max_frame: int = 9216,
+        receiver: Receiver = _discard,
+    ) -> Port:
+        """A new port; see `Port` for the arguments.
+
+        Raises:
+            LocalProtocolError: the name is taken, the switch is full, or its kind does not allow such a port.
+        """
+        with self._lock:
+            if name in self._ports:
+                raise LocalProtocolError(f"switch {self.name} has a port {name} already")
+            if len(self._ports) >= self.max_ports:
+                raise LocalProtocolError(f"switch {self.name} has no more than {self.max_ports} ports")
+            if kind is PortKind.HOST and self.kind is SwitchKind.PRIVATE:
+                raise LocalProtocolError("a private switch has no port for the parent")
+            if kind is PortKind.UPLINK and self.kind is not SwitchKind.EXTERNAL:
+                raise LocalProtocolError(f"an {self.kind.value} switch has no uplink")
+            if kind is PortKind.UPLINK and any(p.kind is PortKind.UPLINK for p in self._ports.values()):
+                raise LocalProtocolError("an external switch has one uplink")
+            guard = None if addresses is None else frozenset(addresses)
+            port = Port(self, name, kind, vlan or Access(), guard, mirror, max_frame, receiver)
+            self._ports[name] = port
+            self._update_mirrors()
+            return port
+
+    def disconnect(self, port: Port) -> None:
+        """Remove a port; a second call does nothing."""
+        with self._lock:
+            port.connected = False
+            if self._ports.get(port.name) is port:
+                del self._ports[port.name]
+                self.table.forget(port)
+                self._update_mirrors()
+
+    def set_mirror(self, port: Port, mirror: Mirror) -> None:
+        """Change a port's part in port mirroring."""
+        with self._lock:
+            port.mirror = mirror
+            self._update_mirrors()
+
+    def _update_mirrors(self) -> None:
+        self._mirrors = tuple(p for p in self._ports.values() if p.mirror is Mirror.DESTINATION)
+        self._mirrored = bool(self._mirrors) and any(p.mirror is Mirror.SOURCE for p in self._ports.values())
+
+    def forward(self, source: Port, frames: Sequence[bytes]) -> None:
+        """Take frames from the owner of `source` and deliver them where they belong."""
+        outgoing: dict[Port, list[bytes]] = {}
+        with self._lock:
+            if not source.connected:
+                return
+            now = self.clock()
+            if now - self._last_ageing > self.table.max_age:
+                self.table.age(now)
+                self._last_ageing = now
+            for frame in frames:
+                self._forward_one(source, frame, now, outgoing)
+        for port, batch in outgoing.items():
+            port.receiver(batch)
+
+    def _forward_one(self, source: Port, frame: bytes, now: float, outgoing: dict[Port, list[bytes]]) -> None:
+        counters = source.counters
+        counters.received_frames += 1
+        counters.received_bytes += len(frame)
+        address, sender = frame[:6], frame[6:12]
+        if len(frame) < MIN_FRAME or sender[0] & 1 or not any(sender):
+            counters.dropped_malformed += 1
+            return
+        plain, tci = strip_tag(frame)
+        if len(plain) > source.max_frame:
+            counters.dropped_malformed += 1
+            return
+        if source.addresses is not None and sender not in source.addresses:
+            counters.dropped_spoofed += 1
+            return
+        vlan = _ingress_vlan(source.vlan, tci)
+        if vlan is None:
+            counters.dropped_vlan += 1
+            return
+        priority = 0 if tci is None else tci & 0xF000
+        if address[0] & 1:
+            if address == BROADCAST:
+                counters.received_broadcast += 1
+            else:
+                counters.received_multicast += 1
+                if address[:5] == RESERVED_PREFIX and address[5] < 16:
+                    counters.dropped_reserved += 1
+                    return
+        self.table.learn(vlan, sender, source, now)
+        known = None if address[0] & 1 else self.table.find(vlan, address, now)
+        if known is not None:
+            targets = [known] if known is not source else []
+        else:
+            targets = [
+                p for p in self._ports.values() if p is not source and p.mirror is not Mirror.DESTINATION
+            ]
+        delivered = False
+        for port in targets:
+            out = _egress(port.vlan, vlan, priority, plain)
+            if out is None or len(plain) > port.max_frame:
+                continue
+            delivered = True
+            port.counters.sent_frames += 1
+            port.counters.sent_bytes += len(out)
+            outgoing.setdefault(port, []).append(out)
+        if not delivered:
+            counters.dropped_no_target += 1
+        if self._mirrored:
+            self._copy(source, targets, frame, outgoing)
+
+    def _copy(
+        self, source: Port, targets: list[Port], frame: bytes, outgoing: dict[Port, list[bytes]]
+    ) -> None:
+        """Mirror destinations get the frame as it came in, once, whatever their VLAN."""
+        if source.mirror is not Mirror.SOURCE and all(p.mirror is not Mirror.SOURCE for p in targets):
+            return
+        for port in self._mirrors:
+            if port is not source:
+                port.counters.mirrored_frames += 1
+                outgoing.setdefault(port, []).append(frame)
+
+
+def _ingress_vlan(vlan: Vlan, tci: int | None) -> int | None:
+    """The VLAN of a frame that comes in, None if the port does not allow it."""
+    tag = 0 if tci is None else tci & 0xFFF
+    if isinstance(vlan, Access):
+        # An access port belongs to its VLAN; a guest must not choose another by tagging. Priority tags are fine.
+        return vlan.vlan if tag == 0 else None
+    if tag == 0:
+        return vlan.native
+    return tag if tag in vlan.allowed else None
+
+
+def _egress(port: Vlan, vlan: int, priority: int, plain: bytes) -> bytes | None:
+    """The frame as it leaves through a port, None if the VLAN is not the port's."""
+    if isinstance(port, Access):
+        return plain if port.vlan == vlan else None
+    if vlan == port.native:
+        return plain
+    return tag_frame(plain, priority | vlan) if vlan in port.allowed else None

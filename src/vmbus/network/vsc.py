@@ -1,0 +1,667 @@
+"""The network client: a guest's adapter over its VMBus channels, with the interface of a simple NIC.
+
+`NetworkVsc` runs `vmbus.network.vsc_protocol` on channels and moves frames: small ones are gathered in sections
+of the send buffer, several RNDIS packets to one VMBus packet; large ones stay in guest pages and are named by
+GPA-direct ranges. Received ones are copied out of the receive buffer.
+
+The host may be hostile: what it names is checked against what it was given, copied once, then parsed.
+"""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, TypeVar
+
+from vmbus.bus.channel import Channel
+from vmbus.core.memory import GpaRanges, Window
+from vmbus.core.ring import COMPLETION, COMPLETION_REQUESTED, IN_BAND, TRANSFER_PAGES, Packet
+from vmbus.errors import DeviceError, LocalProtocolError, RemoteProtocolError, RingError, RingFull
+from vmbus.network import rndis
+from vmbus.network.offload import complete, parse
+from vmbus.network.oid import HashTypes, Offloads, PacketFilter
+from vmbus.network.rndis import Frame, PacketIdFlags, ReceiveChecksum, RndisType, TransmitChecksum
+from vmbus.network.rss import DEFAULT_KEY, RssState, Toeplitz
+from vmbus.network.switch import strip_tag, tag_frame
+from vmbus.network.vsc_protocol import Buffers, GuestConfig, GuestProtocol, RndisStep, Script, Step
+from vmbus.network.wire import (
+    MAX_RSC_RANGES,
+    RECEIVE_BUFFER_ID,
+    SEND_SECTION_SIZE,
+    ChannelType,
+    MessageType,
+    NvspStatus,
+    receive_section_size,
+)
+
+__all__ = ["NetworkVsc", "default_page_count"]
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+PAGE: Final = 4096
+BATCH: Final = 64
+CONTROL_PAGES: Final = 4
+LARGE_PAGES: Final = 18
+"""Pages of one large frame: 64 KiB, and its headers."""
+LARGE_BUFFERS: Final = 4
+MIN_SEND_PAGES: Final = 3
+MAX_RECEIVED: Final = 16384
+"""Frames that wait for `receive`; more are dropped, as by a driver that the stack does not empty."""
+MAX_RSC_SIZE: Final = 65535 + 18
+
+_RNDIS_PACKET: Final = int(MessageType.SEND_RNDIS_PACKET).to_bytes(4, "little")
+_RNDIS_COMPLETE: Final = int(MessageType.SEND_RNDIS_PACKET_COMPLETE).to_bytes(4, "little")
+_PACKET_MESSAGE: Final = int(RndisType.PACKET).to_bytes(4, "little")
+
+
+@dataclass(slots=True)
+class _Sent:
+    """What a packet of ours holds until the host completes it."""
+
+    task: int = 0
+    section: int = -1
+    control: int = -1
+    large: int = -1
+    frames: int = 0
+    size: int = 0
+
+
+@dataclass(slots=True)
+class _Area:
+    """Guest pages that this driver owns, mapped in a row."""
+
+    pfns: tuple[int, ...]
+    window: Window
+    view: memoryview
+
+    def close(self) -> None:
+        self.view.release()
+        self.window.close()
+
+
+class NetworkVsc:
+    """A guest's network adapter.
+
+    Attributes:
+        protocol: the control state; read-only for others.
+        sent_frames: frames that the host completed.
+        sent_bytes: of those.
+        failed_frames: frames that the host completed with an error.
+        dropped_frames: received frames that nobody took in time.
+    """
+
+    def __init__(
+        self,
+        channel: Channel,
+        pages: Sequence[int],
+        config: GuestConfig | None = None,
+        *,
+        timeout: float = 5.0,
+    ) -> None:
+        """Bring the adapter up on an open channel.
+
+        Args:
+            channel: the guest's end of the primary channel.
+            pages: page numbers of guest memory that belong to this adapter, at least about 120: a few for
+                control messages, four times 18 for large frames, up to a quarter for the send buffer, the
+                rest for the receive buffer.
+            config: what to ask for.
+            timeout: seconds to wait for each answer of the host.
+
+        Raises:
+            DeviceError: the host refuses or does not answer.
+            RemoteProtocolError: the host breaks the protocol.
+        """
+        self.protocol = GuestProtocol(config or GuestConfig())
+        self.timeout = timeout
+        self.sent_frames = 0
+        self.sent_bytes = 0
+        self.failed_frames = 0
+        self.dropped_frames = 0
+        self._channels: dict[int, Channel] = {0: channel}
+        self._sent: dict[tuple[int, int], _Sent] = {}
+        self._next_id = 0
+        self._received: deque[bytes] = deque()
+        self._completions: dict[int, deque[int]] = {0: deque()}
+        self._fragments: list[Frame] = []
+        self._hash = RssState(
+            HashTypes.IPV4 | HashTypes.IPV6 | HashTypes.TCP_IPV4 | HashTypes.TCP_IPV6,
+            (0,),
+            Toeplitz(DEFAULT_KEY),
+        )
+        self._lock = threading.RLock()
+        self._changed = threading.Event()
+        self._failure: Exception | None = None
+        self._lay_out(list(pages))
+        channel.on_signal = lambda: self._drain(0)
+        channel.on_closed = self._closed
+        try:
+            self._gpadls = [channel.create_gpadl(self._receive.pfns), channel.create_gpadl(self._send.pfns)]
+            self._run(
+                self.protocol.bring_up(
+                    Buffers(
+                        self._gpadls[0], self._receive.window.size, self._gpadls[1], self._send.window.size
+                    )
+                )
+            )
+            self._free_sections.extend(range(self.protocol.send_section[1]))
+        except BaseException:
+            channel.on_signal = None
+            self._release()
+            raise
+
+    def _lay_out(self, pages: list[int]) -> None:
+        fixed = CONTROL_PAGES + LARGE_BUFFERS * LARGE_PAGES
+        section = receive_section_size(self.protocol.config.mtu + 14)
+        least = fixed + MIN_SEND_PAGES + -(-18 * section // PAGE)
+        if len(pages) < least:
+            raise LocalProtocolError(f"a network client needs {least} pages for this MTU, not {len(pages)}")
+        rest = len(pages) - fixed
+        send = min(256, max(MIN_SEND_PAGES, min(rest // 4, rest - -(-18 * section // PAGE))))
+        self._control = self._area(pages[:CONTROL_PAGES])
+        self._large = self._area(pages[CONTROL_PAGES:fixed])
+        self._send = self._area(pages[fixed : fixed + send])
+        self._receive = self._area(pages[fixed + send :])
+        self._free_control = deque(range(CONTROL_PAGES))
+        self._free_large = deque(range(LARGE_BUFFERS))
+        self._free_sections: deque[int] = deque()
+
+    def _area(self, pfns: Sequence[int]) -> _Area:
+        window = self._channels[0].memory.window(pfns, mirrored=False)
+        return _Area(tuple(pfns), window, window.view())
+
+    # ---- the interface of a NIC
+
+    @property
+    def mac(self) -> bytes:
+        """The permanent address, 6 bytes."""
+        return self.protocol.mac
+
+    @property
+    def mtu(self) -> int:
+        """Largest IP packet in bytes."""
+        return self.protocol.mtu
+
+    @property
+    def link_up(self) -> bool:
+        """Whether the cable is connected, as last heard."""
+        return self.protocol.link_up
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the adapter still works."""
+        return 0 in self._channels
+
+    def send(self, frame: bytes | Frame) -> bool:
+        """Send a frame; False if there is no room now. See `send_batch`."""
+        return self.send_batch([frame]) == 1
+
+    def send_batch(self, frames: Sequence[bytes | Frame]) -> int:
+        """Send frames, with one doorbell for all; how many of them, from the first on, found room.
+
+        A `bytes` frame is complete; an 802.1Q tag in it goes beside it, as in Linux's driver. A `Frame` brings
+        per-packet information of its own, for checksums and large sends that the host is to do.
+
+        Raises:
+            LocalProtocolError: the adapter is closed, or a frame is longer than can be sent.
+        """
+        with self._lock:
+            self._check()
+            if len(self._channels) == 1:
+                return self._send_on(0, [_as_frame(frame) for frame in frames])
+            done = 0
+            for index, batch in self._spread(frames):
+                count = self._send_on(index, batch)
+                done += count
+                if count < len(batch):
+                    break
+            return done
+
+    def receive(self, limit: int = 64) -> list[bytes]:
+        """Up to `limit` frames that have come in, oldest first; a VLAN tag is in the frame again."""
+        if len(self._received) < limit:
+            for index in list(self._channels):
+                self._drain(index)
+        with self._lock:
+            return [self._received.popleft() for _ in range(min(limit, len(self._received)))]
+
+    def query(self, oid: int, data: bytes = b"") -> bytes:
+        """The answer to an OID query; raises DeviceError if the host does not answer with success."""
+        return self._run(self.protocol.query(oid, data))
+
+    def set(self, oid: int, data: bytes) -> None:
+        """Set an OID; raises DeviceError if the host does not answer with success."""
+        self._run(self.protocol.set(oid, data))
+
+    def set_filter(self, wanted: PacketFilter) -> None:
+        """Choose which frames to receive."""
+        self._run(self.protocol.set_filter(wanted))
+
+    def set_offloads(self, wanted: Offloads) -> None:
+        """Ask for these offloads and no others."""
+        self._run(self.protocol.set_offloads(wanted))
+
+    def set_rss(self, table: Sequence[int], key: bytes = DEFAULT_KEY, types: HashTypes | None = None) -> None:
+        """Set the indirection table, the key and what is hashed (TCP and IP of both versions by default)."""
+        self._run(self.protocol.set_rss(table, key, self._hash.hash_types if types is None else types))
+
+    def keepalive(self) -> None:
+        """Ask whether the host is there."""
+        self._run(self.protocol.keepalive())
+
+    def reset(self) -> None:
+        """Reset RNDIS and set the packet filter again."""
+        if self._run(self.protocol.reset()):
+            self.set_filter(PacketFilter.DIRECTED | PacketFilter.ALL_MULTICAST | PacketFilter.BROADCAST)
+
+    def switch_data_path(self, to_vf: bool) -> None:
+        """Use the virtual function, or this adapter again."""
+        self._run(self.protocol.switch_data_path(to_vf))
+
+    def request_subchannels(self, count: int) -> int:
+        """Ask for sub-channels; how many the host will offer. Open each and hand it to `add_subchannel`."""
+        return self._run(self.protocol.open_subchannels(count))
+
+    def add_subchannel(self, index: int, channel: Channel) -> None:
+        """Use a sub-channel that was offered and is open now."""
+        with self._lock:
+            if not 0 < index <= self.protocol.subchannels or index in self._channels:
+                raise LocalProtocolError(f"sub-channel {index} of {self.protocol.subchannels}")
+            self._channels[index] = channel
+            self._completions[index] = deque()
+            channel.on_signal = lambda: self._drain(index)
+            channel.on_closed = lambda: self._channel_closed(index)
+        self._drain(index)
+
+    def close(self) -> None:
+        """Halt the adapter, take its buffers back and close its channels; a second call does nothing."""
+        with self._lock:
+            channel = self._channels.get(0)
+            if channel is None:
+                return
+            try:
+                for step in self.protocol.shut_down(send_buffer=bool(self.protocol.send_section[1])):
+                    self._send_step(0, step)
+            except RingError:
+                log.debug("no room to say good-bye")
+        for index in sorted(self._channels, reverse=True):
+            other = self._channels.get(index)
+            if other is not None and other.is_open:
+                if index == 0:
+                    for gpadl_id in self._gpadls:
+                        other.teardown_gpadl(gpadl_id)
+                other.close()
+        self._closed()
+
+    def __enter__(self) -> "NetworkVsc":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ---- control
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            raise LocalProtocolError(f"the adapter failed: {self._failure}") from self._failure
+        if 0 not in self._channels:
+            raise LocalProtocolError("the adapter is closed")
+
+    def _run(self, script: Script[T]) -> T:
+        """Run a script to its end."""
+        with self._lock:
+            self._check()
+            task = self.protocol.run(script)
+        deadline = time.monotonic() + self.timeout
+        while True:
+            self._changed.clear()
+            self._drain(0)
+            if task.done:
+                return task.result
+            self._check()
+            left = deadline - time.monotonic()
+            if left <= 0 or not self._changed.wait(left):
+                with self._lock:
+                    self.protocol.abandon(task)
+                raise DeviceError(f"the host did not answer within {self.timeout} s")
+
+    def _flush_control(self) -> bool:
+        """Send the steps that wait, as far as there are ring space and control pages."""
+        needed = False
+        while self.protocol.outbox:
+            key, step = self.protocol.outbox[0]
+            if isinstance(step, RndisStep):
+                if not self._free_control:
+                    break
+                needed |= self._send_rndis_step(step)
+            else:
+                self._next_id += 1
+                flags = COMPLETION_REQUESTED if step.wants_answer else 0
+                needed |= self._put(0, step.payload, self._next_id, IN_BAND, flags)
+                if step.wants_answer:
+                    self._sent[0, self._next_id] = _Sent(task=key)
+            del self.protocol.outbox[0]
+        return needed
+
+    def _send_rndis_step(self, step: RndisStep) -> bool:
+        slot = self._free_control[0]
+        length = len(step.message)
+        if length > PAGE:
+            raise LocalProtocolError(f"RNDIS control message of {length} bytes")
+        self._control.view[slot * PAGE : slot * PAGE + length] = step.message
+        ranges = GpaRanges([(length, 0, [self._control.pfns[slot]])])
+        payload = self.protocol.rndis_packet(ChannelType.CONTROL)
+        channel = self._channels[0]
+        needed = channel.outgoing.send_gpa_direct(payload, ranges, self._next_id + 1)
+        self._next_id += 1
+        self._free_control.popleft()
+        self._sent[0, self._next_id] = _Sent(control=slot)
+        channel.account.packets_sent += 1
+        return needed
+
+    def _send_step(self, key: int, step: Step) -> None:
+        self.protocol.outbox.append((key, step))
+        if self._flush_control():
+            self._channels[0].signal()
+
+    def _put(self, index: int, payload: bytes, transaction_id: int, kind: int, flags: int) -> bool:
+        channel = self._channels[index]
+        needed = channel.outgoing.send(payload, transaction_id, kind, flags)
+        channel.account.packets_sent += 1
+        return needed
+
+    # ---- sending
+
+    def _spread(self, frames: Sequence[bytes | Frame]) -> list[tuple[int, list[Frame]]]:
+        """Runs of consecutive frames for the same channel, chosen by the host's table."""
+        runs: list[tuple[int, list[Frame]]] = []
+        table = self.protocol.send_table
+        for item in frames:
+            frame = _as_frame(item)
+            value = self._hash.hash(frame.data)
+            index = 0 if value is None else table[value % len(table)]
+            if index not in self._channels:
+                index = 0
+            if runs and runs[-1][0] == index:
+                runs[-1][1].append(frame)
+            else:
+                runs.append((index, [frame]))
+        return runs
+
+    def _send_on(self, index: int, frames: Sequence[Frame]) -> int:
+        channel = self._channels[index]
+        done = 0
+        needed = False
+        retried = False
+        while done < len(frames):
+            try:
+                count, signal = self._send_some(index, frames, done)
+            except RingFull:
+                count, signal = 0, False
+            needed |= signal
+            done += count
+            if count == 0:
+                # No room: let the host catch up once, take its completions, and try again.
+                if needed:
+                    channel.signal()
+                    needed = False
+                elif retried:
+                    break
+                retried = True
+                self._drain(index)
+                if index not in self._channels:
+                    return done
+            else:
+                retried = False
+        if needed:
+            channel.signal()
+        elif done:
+            channel.account.doorbells_suppressed += 1
+        return done
+
+    def _send_some(self, index: int, frames: Sequence[Frame], start: int) -> tuple[int, bool]:
+        """Send frames in one VMBus packet: as many as go into a section, or one large one."""
+        size, _ = self.protocol.send_section
+        first = rndis.pack_packet(frames[start], alignment=self.protocol.alignment)
+        if not size or len(first) > size:
+            return self._send_large(index, frames[start], first)
+        if not self._free_sections:
+            return 0, False
+        messages, total, count = [first], len(first), 1
+        while start + count < len(frames) and count < self.protocol.packets_per_message:
+            following = rndis.pack_packet(frames[start + count], alignment=self.protocol.alignment)
+            if total + len(following) > size:
+                break
+            messages.append(following)
+            total += len(following)
+            count += 1
+        section = self._free_sections[0]
+        self._send.view[section * size : section * size + total] = b"".join(messages)
+        self._next_id += 1
+        payload = self.protocol.rndis_packet(ChannelType.DATA, section, total)
+        needed = self._put(index, payload, self._next_id, IN_BAND, COMPLETION_REQUESTED)
+        self._free_sections.popleft()
+        octets = sum(len(frame.data) for frame in frames[start : start + count])
+        self._sent[index, self._next_id] = _Sent(section=section, frames=count, size=octets)
+        self._channels[index].account.bytes_copied += total
+        return count, needed
+
+    def _send_large(self, index: int, frame: Frame, message: bytes) -> tuple[int, bool]:
+        if len(message) > LARGE_PAGES * PAGE:
+            raise LocalProtocolError(f"frame of {len(frame.data)} bytes")
+        if not self._free_large:
+            return 0, False
+        slot = self._free_large[0]
+        start = slot * LARGE_PAGES
+        self._large.view[start * PAGE : start * PAGE + len(message)] = message
+        # As Linux's driver does it: a range for the headers, and one for every page of the frame.
+        pages = -(-len(message) // PAGE)
+        parts = [
+            (min(PAGE, len(message) - page * PAGE), 0, [self._large.pfns[start + page]])
+            for page in range(pages)
+        ]
+        payload = self.protocol.rndis_packet(ChannelType.DATA)
+        channel = self._channels[index]
+        needed = channel.outgoing.send_gpa_direct(payload, GpaRanges(parts), self._next_id + 1)
+        self._next_id += 1
+        self._free_large.popleft()
+        self._sent[index, self._next_id] = _Sent(large=slot, frames=1, size=len(frame.data))
+        channel.account.packets_sent += 1
+        channel.account.bytes_copied += len(message)
+        return 1, needed
+
+    # ---- from the host
+
+    def _drain(self, index: int) -> None:
+        """Read a channel's ring until it is empty."""
+        while (channel := self._channels.get(index)) is not None:
+            needed = False
+            try:
+                with self._lock:
+                    if not channel.is_open:
+                        return
+                    channel.incoming.mask()
+                    packets = channel.incoming.recv_packets(BATCH)
+                    channel.account.packets_received += len(packets)
+                    for packet in packets:
+                        self._receive_packet(index, packet)
+                    needed |= channel.incoming.take_signal()
+                    try:
+                        needed |= self._flush_completions(index)
+                        needed |= self._flush_control() if index == 0 else False
+                        channel.outgoing.stop_waiting()
+                    except RingFull:
+                        channel.outgoing.want_space(64)
+                    more = bool(packets) or channel.incoming.unmask()
+            except RingError as error:
+                self._failure = error
+                log.warning("network adapter closed: %s", error)
+                channel.close()
+                return
+            finally:
+                self._changed.set()
+            if needed and channel.is_open:
+                channel.signal()
+            if not more:
+                return
+
+    def _receive_packet(self, index: int, packet: Packet) -> None:
+        try:
+            if packet.type == COMPLETION:
+                self._completed(index, packet)
+            elif packet.type == TRANSFER_PAGES:
+                self._completions[index].append(packet.transaction_id)
+                self._receive_ranges(packet)
+            elif packet.type == IN_BAND:
+                self.protocol.receive_nvsp(packet.payload)
+                if packet.flags & COMPLETION_REQUESTED:
+                    self._completions[index].append(packet.transaction_id)
+            else:
+                raise RemoteProtocolError(f"packet of type {packet.type} from a host")
+        except RemoteProtocolError as error:
+            self.protocol.violations += 1
+            log.debug("network adapter: %s", error)
+
+    def _completed(self, index: int, packet: Packet) -> None:
+        sent = self._sent.pop((index, packet.transaction_id), None)
+        if sent is None:
+            raise RemoteProtocolError(f"completion of unknown transaction {packet.transaction_id}")
+        if sent.task:
+            self.protocol.receive_completion(sent.task, packet.payload)
+            return
+        # Whatever the host says: what the packet held is ours again.
+        if sent.section >= 0:
+            self._free_sections.append(sent.section)
+        if sent.control >= 0:
+            self._free_control.append(sent.control)
+        if sent.large >= 0:
+            self._free_large.append(sent.large)
+        if packet.payload[:4] != _RNDIS_COMPLETE or len(packet.payload) < 8:
+            self.failed_frames += sent.frames
+            raise RemoteProtocolError("completion of an RNDIS packet without status")
+        if int.from_bytes(packet.payload[4:8], "little") == NvspStatus.SUCCESS:
+            self.sent_frames += sent.frames
+            self.sent_bytes += sent.size
+        else:
+            self.failed_frames += sent.frames
+
+    def _receive_ranges(self, packet: Packet) -> None:
+        """The ranges of a transfer-page packet: each holds one RNDIS message."""
+        if packet.payload[:4] != _RNDIS_PACKET:
+            raise RemoteProtocolError("transfer pages without an RNDIS packet")
+        if packet.transfer_set_id != RECEIVE_BUFFER_ID:
+            raise RemoteProtocolError(f"transfer-page set {packet.transfer_set_id:#x}")
+        if len(packet.transfer_ranges) > MAX_RSC_RANGES:
+            raise RemoteProtocolError(f"{len(packet.transfer_ranges)} transfer-page ranges")
+        size, count = self.protocol.receive_section
+        self._fragments.clear()
+        bad: RemoteProtocolError | None = None
+        for length, offset in packet.transfer_ranges:
+            if length > size or offset + length > size * count:
+                bad = RemoteProtocolError(f"transfer-page range of {length} bytes at {offset}")
+                continue
+            message = bytes(self._receive.view[offset : offset + length])
+            try:
+                if message[:4] == _PACKET_MESSAGE:
+                    self._take(rndis.unpack_packets(message, 1)[0])
+                else:
+                    self.protocol.receive_rndis(message)
+            except RemoteProtocolError as error:
+                self._fragments.clear()
+                bad = error
+        if self._fragments:
+            self._fragments.clear()
+            bad = RemoteProtocolError("a coalesced packet without its end")
+        self._channels[0].account.bytes_copied += sum(length for length, _ in packet.transfer_ranges)
+        if bad is not None:
+            raise bad
+
+    def _take(self, frame: Frame) -> None:
+        """A received frame, or a fragment of a coalesced one."""
+        flags = 0 if frame.packet_id is None else frame.packet_id >> 8 & 0xFF
+        if flags & PacketIdFlags.SUB_ALLOCATION:
+            if flags & PacketIdFlags.FIRST:
+                self._fragments.clear()
+            elif not self._fragments:
+                raise RemoteProtocolError("a fragment without its first")
+            self._fragments.append(frame)
+            if sum(len(part.data) for part in self._fragments) > MAX_RSC_SIZE:
+                raise RemoteProtocolError("a coalesced packet longer than IP allows")
+            if not flags & PacketIdFlags.LAST:
+                return
+            first = self._fragments[0]
+            first.data = b"".join(part.data for part in self._fragments)
+            frame = first
+        self._fragments.clear()
+        data = frame.data
+        if frame.checksum is not None and frame.checksum & ReceiveChecksum.TCP_VALUE_INVALID:
+            data = _checksum_again(data)
+        if frame.vlan is not None:
+            data = tag_frame(data, rndis.unpack_vlan(frame.vlan))
+        if len(self._received) < MAX_RECEIVED:
+            self._received.append(data)
+        else:
+            self.dropped_frames += 1
+
+    def _flush_completions(self, index: int) -> bool:
+        waiting, needed = self._completions[index], False
+        payload = self.protocol.receive_completion_payload
+        while waiting:
+            needed |= self._put(index, payload, waiting[0], COMPLETION, 0)
+            waiting.popleft()
+        return needed
+
+    # ---- the end
+
+    def _channel_closed(self, index: int) -> None:
+        with self._lock:
+            self._channels.pop(index, None)
+            self._completions.pop(index, None)
+            for key in [key for key in self._sent if key[0] == index]:
+                sent = self._sent.pop(key)
+                if sent.section >= 0:
+                    self._free_sections.append(sent.section)
+                if sent.large >= 0:
+                    self._free_large.append(sent.large)
+        self._changed.set()
+
+    def _closed(self) -> None:
+        with self._lock:
+            if 0 not in self._channels:
+                return
+            if self._failure is None:
+                self._failure = LocalProtocolError("the channel is closed")
+            self._release()
+        self._changed.set()
+
+    def _release(self) -> None:
+        self._channels.pop(0, None)
+        self.protocol.link_up = False
+        for area in (self._control, self._large, self._send, self._receive):
+            area.close()
+
+
+def _as_frame(item: bytes | Frame) -> Frame:
+    if isinstance(item, Frame):
+        return item
+    plain, tci = strip_tag(item)
+    return Frame(plain, vlan=None if tci is None else rndis.pack_vlan(tci))
+
+
+def _checksum_again(data: bytes) -> bytes:
+    """A coalesced packet with a TCP checksum of its own."""
+    layers = parse(data)
+    if layers is None:
+        raise RemoteProtocolError("a coalesced packet that is no IP packet")
+    version4 = layers.version == 4
+    return complete(data, TransmitChecksum(ipv4=version4, ipv6=not version4, tcp=True))
+
+
+def default_page_count(mtu: int = 1500, receive_sections: int = 256, send_sections: int = 64) -> int:
+    """Pages to give a `NetworkVsc` for about so many sections of its buffers."""
+    receive = -(-receive_sections * receive_section_size(mtu + 14) // PAGE)
+    send = -(-send_sections * SEND_SECTION_SIZE // PAGE)
+    return CONTROL_PAGES + LARGE_BUFFERS * LARGE_PAGES + max(receive + send, 4 * send)
