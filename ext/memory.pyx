@@ -64,8 +64,6 @@ cdef uint64_t MOST_MEMORY = <uint64_t>1 << 46
 
 Buffer = bytes | bytearray | memoryview     # and numpy arrays: for annotations, see the stub
 PAGE_SIZE = <int>PAGE_BYTES
-Buffer = bytes | bytearray | memoryview   # for annotations; any contiguous buffer will do
-
 READ = <int>ACCESS_READ
 WRITE = <int>ACCESS_WRITE
 EXECUTE = <int>ACCESS_EXECUTE
