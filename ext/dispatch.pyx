@@ -16,7 +16,7 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
-from vmbus.core.atomic cimport (cpu_pause, exchange32, exchange64, fetch_or8, fetch_or64, load_acquire32,
+from vmbus.core.atomic cimport (cpu_pause, exchange32, exchange64, fetch_and64, fetch_or8, fetch_or64, load_acquire32,
                                 load_acquire64, load_relaxed32, load_relaxed64, store_relaxed32, store_release32)
 from vmbus.core.memory cimport ACCESS_READ, ACCESS_WRITE, GuestMemory
 from vmbus.core.ring cimport CONTROL_WRITE_INDEX, RingReader, ring_mask, ring_unmask
@@ -67,6 +67,12 @@ cdef bint event_flag_set(uint64_t *words, uint32_t flag) noexcept nogil:
     """Set a flag; true if it was clear, so that the receiver needs an interrupt."""
     cdef uint64_t bit = <uint64_t>1 << (flag & 63)
     return (fetch_or64(&words[flag >> 6], bit) & bit) == 0
+
+
+cdef bint event_flag_clear(uint64_t *words, uint32_t flag) noexcept nogil:
+    """Clear a flag; true if it was set."""
+    cdef uint64_t bit = <uint64_t>1 << (flag & 63)
+    return (fetch_and64(&words[flag >> 6], ~bit) & bit) != 0
 
 
 cdef int event_flags_take(uint64_t *words, uint32_t *found) noexcept nogil:
@@ -134,6 +140,19 @@ cdef class EventFlags:
         if not 0 <= flag < FLAGS_PER_SINT:
             raise ValueError(f"event flag {flag}: there are {FLAGS_PER_SINT}")
         return event_flag_set(self.words, flag)
+
+    def clear(self, int flag) -> bool:
+        """Clear a flag, atomically.
+
+        Returns:
+            True if it was set.
+
+        Raises:
+            ValueError: there is no such flag.
+        """
+        if not 0 <= flag < FLAGS_PER_SINT:
+            raise ValueError(f"event flag {flag}: there are {FLAGS_PER_SINT}")
+        return event_flag_clear(self.words, flag)
 
     def take(self) -> list:
         """Clear all flags, each word atomically, and return the numbers of those that were set."""

@@ -15,6 +15,7 @@ cdef extern from *:
     #define vmbus_store_relaxed64(p, v) __atomic_store_n((uint64_t *)(p), (uint64_t)(v), __ATOMIC_RELAXED)
     #define vmbus_exchange64(p, v) __atomic_exchange_n((uint64_t *)(p), (uint64_t)(v), __ATOMIC_SEQ_CST)
     #define vmbus_fetch_or64(p, v) __atomic_fetch_or((uint64_t *)(p), (uint64_t)(v), __ATOMIC_SEQ_CST)
+    #define vmbus_fetch_and64(p, v) __atomic_fetch_and((uint64_t *)(p), (uint64_t)(v), __ATOMIC_SEQ_CST)
     #define vmbus_fetch_or8(p, v) __atomic_fetch_or((uint8_t *)(p), (uint8_t)(v), __ATOMIC_SEQ_CST)
     #define vmbus_fence() __atomic_thread_fence(__ATOMIC_SEQ_CST)
     #if defined(__x86_64__)
@@ -35,6 +36,7 @@ cdef extern from *:
     void store_relaxed64 "vmbus_store_relaxed64"(void *p, uint64_t value) noexcept nogil
     uint64_t exchange64 "vmbus_exchange64"(void *p, uint64_t value) noexcept nogil
     uint64_t fetch_or64 "vmbus_fetch_or64"(void *p, uint64_t value) noexcept nogil
+    uint64_t fetch_and64 "vmbus_fetch_and64"(void *p, uint64_t value) noexcept nogil
     uint8_t fetch_or8 "vmbus_fetch_or8"(void *p, uint8_t value) noexcept nogil
     void fence "vmbus_fence"() noexcept nogil
     void cpu_pause "vmbus_pause"() noexcept nogil

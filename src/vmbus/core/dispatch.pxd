@@ -16,6 +16,7 @@ cdef enum:
 
 cdef int event_flags_take(uint64_t *words, uint32_t *found) noexcept nogil
 cdef bint event_flag_set(uint64_t *words, uint32_t flag) noexcept nogil
+cdef bint event_flag_clear(uint64_t *words, uint32_t flag) noexcept nogil
 cdef bint message_post(uint8_t *slot, uint32_t type, uint64_t sender, const void *payload, uint8_t length) noexcept nogil
 
 cdef class EventFlags:
