@@ -22,6 +22,7 @@ class Account:
         interrupts: interrupts delivered to the guest, by vector.
         doorbells_sent: signals sent to the peer of a channel.
         doorbells_suppressed: publishes and releases for which no signal was needed.
+        hypercalls_saved: doorbells rung by a bit in the monitor page, where a hypercall would have been needed.
         packets_sent: packets written to rings.
         packets_received: packets read from rings.
         bytes_copied: payload bytes moved by a processor, that is not by the backend itself.
@@ -34,6 +35,7 @@ class Account:
     interrupts: Counter[int] = field(default_factory=Counter)
     doorbells_sent: int = 0
     doorbells_suppressed: int = 0
+    hypercalls_saved: int = 0
     packets_sent: int = 0
     packets_received: int = 0
     bytes_copied: int = 0
