@@ -6,6 +6,7 @@ equally over a real control plane (`vmbus.bus.VmbusHost`, `vmbus.bus.VmbusGuest`
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import count
 from typing import Protocol
 from uuid import UUID
@@ -51,7 +52,7 @@ class Gpadl:
             GuestMemoryError: a page is outside the partition.
         """
         if self._window is None:
-            self._window = self.memory.window(self.pfns)
+            self._window = self.memory.window(self.pfns, mirrored=False)
         return self._window
 
     def read(self, offset: int, length: int) -> bytes:
@@ -64,9 +65,10 @@ class Gpadl:
 
     def close(self) -> None:
         """Drop the mapping; the guest may use its pages for something else."""
-        if self._window is not None:
-            self._window.close()
-            self._window = None
+        window, self._window = self._window, None
+        if window is not None:
+            with suppress(BufferError):  # somebody still looks at it; it goes with the last view
+                window.close()
 
 
 class ChannelOwner(Protocol):
@@ -77,6 +79,9 @@ class ChannelOwner(Protocol):
 
     def close_channel(self, channel: "Channel") -> None:
         """Close the channel and free what belongs to it."""
+
+    def wait(self, channel: "Channel", condition: Callable[[], bool], timeout: float) -> bool:
+        """Let the other side work until `condition` holds."""
 
     def find_gpadl(self, channel: "Channel", gpadl_id: int) -> Gpadl:
         """The GPADL that the guest made for this channel."""
@@ -100,12 +105,15 @@ class Channel:
         account: where this end counts packets and doorbells.
         user_data: the 120 bytes that the guest gave when opening (empty at the guest's end of older calls).
         target_vp: the guest VP that the host interrupts.
-        on_signal: called whenever the peer rang. It must read `incoming` until empty, or else ask again.
+        on_signal: called whenever the peer rang. It must read `incoming` until empty, or else ask again. A ring that
+            came before there was a callback is delivered when one is set.
         on_closed: called once when the channel ends for any reason: closed by either end, rescinded,
             unloaded.
     """
 
     __slots__ = (
+        "_missed",
+        "_on_signal",
         "_open",
         "_owner",
         "account",
@@ -114,7 +122,6 @@ class Channel:
         "memory",
         "offer",
         "on_closed",
-        "on_signal",
         "outgoing",
         "target_vp",
         "user_data",
@@ -143,13 +150,38 @@ class Channel:
         self.account = Account() if account is None else account
         self.user_data = user_data
         self.target_vp = target_vp
-        self.on_signal: Callable[[], None] | None = None
+        self._on_signal: Callable[[], None] | None = None
+        self._missed = False
         self.on_closed: Callable[[], None] | None = None
 
     @property
     def is_open(self) -> bool:
         """Whether rings and doorbell may still be used."""
         return self._open
+
+    @property
+    def on_signal(self) -> Callable[[], None] | None:
+        """Called whenever the peer rang."""
+        return self._on_signal
+
+    @on_signal.setter
+    def on_signal(self, callback: Callable[[], None] | None) -> None:
+        self._on_signal = callback
+        if callback is not None and self._missed:
+            self._missed = False
+            callback()
+
+    def wait(self, condition: Callable[[], bool], timeout: float = 10.0) -> bool:
+        """Let the peer work until `condition` holds: how a synchronous client waits for its answer in any hosting.
+
+        Args:
+            condition: cheap and without side effects, for instance whether `on_signal` has seen the completion.
+            timeout: seconds of real time. On one thread the wait ends as soon as nobody has anything left to do.
+
+        Returns:
+            whether the condition holds.
+        """
+        return self._owner.wait(self, condition, timeout)
 
     def signal(self) -> None:
         """Ring the peer, and count it. Only for when a ring call said that it is needed."""
@@ -198,8 +230,11 @@ class Channel:
 
     def deliver_signal(self) -> None:
         """The bus says that the peer rang."""
-        if self._open and self.on_signal is not None:
-            self.on_signal()
+        callback = self._on_signal
+        if callback is None:
+            self._missed = True
+        elif self._open:
+            callback()
 
     def gpadl(self, gpadl_id: int) -> Gpadl:
         """The memory that the guest described for this channel (host end).
@@ -250,7 +285,7 @@ class Channel:
 class _Loop:
     """Joins two ends without a control plane; GPADLs live in a table of their own."""
 
-    def __init__(self, memory: GuestMemory, windows: tuple[Window, Window]) -> None:
+    def __init__(self, memory: GuestMemory, windows: tuple[Window, ...]) -> None:
         self._memory = memory
         self._windows: tuple[Window, ...] = windows
         self._peer: dict[int, Channel] = {}
@@ -278,6 +313,13 @@ class _Loop:
                 self._due.popleft().deliver_signal()
         finally:
             self._delivering = False
+
+    def wait(self, channel: Channel, condition: Callable[[], bool], timeout: float) -> bool:
+        while not condition():
+            if not self._due:
+                return False
+            self._due.popleft().deliver_signal()
+        return True
 
     def close_channel(self, channel: Channel) -> None:
         peer = self._peer.pop(id(channel), None)

@@ -1,0 +1,353 @@
+"""Where the work of the bus runs: in the caller's thread in a repeatable order, in threads, or in processes.
+
+Providers, clients and both ends of the control plane are the same in all three: they make a `Task` for each
+thing that can be rung, ring it, and wait for conditions. A hosting decides when and where a rung task runs, never
+twice at the same time, and a task that is rung again before it starts runs once: a task is a doorbell.
+"""
+
+import logging
+import random
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import count
+from typing import TYPE_CHECKING, Final
+from weakref import WeakKeyDictionary
+
+from vmbus.core.dispatch import Doorbell
+from vmbus.hypervisor import VirtualClock
+
+if TYPE_CHECKING:
+    from vmbus.hypervisor import Clock, Hypervisor
+
+__all__ = ["Hosting", "Inline", "Task", "Threads", "hosting_of"]
+
+log = logging.getLogger(__name__)
+
+DEFAULT_SPIN: Final = 20e-6
+"""Seconds that a worker polls before it sleeps: about what an eventfd wake-up across processors costs."""
+
+
+class Task:
+    """Something that runs whenever it was rung.
+
+    Attributes:
+        name: for traces and logs.
+        work: what to run.
+        queued: it was rung and has not started since.
+        running: it runs now.
+        closed: rings do nothing any more.
+    """
+
+    __slots__ = ("closed", "home", "name", "queued", "running", "work")
+
+    def __init__(self, name: str, work: Callable[[], None]) -> None:
+        self.name = name
+        self.work = work
+        self.queued = False
+        self.running = False
+        self.closed = False
+        self.home: _Worker | None = None
+
+
+class Hosting(ABC):
+    """Runs tasks; see the module."""
+
+    kind: str = ""
+
+    @abstractmethod
+    def task(self, name: str, work: Callable[[], None]) -> Task:
+        """Make a task."""
+
+    @abstractmethod
+    def ring(self, task: Task) -> None:
+        """Have the task run, soon."""
+
+    @abstractmethod
+    def wait_for(self, condition: Callable[[], bool], timeout: float = 10.0) -> bool:
+        """Let tasks run until `condition` holds.
+
+        Args:
+            condition: cheap and free of side effects; it may be called from several places.
+            timeout: seconds of real time; a hosting on a virtual clock gives up when nothing is left to happen.
+
+        Returns:
+            whether it holds.
+        """
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Within this, an inline hosting runs nothing by itself: the caller is in the middle of something."""
+        yield
+
+    def drop(self, task: Task) -> None:
+        """Run the task never again (a run under way ends by itself)."""
+        task.closed = True
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stop; tasks that wait are dropped."""
+
+
+class Inline(Hosting):
+    """Everything in the caller's thread: a ring runs the task before it returns, unless tasks run already.
+
+    Where several tasks wait, a seeded choice picks the next, so that a run repeats exactly with its seed and goes
+    another way with another. On a `VirtualClock`, time moves on when somebody waits and nothing is ready.
+
+    Args:
+        seed: of the choices.
+        eager: run rung tasks at once; else only in `run` and `wait_for`, which leaves more to choose from.
+    """
+
+    kind = "inline"
+
+    def __init__(self, seed: int = 0, *, eager: bool = True) -> None:
+        self._random = random.Random(seed)
+        self._eager = eager
+        self._ready: list[Task] = []
+        self._depth = 0
+        self.clock: Clock | None = None
+
+    def task(self, name: str, work: Callable[[], None]) -> Task:
+        """Make a task."""
+        return Task(name, work)
+
+    def ring(self, task: Task) -> None:
+        """Run the task now or, if tasks run already, after them."""
+        if task.queued or task.closed:
+            return
+        task.queued = True
+        self._ready.append(task)
+        if self._eager and self._depth == 0:
+            self.run()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Queue rings until the outermost of these ends."""
+        self._depth += 1
+        try:
+            yield
+        finally:
+            self._depth -= 1
+            if self._eager and self._depth == 0 and self._ready:
+                self.run()
+
+    def close(self) -> None:
+        """Drop what waits."""
+        for task in self._ready:
+            task.queued = False
+        self._ready.clear()
+
+    def run(self, limit: int | None = None) -> int:
+        """Run what is ready, and what gets ready meanwhile, at most `limit` tasks; how many ran."""
+        ran = 0
+        self._depth += 1
+        try:
+            while (limit is None or ran < limit) and self._step():
+                ran += 1
+        finally:
+            self._depth -= 1
+        return ran
+
+    def _step(self) -> bool:
+        """Run one ready task; False if there is none. A task that runs (we are inside of it) is not entered again."""
+        free = [task for task in self._ready if not task.running]
+        if not free:
+            return False
+        task = free[self._random.randrange(len(free))] if len(free) > 1 else free[0]
+        self._ready.remove(task)
+        task.queued = False
+        if not task.closed:
+            task.running = True
+            try:
+                task.work()
+            finally:
+                task.running = False
+        return True
+
+    def wait_for(self, condition: Callable[[], bool], timeout: float = 10.0) -> bool:
+        """Run tasks, and timers of a virtual clock when no task is ready, until `condition` holds or nothing is
+        left."""
+        self._depth += 1
+        try:
+            while not condition():
+                if self._step():
+                    continue
+                if not (isinstance(self.clock, VirtualClock) and self.clock.advance_to_next()):
+                    return condition()
+            return True
+        finally:
+            self._depth -= 1
+
+
+class _Worker(threading.Thread):
+    """One thread with a queue and a doorbell."""
+
+    def __init__(self, name: str, spin: float, progressed: Callable[[], None]) -> None:
+        super().__init__(name=name, daemon=True)
+        self.queue: deque[Task] = deque()
+        self.doorbell = Doorbell()
+        self.stopping = False
+        self._spin = spin
+        self._progressed = progressed
+
+    def run(self) -> None:
+        """Serve the queue until told to stop."""
+        while not self.stopping:
+            if not self.serve_one():
+                self.doorbell.wait(1.0, self._spin)
+
+    def serve_one(self) -> bool:
+        """Run the first task that does not run already (further down this very stack)."""
+        for _ in range(len(self.queue)):
+            try:
+                task = self.queue.popleft()
+            except IndexError:
+                return False
+            if task.running:
+                self.queue.append(task)
+                continue
+            task.queued = False  # before the work: a ring from now on must run it again
+            if not task.closed:
+                task.running = True
+                try:
+                    task.work()
+                except Exception:
+                    log.exception("task %s failed", task.name)
+                finally:
+                    task.running = False
+                self._progressed()
+            return True
+        return False
+
+
+class Threads(Hosting):
+    """Tasks run in worker threads, each always in the same one, so that nothing that one task does needs a lock.
+
+    Args:
+        workers: how many threads.
+        spin: seconds that an idle worker polls before it sleeps on its eventfd (with the GIL released).
+    """
+
+    kind = "threads"
+
+    def __init__(self, workers: int = 2, spin: float = DEFAULT_SPIN) -> None:
+        if workers < 1:
+            raise ValueError("at least one worker")
+        self._progress = threading.Condition()
+        self._waiting = 0
+        self._turns = 0
+        self._workers = [_Worker(f"vmbus-{n}", spin, self._progressed) for n in range(workers)]
+        self._homes = count()
+        self._closed = False
+        for worker in self._workers:
+            worker.start()
+
+    @property
+    def spins_paid(self) -> int:
+        """Waits of workers that ended while they still polled."""
+        return sum(w.doorbell.spins_paid for w in self._workers)
+
+    @property
+    def sleeps(self) -> int:
+        """Waits of workers that went to sleep."""
+        return sum(w.doorbell.sleeps for w in self._workers)
+
+    def task(self, name: str, work: Callable[[], None]) -> Task:
+        """Make a task, at home with the worker whose turn it is."""
+        task = Task(name, work)
+        task.home = self._workers[next(self._homes) % len(self._workers)]
+        return task
+
+    def ring(self, task: Task) -> None:
+        """Queue the task for its worker and wake that."""
+        home = task.home
+        if task.queued or task.closed or home is None or self._closed:
+            return
+        # Two threads may both see it not queued: it then runs twice, which a doorbell allows.
+        task.queued = True
+        home.queue.append(task)
+        home.doorbell.ring()
+
+    def _progressed(self) -> None:
+        if self._waiting:
+            with self._progress:
+                self._turns += 1
+                self._progress.notify_all()
+
+    def wait_for(self, condition: Callable[[], bool], timeout: float = 10.0) -> bool:
+        """Wait until `condition` holds; a worker that waits serves its other tasks meanwhile."""
+        me = threading.current_thread()
+        if isinstance(me, _Worker) and me in self._workers:
+            end = time.monotonic() + timeout
+            while not condition():
+                if time.monotonic() > end:
+                    return False
+                if not me.serve_one():
+                    me.doorbell.wait(0.01)
+            return True
+        end = time.monotonic() + timeout
+        with self._progress:
+            self._waiting += 1
+        try:
+            while True:
+                # The condition is evaluated without our lock: it may do work that a worker has to finish first.
+                seen = self._turns
+                if condition():
+                    return True
+                with self._progress:
+                    while self._turns == seen:
+                        left = end - time.monotonic()
+                        if left <= 0 or not self._progress.wait(left):
+                            return condition()
+        finally:
+            with self._progress:
+                self._waiting -= 1
+
+    def close(self) -> None:
+        """Stop the workers and wait for them; their eventfds are closed."""
+        if self._closed:
+            return
+        self._closed = True
+        for worker in self._workers:
+            worker.stopping = True
+            worker.doorbell.ring()
+        for worker in self._workers:
+            if worker is not threading.current_thread():
+                worker.join()
+            worker.doorbell.close()
+
+
+_HOSTINGS: "WeakKeyDictionary[Hypervisor, Hosting]" = WeakKeyDictionary()
+
+
+def hosting_of(hypervisor: "Hypervisor", hosting: "Hosting | str | None" = None) -> Hosting:
+    """The hosting of a hypervisor instance: the one given or named for the first time, inline by default.
+
+    Args:
+        hypervisor: all buses of one instance share one hosting.
+        hosting: ``"inline"``, ``"threads"``, ``"processes"``, a `Hosting`, or None for what is there already.
+
+    Raises:
+        ValueError: no such hosting, or the instance has another one.
+    """
+    present = _HOSTINGS.get(hypervisor)
+    if isinstance(hosting, str):
+        if present is not None and present.kind == hosting:
+            return present
+        kinds: dict[str, Callable[[], Hosting]] = {"inline": Inline, "threads": Threads, "processes": Threads}
+        if hosting not in kinds:
+            raise ValueError(f"no hosting {hosting!r}; there are {', '.join(kinds)}")
+        hosting = kinds[hosting]()
+    if hosting is None:
+        hosting = present or Inline()
+    if present is not None and present is not hosting:
+        raise ValueError(f"the hypervisor's buses are hosted {present.kind} already")
+    if isinstance(hosting, Inline):
+        hosting.clock = hypervisor.clock
+    _HOSTINGS[hypervisor] = hosting
+    return hosting

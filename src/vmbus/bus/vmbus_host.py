@@ -1,0 +1,543 @@
+"""The host's VMBus of one child: the control-plane machine wired to a hypervisor.
+
+Messages come in through message ports, go out through the child's SynIC; GPADLs are mapped, rings opened, event
+ports made. All of it runs in whatever thread the guest's hypercall or the provider's call came from, under one
+lock per child; what rings a channel runs as a task of the hosting.
+"""
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Final
+from uuid import UUID
+
+from vmbus.bus import actions as act
+from vmbus.bus import wire
+from vmbus.bus.channel import Channel, Gpadl
+from vmbus.bus.host import HostMachine
+from vmbus.bus.hosting import Hosting, Task, hosting_of
+from vmbus.bus.monitor import HostMonitor
+from vmbus.bus.offer import Offer
+from vmbus.bus.versions import SUPPORTED_FEATURES, FeatureFlags, Version, version_name
+from vmbus.bus.wire import MessageType
+from vmbus.core.dispatch import EventFlags
+from vmbus.core.memory import READ, WRITE, GpaRanges, Window
+from vmbus.core.ring import RingReader, RingWriter
+from vmbus.errors import HypercallError, RemoteProtocolError, RingCorrupt, VmbusError
+from vmbus.hypervisor import Hypervisor, Partition, PartitionEvent
+from vmbus.hypervisor.tlfs import Status
+from vmbus.trace.events import EventTrace
+from vmbus.trace.ledger import Account
+
+__all__ = ["Offered", "VmbusHost"]
+
+log = logging.getLogger(__name__)
+
+BACKLOG_LIMIT: Final = 8192
+"""Messages that wait behind the hypervisor's own queue. All offers there can be fit; a guest that lets more pile up
+does not read its messages, and its connection is reset."""
+FROM_HOST_SINT: Final = 0
+FROM_GUEST_SINT: Final = 8
+"""The halves of the shared interrupt page, as event-flag pages count them: 2 KiB are eight SINTs of 256 bytes."""
+
+
+class Offered:
+    """An offer as its provider holds it.
+
+    Attributes:
+        offer: what was offered.
+        offer_id: the host's number of it.
+        name: the device's name in the ledger.
+        channel: the open channel, or None.
+    """
+
+    def __init__(
+        self,
+        host: "VmbusHost",
+        offer: Offer,
+        name: str,
+        on_open: Callable[[Channel], None] | None,
+        on_close: Callable[[Channel], None] | None,
+    ) -> None:
+        self._host = host
+        self.offer = offer
+        self.name = name
+        self.on_open = on_open
+        self.on_close = on_close
+        self.offer_id = 0
+        self.channel: Channel | None = None
+        self.task: Task | None = None
+        self.request: act.OpenRequest | None = None
+        self.windows: tuple[Window, ...] = ()
+
+    @property
+    def is_present(self) -> bool:
+        """Whether it is offered: not rescinded, or not released by the guest since."""
+        return self._host.offered.get(self.offer_id) is self
+
+    def rescind(self) -> None:
+        """Take the offer back (a primary channel's sub-channels first); an open channel closes now."""
+        self._host.rescind(self)
+
+
+class VmbusHost:
+    """One child's VMBus, in its parent.
+
+    Args:
+        hypervisor: the instance.
+        child: whose bus this is; a child has one.
+        versions: the versions that this host speaks.
+        features: the feature flags that it grants.
+        hosting: ``"inline"`` (the default), ``"threads"``, ``"processes"`` or a `Hosting`; one for all buses of an
+            instance.
+        trace: where to record messages, doorbells, opens and closes.
+        on_tl_connect: hv_sock: ``on_tl_connect(endpoint_id, service_id, silo_id)`` offers a channel and returns True,
+            or refuses with False.
+
+    Attributes:
+        machine: the control plane's state.
+        violations: messages of the guest that were refused.
+    """
+
+    def __init__(
+        self,
+        hypervisor: Hypervisor,
+        child: Partition,
+        *,
+        versions: frozenset[int] = frozenset(Version),
+        features: int = SUPPORTED_FEATURES,
+        hosting: Hosting | str | None = None,
+        trace: EventTrace | None = None,
+        on_tl_connect: Callable[[UUID, UUID, UUID], bool] | None = None,
+    ) -> None:
+        self.hypervisor = hypervisor
+        self.child = child
+        self.hosting = hosting_of(hypervisor, hosting)
+        self.machine = HostMachine(
+            child.memory.size >> 12, len(child.vps), versions=versions, features=features
+        )
+        self.offered: dict[int, Offered] = {}
+        self.violations = 0
+        self.on_tl_connect = on_tl_connect
+        self._trace = trace
+        self._parent_name = child.parent.name if child.parent is not None else "root"
+        self._lock = threading.RLock()
+        self._todo: deque[act.HostAction] = deque()
+        self._performing = False
+        self._backlog: deque[act.Send] = deque()
+        self._gpadls: dict[int, Gpadl] = {}
+        self._by_flag: dict[int, Offered] = {}
+        self._event_ports: set[int] = set()
+        self._to_guest_flags: EventFlags | None = None
+        self._from_guest_flags: EventFlags | None = None
+        self.monitor = HostMonitor(hypervisor.clock, child.memory, self._monitored)
+        self._closed = False
+        for connection_id in (wire.MESSAGE_CONNECTION_ID, wire.MESSAGE_CONNECTION_ID_V5):
+            hypervisor.create_message_port(child, connection_id, self._taker(connection_id))
+        self._previous_on_event = child.on_event
+        child.on_event = self._on_partition_event
+
+    # -- the provider's side -------------------------------------------------------------------------------
+
+    @property
+    def version(self) -> int:
+        """The version agreed on with the guest, 0 if none."""
+        return self.machine.version
+
+    @property
+    def features(self) -> FeatureFlags:
+        """The feature flags that hold."""
+        return self.machine.features
+
+    @property
+    def channels(self) -> list[Channel]:
+        """The channels that are open now."""
+        return [o.channel for o in list(self.offered.values()) if o.channel is not None]
+
+    def offer(
+        self,
+        offer: Offer,
+        on_open: Callable[[Channel], None] | None = None,
+        on_close: Callable[[Channel], None] | None = None,
+        *,
+        name: str = "",
+    ) -> Offered:
+        """Offer a channel to the guest.
+
+        Args:
+            offer: the channel.
+            on_open: called with the host's end when the guest opens it; a `VmbusError` from it refuses the open.
+                It sets `Channel.on_signal`.
+            on_close: called with that end when it has closed, for whatever reason. Its rings are not used by the
+                guest any more then; work in other threads must have ended when this returns.
+            name: of the device, in the ledger.
+
+        Raises:
+            LocalProtocolError: it is offered already, or there are 2047.
+        """
+        offered = Offered(self, offer, name or f"device-{offer.instance_id}", on_open, on_close)
+        with self._lock:
+            offered.offer_id, actions = self.machine.offer(offer)
+            self.offered[offered.offer_id] = offered
+            self._perform(actions)
+        return offered
+
+    def rescind(self, offered: Offered) -> None:
+        """Take an offer back; `Offered.rescind`."""
+        with self._lock:
+            self._perform(self.machine.rescind(offered.offer_id))
+
+    def reset(self) -> None:
+        """The guest restarts: every channel closes, its memory is let go; the offers stay."""
+        with self._lock:
+            self._backlog.clear()
+            self._perform(self.machine.reset())
+
+    def close(self) -> None:
+        """Rescind everything and leave the bus: the child can reach it no more."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._perform(self.machine.reset())
+            for offer_id in list(self.offered):
+                self._perform(self.machine.rescind(offer_id))
+            self._backlog.clear()
+            for connection_id in (wire.MESSAGE_CONNECTION_ID, wire.MESSAGE_CONNECTION_ID_V5):
+                with suppress(HypercallError):  # gone with the child
+                    self.hypervisor.delete_port(self.child, connection_id)
+            self.child.on_event = self._previous_on_event
+
+    def _on_partition_event(self, event: PartitionEvent) -> None:
+        if event.kind == "destroyed":
+            self.close()
+        elif event.kind == "reset":
+            self.reset()
+        if self._previous_on_event is not None:
+            self._previous_on_event(event)
+
+    # -- the guest's side ----------------------------------------------------------------------------------
+
+    def _taker(self, connection_id: int) -> Callable[[int, int, bytes], None]:
+        def take(vp_index: int, message_type: int, payload: bytes) -> None:
+            self._on_message(connection_id, message_type, payload)
+
+        return take
+
+    def _on_message(self, connection_id: int, message_type: int, payload: bytes) -> None:
+        if self._trace is not None:
+            self._record_message(self.child.name, self._parent_name, payload)
+        with self._lock:
+            try:
+                if message_type != wire.VMBUS_MESSAGE_TYPE:
+                    raise RemoteProtocolError(f"a message of type {message_type} on the bus")
+                actions = self.machine.receive(payload, connection_id)
+            except RemoteProtocolError:
+                self.violations += 1
+                raise
+            self._perform(actions)
+
+    def _perform(self, actions: list[act.HostAction]) -> None:
+        """Carry out actions in order; those that come up meanwhile (a provider that rescinds in `on_open`) after."""
+        self._todo += actions
+        if self._performing:
+            return
+        with self.hosting.held():
+            self._performing = True
+            try:
+                while self._todo:
+                    self._do(self._todo.popleft())
+            finally:
+                self._performing = False
+
+    def _do(self, action: act.HostAction) -> None:
+        match action:
+            case act.Send():
+                self._send(action)
+            case act.OpenDevice():
+                self._open(action)
+            case act.CloseDevice():
+                self._close(self.offered[action.offer_id])
+            case act.MapGpadl():
+                self._map(action)
+            case act.UnmapGpadl():
+                gpadl = self._gpadls.pop(action.serial, None)
+                if gpadl is not None:
+                    gpadl.close()
+            case act.Established():
+                self._established(action)
+            case act.Disconnected():
+                self._disconnected()
+            case act.UseMonitorPages():
+                self.monitor.use(action.pages)
+            case act.Retarget():
+                channel = self.offered[action.offer_id].channel
+                if channel is not None:
+                    channel.target_vp = action.target_vp
+            case act.OfferGone():
+                self.offered.pop(action.offer_id, None)
+            case act.TlConnect():
+                connect = self.on_tl_connect
+                if connect is None or not connect(action.endpoint_id, action.service_id, action.silo_id):
+                    self._todo += self.machine.refuse_tl_connect(action.endpoint_id, action.service_id)
+
+    # -- messages ------------------------------------------------------------------------------------------
+
+    def _send(self, action: act.Send) -> None:
+        if self._trace is not None:
+            self._record_message(self._parent_name, self.child.name, action.payload)
+        if self._backlog or not self._post(action):
+            if len(self._backlog) >= BACKLOG_LIMIT:
+                log.warning("%s does not read its messages; its connection is reset", self.child.name)
+                self._backlog.clear()
+                self._todo += self.machine.reset()
+                return
+            if not self._backlog:
+                self._watch_for_room(action.vp)
+            self._backlog.append(action)
+
+    def _post(self, action: act.Send) -> bool:
+        """Give a message to the hypervisor; False if it has no room."""
+        try:
+            self.hypervisor.post_message(
+                self.child, action.vp, action.sint, wire.VMBUS_MESSAGE_TYPE, 0, action.payload
+            )
+        except HypercallError as error:
+            if error.status == Status.INSUFFICIENT_BUFFERS:
+                return False
+            # A guest that took its message page away gets no messages; real ones do so when they shut down.
+            log.debug("%s cannot be sent a message: %s", self.child.name, error)
+        return True
+
+    def _watch_for_room(self, vp: int) -> None:
+        """Have the backlog flushed when the guest has taken messages."""
+        synic = self.child.vps[vp].synic
+        previous = synic.slot_free
+
+        def freed(sint: int) -> None:
+            if previous is not None:
+                previous(sint)
+            with self._lock:
+                while self._backlog and self._post(self._backlog[0]):
+                    self._backlog.popleft()
+                if not self._backlog and synic.slot_free is freed:
+                    synic.slot_free = previous
+
+        synic.slot_free = freed
+
+    def _record_message(self, source: str, target: str, payload: bytes) -> None:
+        assert self._trace is not None
+        number = int.from_bytes(payload[:4], "little")
+        kind = MessageType(number).name if number in MessageType.__members__.values() else str(number)
+        self._trace.record(
+            self.hypervisor.clock.now(), source, target, "message", type=kind, bytes=payload[8:].hex() or "-"
+        )
+
+    def _record(self, kind: str, source: str, target: str, **particulars: object) -> None:
+        if self._trace is not None:
+            self._trace.record(self.hypervisor.clock.now(), source, target, kind, **particulars)
+
+    # -- the connection ------------------------------------------------------------------------------------
+
+    def _established(self, action: act.Established) -> None:
+        self._record("connect", self.child.name, self._parent_name, version=version_name(action.version))
+        if action.interrupt_page is not None:
+            memory, page = self.child.memory, action.interrupt_page
+            self._to_guest_flags = EventFlags(memory, page, FROM_HOST_SINT)
+            self._from_guest_flags = EventFlags(memory, page, FROM_GUEST_SINT)
+        if action.version < Version.V2_4:
+            self._make_event_port(wire.EVENT_CONNECTION_ID, self._on_shared_event)
+        self.monitor.use(action.monitor_pages)
+
+    def _disconnected(self) -> None:
+        self._record("unload", self.child.name, self._parent_name)
+        self._delete_event_port(wire.EVENT_CONNECTION_ID)
+        self._to_guest_flags = self._from_guest_flags = None
+        self.monitor.use(None)
+
+    def _make_event_port(self, connection_id: int, handler: Callable[[int], None]) -> None:
+        self.hypervisor.create_event_port(self.child, connection_id, handler)
+        self._event_ports.add(connection_id)
+
+    def _delete_event_port(self, connection_id: int) -> None:
+        if connection_id in self._event_ports:
+            self._event_ports.discard(connection_id)
+            with suppress(HypercallError):  # gone with the child
+                self.hypervisor.delete_port(self.child, connection_id)
+
+    # -- channels ------------------------------------------------------------------------------------------
+
+    def _map(self, action: act.MapGpadl) -> None:
+        memory = self.child.memory
+        try:
+            ranges = GpaRanges.parse(action.data, action.count)
+            for part in ranges:
+                for pfn in part.pfns:
+                    if pfn >= memory.size >> 12 or memory.access(pfn << 12) & (READ | WRITE) != READ | WRITE:
+                        raise RemoteProtocolError(f"GPADL {action.gpadl_id:#x} names page {pfn:#x}")
+        except (VmbusError, OverflowError) as error:
+            log.debug("%s: %s", self.child.name, error)
+            self._todo += self.machine.complete_gpadl(action.serial, False)
+            return
+        self._gpadls[action.serial] = Gpadl(action.gpadl_id, ranges, memory)
+        self._todo += self.machine.complete_gpadl(action.serial, True)
+
+    def _open(self, action: act.OpenDevice) -> None:
+        offered, request = self.offered[action.offer_id], action.request
+        try:
+            self._open_rings(offered, action.channel_id, request)
+            channel = offered.channel
+            assert channel is not None
+            if offered.on_open is not None:
+                offered.on_open(channel)
+        except VmbusError as error:
+            log.warning("%s: %s cannot be opened: %s", self.child.name, offered.name, error)
+            self._close(offered)
+            self._todo += self.machine.complete_open(action.serial, False)
+            return
+        self._record(
+            "open", self.child.name, self._parent_name, device=offered.name, channel=action.channel_id
+        )
+        self._todo += self.machine.complete_open(action.serial, True)
+
+    def _open_rings(self, offered: Offered, channel_id: int, request: act.OpenRequest) -> None:
+        memory = self.child.memory
+        known = self.machine.channels[offered.offer_id]
+        serial = known.reserved_gpadl.serial if known.reserved_gpadl else 0
+        serial = serial or self.machine.gpadls[request.gpadl_id].serial
+        pfns = self._gpadls[serial].pfns
+        up = memory.window(pfns[: request.downstream_page])
+        down = memory.window(pfns[request.downstream_page :])
+        channel = Channel(
+            self,
+            offered.offer,
+            RingWriter(down),
+            RingReader(up),
+            memory=memory,
+            account=self._account(offered),
+            channel_id=channel_id,
+            user_data=request.user_data,
+            target_vp=request.target_vp if request.target_vp is not None else -1,
+        )
+        offered.channel, offered.request = channel, request
+        offered.windows = (up, down)
+        task = offered.task = self.hosting.task(
+            f"{self.child.name}/{offered.name}", lambda: self._serve(offered, channel)
+        )
+        self._by_flag[channel_id] = offered
+        # The port exists before the guest learns that the channel is open: a guest may ring at once, and hosts that
+        # were slower than that have lost its first interrupt.
+        self._make_event_port(request.connection_id, lambda flag: self.hosting.ring(task))
+        if known.monitor_id is not None and request.target_vp is not None:
+            self.monitor.watch(
+                known.monitor_id, offered.offer.monitor_latency or 0, request.connection_id, task.name
+            )
+
+    def _account(self, offered: Offered) -> Account:
+        return self.hypervisor.ledger.account(self._parent_name, f"{self.child.name}/{offered.name}")
+
+    def _close(self, offered: Offered) -> None:
+        channel, request = offered.channel, offered.request
+        if channel is None or request is None:
+            return
+        known = self.machine.channels.get(offered.offer_id)
+        if known is not None and known.monitor_id is not None:
+            self.monitor.unwatch(known.monitor_id)
+        self._delete_event_port(request.connection_id)
+        self._by_flag.pop(channel.channel_id, None)
+        if offered.task is not None:
+            self.hosting.drop(offered.task)
+        offered.channel = offered.request = offered.task = None
+        self._record(
+            "close", self._parent_name, self.child.name, device=offered.name, channel=channel.channel_id
+        )
+        try:
+            channel.ended()
+            if offered.on_close is not None:
+                offered.on_close(channel)
+        finally:
+            windows, offered.windows = offered.windows, ()
+            for window in windows:
+                with suppress(BufferError):  # its rings are still referred to; it goes with them
+                    window.close()
+
+    def _serve(self, offered: Offered, channel: Channel) -> None:
+        """A channel was rung: its provider reads it. A ring that the guest corrupted costs this channel only."""
+        self._record("doorbell", self.child.name, self._parent_name, channel=channel.channel_id)
+        try:
+            channel.deliver_signal()
+        except RingCorrupt as error:
+            log.warning("%s: %s is taken away: %s", self.child.name, offered.name, error)
+            self.rescind(offered)
+
+    def _on_shared_event(self, flag: int) -> None:
+        """Before 2.4: the guest's half of the interrupt page says which channels it rang."""
+        flags = self._from_guest_flags
+        if flags is None:
+            return
+        for channel_id in flags.take():
+            self._rung(channel_id)
+
+    def _rung(self, channel_id: int) -> None:
+        offered = self._by_flag.get(channel_id)
+        if offered is not None and offered.task is not None:
+            self.hosting.ring(offered.task)
+
+    def _monitored(self, connection_id: int) -> None:
+        """A monitored notification came due: as if the guest had signalled that connection itself."""
+        for offered in list(self._by_flag.values()):
+            if offered.request is not None and offered.request.connection_id == connection_id:
+                self._rung(offered.channel.channel_id if offered.channel is not None else 0)
+
+    # -- ChannelOwner --------------------------------------------------------------------------------------
+
+    def ring(self, channel: Channel) -> None:
+        """Interrupt the guest for this channel."""
+        offered = self._by_flag.get(channel.channel_id)
+        if offered is None or offered.request is None or channel.target_vp < 0:
+            return
+        self._record("doorbell", self._parent_name, self.child.name, channel=channel.channel_id)
+        vp, flag = channel.target_vp, offered.request.event_flag
+        if self.machine.version < Version.V2_4:
+            flags = self._to_guest_flags
+            if flags is None:
+                return
+            flags.set(flag)
+            vp, flag = 0, 0
+        with suppress(
+            HypercallError
+        ):  # the guest has no event flags page (any more): it does not want interrupts
+            self.hypervisor.signal_event(self.child, vp, wire.VMBUS_SINT, flag)
+
+    def wait(self, channel: Channel, condition: Callable[[], bool], timeout: float) -> bool:
+        """Let others work until the condition holds."""
+        return self.hosting.wait_for(condition, timeout)
+
+    def close_channel(self, channel: Channel) -> None:
+        """The provider gives the channel up: the offer is rescinded, which closes it."""
+        offered = self._by_flag.get(channel.channel_id)
+        if offered is not None and offered.channel is channel:
+            self.rescind(offered)
+
+    def find_gpadl(self, channel: Channel, gpadl_id: int) -> Gpadl:
+        """A GPADL of this channel; takes no lock, since providers call it from their own threads."""
+        known = self.machine.gpadls.get(gpadl_id)
+        offered = self._by_flag.get(channel.channel_id)
+        if (
+            known is None
+            or offered is None
+            or known.offer_id != offered.offer_id
+            or known.serial not in self._gpadls
+        ):
+            raise RemoteProtocolError(f"channel {channel.channel_id} has no GPADL {gpadl_id:#x}")
+        return self._gpadls[known.serial]
+
+    def make_gpadl(self, channel: Channel, ranges: GpaRanges) -> int:
+        """Only guests describe memory."""
+        raise NotImplementedError("GPADLs are made by the guest's end")
+
+    def drop_gpadl(self, channel: Channel, gpadl_id: int) -> None:
+        """Only guests take memory back."""
+        raise NotImplementedError("GPADLs are torn down by the guest's end")

@@ -1,0 +1,324 @@
+"""Both ends of the bus over a real hypervisor: hypercalls, SynIC, mapped rings, in every version and hosting."""
+
+from collections.abc import Iterator
+from uuid import UUID
+
+import pytest
+
+from vmbus.bus import Channel, Inline, Offer, Threads, Version, VmbusGuest, VmbusHost
+from vmbus.bus.versions import version_name
+from vmbus.errors import LocalProtocolError, RemoteProtocolError
+from vmbus.hypervisor import Hypervisor, VirtualClock
+
+KIND = UUID("ba6163d9-04a1-4d29-b605-72e2ffb1dc7f")
+ALL_VERSIONS = pytest.mark.parametrize("version", Version, ids=version_name)
+
+
+class World:
+    """One hypervisor, one child with a bus."""
+
+    def __init__(self, hosting: str = "inline", *, vps: int = 2, **host: object) -> None:
+        inline = hosting == "inline"
+        self.hv = Hypervisor(clock=VirtualClock() if inline else None)
+        self.root = self.hv.create_root()
+        self.child = self.hv.create_child(self.root, name="c0", memory_size=16 << 20, vps=vps)
+        self.hosting = Inline(seed=1) if inline else Threads(workers=2)
+        self.host = VmbusHost(self.hv, self.child, hosting=self.hosting, **host)  # type: ignore[arg-type]
+
+    def guest(self, *versions: int, **more: object) -> VmbusGuest:
+        return VmbusGuest(self.child.vps[0], versions=versions or None, **more)  # type: ignore[arg-type]
+
+    def close(self) -> None:
+        self.hosting.close()
+        self.child.destroy()
+        self.root.destroy()
+
+
+@pytest.fixture(params=["inline", "threads"])
+def world(request: pytest.FixtureRequest) -> Iterator[World]:
+    world = World(request.param)
+    yield world
+    world.close()
+
+
+def an_offer(number: int = 1, **more: object) -> Offer:
+    return Offer(KIND, UUID(int=number), **more)  # type: ignore[arg-type]
+
+
+def echo(channel: Channel) -> None:
+    """A provider that answers every packet with its payload reversed."""
+
+    def answer(packets: list) -> None:
+        for packet in packets:
+            channel.send(packet.payload[::-1], packet.transaction_id)
+
+    channel.serve(answer)
+
+
+def ask(channel: Channel, payload: bytes) -> bytes:
+    """A client that waits for the answer to one packet; rings carry whole 8 bytes."""
+    assert len(payload) % 8 == 0
+    answers: list[bytes] = []
+    channel.serve(lambda packets: answers.extend(p.payload for p in packets))
+    channel.send(payload)
+    assert channel.wait(lambda: bool(answers))
+    return answers[0]
+
+
+@ALL_VERSIONS
+def test_connect_open_talk_close(world: World, version: Version) -> None:
+    closed: list[Channel] = []
+    offered = world.host.offer(an_offer(), echo, closed.append, name="echo")
+    guest = world.guest(version)
+    assert guest.connect() == version == world.host.version
+    (offer,) = guest.offers
+    for _ in range(3):
+        channel = guest.open(offer, 2, 3, b"hello")
+        assert offered.channel is not None
+        assert offered.channel.user_data.rstrip(b"\0") == b"hello"
+        for size in (8, 64, 1000):
+            payload = bytes(n & 0xFF for n in range(size))
+            assert ask(channel, payload) == payload[::-1]
+        channel.close()
+        assert offered.channel is None
+    assert len(closed) == 3
+    guest.disconnect()
+    assert world.host.version == 0
+    guest.close()
+    assert guest.pages.in_use == 0
+    assert world.host.violations == guest.violations == 0
+
+
+@ALL_VERSIONS
+def test_interrupts_go_the_way_of_the_version(version: Version) -> None:
+    world = World()
+    world.host.offer(an_offer(), echo)
+    guest = world.guest(version, monitored=False)
+    guest.connect()
+    channel = guest.open(guest.offers[0], target_vp=1)
+    before = world.child.account.copy()
+    ask(channel, b"x" * 16)
+    spent = world.child.account - before
+    assert spent.hypercalls == {0x5D: 1}, "one HvSignalEvent"
+    connections = set(world.child.connections)
+    if version < Version.V2_4:
+        assert 2 in connections, "the shared event"
+    assert 0x2001 in connections, "one of the channel's own"
+    channel.close()
+    assert 0x2001 not in world.child.connections
+    guest.close()
+    world.close()
+
+
+def test_retarget(world: World) -> None:
+    world.host.offer(an_offer(), echo)
+    guest = world.guest(Version.V5_3)
+    guest.connect()
+    channel = guest.open(guest.offers[0])
+    guest.retarget(channel, 1)
+    assert world.host.channels[0].target_vp == 1
+    assert ask(channel, b"after...") == b"...retfa"
+    with pytest.raises(RemoteProtocolError, match="VP 9"):
+        guest.retarget(channel, 9)
+    guest.close()
+
+
+def test_provider_refuses(world: World) -> None:
+    def refuse(channel: Channel) -> None:
+        raise LocalProtocolError("not today")
+
+    offered = world.host.offer(an_offer(), refuse)
+    guest = world.guest()
+    guest.connect()
+    used = guest.pages.in_use
+    for _ in range(3):
+        with pytest.raises(RemoteProtocolError, match="refused"):
+            guest.open(guest.offers[0])
+    assert offered.channel is None
+    assert guest.pages.in_use == used
+    assert not world.host.machine.gpadls
+    guest.close()
+
+
+def test_gpadl_reaches_the_guests_pages(world: World) -> None:
+    offered = world.host.offer(an_offer())
+    guest = world.guest()
+    guest.connect()
+    channel = guest.open(guest.offers[0])
+    pfns = guest.pages.allocate(300)
+    gpadl_id = channel.create_gpadl(pfns[::-1])
+    host_end = offered.channel
+    assert host_end is not None
+    gpadl = host_end.gpadl(gpadl_id)
+    assert len(gpadl) == 300 * 4096
+    assert gpadl.pfns == tuple(pfns[::-1])
+    gpadl.write(4090, b"across pages")
+    assert world.child.memory.read(pfns[-1] * 4096 + 4090, 6) == b"across"
+    assert world.child.memory.read(pfns[-2] * 4096, 6) == b" pages"
+    with gpadl.window().view() as view:
+        assert bytes(view[4090:4102]) == b"across pages"
+    channel.teardown_gpadl(gpadl_id)
+    with pytest.raises(RemoteProtocolError, match="no GPADL"):
+        host_end.gpadl(gpadl_id)
+    outside = (16 << 20) // 4096
+    with pytest.raises(RemoteProtocolError, match="refused GPADL"):
+        channel.create_gpadl([outside])
+    guest.close()
+
+
+def test_rescind_of_an_open_channel(world: World) -> None:
+    closed: list[Channel] = []
+    gone: list[Offer] = []
+    offered = world.host.offer(an_offer(), echo, closed.append)
+    guest = world.guest()
+    guest.on_rescind = gone.append
+    guest.connect()
+    used = guest.pages.in_use
+    offer = guest.offers[0]
+    channel = guest.open(offer)
+    channel.create_gpadl(guest.pages.allocate(4))
+    offered.rescind()
+    assert len(closed) == 1
+    assert world.hosting.wait_for(lambda: bool(gone) and not offered.is_present)
+    assert not channel.is_open
+    assert gone == [offer]
+    assert guest.offers == []
+    assert not world.host.machine.gpadls
+    with pytest.raises(LocalProtocolError):
+        channel.send(b"too late")
+    with pytest.raises(LocalProtocolError):
+        guest.open(offer)
+    assert guest.pages.in_use == used + 4, "the ring's pages are back"
+    guest.close()
+
+
+def test_offers_come_and_go(world: World) -> None:
+    guest = world.guest()
+    seen: list[Offer] = []
+    guest.on_offer = seen.append
+    guest.connect()
+    offers = [world.host.offer(an_offer(n)) for n in range(1, 40)]
+    assert world.hosting.wait_for(lambda: len(seen) == 39)
+    for offered in offers[::2]:
+        offered.rescind()
+    assert world.hosting.wait_for(lambda: len(world.host.offered) == 19)
+    assert len(guest.offers) == 19
+    guest.close()
+
+
+def test_crash_kernel_takes_over(world: World) -> None:
+    """A second driver contacts the host without an UNLOAD of the first."""
+    offered = world.host.offer(an_offer(), echo)
+    first = world.guest(Version.V5_3)
+    first.connect()
+    old = first.open(first.offers[0])
+    first.abandon()
+    assert not old.is_open
+    second = world.guest(Version.V3_0)
+    assert second.connect() == Version.V3_0
+    assert offered.channel is None
+    assert ask(second.open(second.offers[0]), b"abc.....") == b".....cba"
+    second.close()
+
+
+def test_destroyed_child_closes_its_channels(world: World) -> None:
+    closed: list[Channel] = []
+    other = world.hv.create_child(world.root, name="c1", memory_size=8 << 20)
+    other_host = VmbusHost(world.hv, other)
+    other_host.offer(an_offer(2), echo)
+    other_guest = VmbusGuest(other.vps[0])
+    other_guest.connect()
+    channel = other_guest.open(other_guest.offers[0])
+    world.host.offer(an_offer(), echo, closed.append)
+    guest = world.guest()
+    guest.connect()
+    guest.open(guest.offers[0])
+    guest.abandon()
+    world.child.destroy()
+    assert len(closed) == 1
+    assert world.host.channels == []
+    assert world.host.offered == {}
+    assert ask(channel, b"undisturbed.....") == b".....debrutsidnu"
+    other_guest.close()
+    other_host.close()
+
+
+def test_reset_of_the_partition_closes_all(world: World) -> None:
+    closed: list[Channel] = []
+    offered = world.host.offer(an_offer(), echo, closed.append)
+    guest = world.guest()
+    guest.connect()
+    guest.open(guest.offers[0])
+    world.host.reset()
+    assert len(closed) == 1
+    assert offered.is_present
+    assert world.host.version == 0
+    guest.abandon()
+    again = world.guest()
+    again.connect()
+    assert ask(again.open(again.offers[0]), b"again...") == b"...niaga"
+    again.close()
+
+
+def test_hv_sock(world: World) -> None:
+    asked: list[tuple[UUID, UUID, UUID]] = []
+
+    def connect(endpoint: UUID, service: UUID, silo: UUID) -> bool:
+        asked.append((endpoint, service, silo))
+        if service != UUID(int=50):
+            return False
+        world.host.offer(Offer(service, endpoint, flags=0x2000), echo)
+        return True
+
+    world.host.on_tl_connect = connect
+    guest = world.guest()
+    seen: list[Offer] = []
+    refused: list[object] = []
+    guest.on_offer = seen.append
+    guest.on_tl_result = refused.append
+    guest.connect()
+    guest.tl_connect(UUID(int=60), UUID(int=50), UUID(int=70))
+    assert world.hosting.wait_for(lambda: bool(seen))
+    assert ask(guest.open(seen[0]), b"sock....") == b"....kcos"
+    guest.tl_connect(UUID(int=61), UUID(int=51))
+    assert world.hosting.wait_for(lambda: bool(refused))
+    assert asked[0] == (UUID(int=60), UUID(int=50), UUID(int=70))
+    guest.close()
+
+
+def test_pause_holds_messages_back(world: World) -> None:
+    guest = world.guest(Version.V6_0)
+    seen: list[Offer] = []
+    guest.on_offer = seen.append
+    guest.connect()
+    guest.pause()
+    world.host.offer(an_offer())
+    assert not world.hosting.wait_for(lambda: bool(seen), 0.05)
+    guest.resume()
+    assert world.hosting.wait_for(lambda: bool(seen))
+    guest.close()
+
+
+def test_two_thousand_offers_through_one_slot(world: World) -> None:
+    """More messages than the hypervisor queues for a SINT: the rest waits in the host."""
+    for number in range(1, 2048):
+        world.host.offer(an_offer(number))
+    guest = world.guest()
+    guest.connect()
+    assert len(guest.offers) == 2047
+    assert guest.violations == 0
+    guest.close()
+
+
+def test_opening_from_a_callback(world: World) -> None:
+    """A driver opens its channel as soon as it hears of the offer, inside the interrupt handler's callbacks."""
+    guest = world.guest()
+    opened: list[Channel] = []
+    guest.on_offer = lambda offer: opened.append(guest.open(offer))
+    world.host.offer(an_offer(1), echo)
+    world.host.offer(an_offer(2), echo)
+    guest.connect()
+    assert world.hosting.wait_for(lambda: len(opened) == 2)
+    for channel in opened:
+        assert ask(channel, b"early...") == b"...ylrae"
+    guest.close()
