@@ -1,4 +1,4 @@
-"""Messages, events, ports and connections: the hypercalls between partitions (TLFS 11.9-11.11)."""
+"""Messages, events, ports and connections: the hypercalls between partitions (TLFS, inter-partition communication)."""
 
 import struct
 from typing import TYPE_CHECKING, Final
@@ -19,25 +19,31 @@ from vmbus.hypervisor.tlfs import (
     Privilege,
     Status,
 )
+from vmbus.hypervisor.wire import ConnectPort, CreatePort, PortReference, PostMessageHeader, SignalEvent
 
 if TYPE_CHECKING:
     from vmbus.hypervisor.partition import Partition
     from vmbus.hypervisor.vp import VirtualProcessor
 
-__all__ = ["CALLS", "signal_event"]
+__all__ = ["CALLS", "connect", "delete_port", "signal_event"]
+
+MAX_PORTS: Final = 65_536
+"""Ports, and connections, of one partition: a bound on what one partition can make its host keep."""
 
 _SIGNAL_EVENTS: Final = int(Privilege.SIGNAL_EVENTS)
 _POST: Final = struct.Struct("<IIII")
-_CREATE_PORT: Final = struct.Struct("<QIBBHQIIQQQ")
-_CONNECT_PORT: Final = struct.Struct("<QIBBHQIIIIQQ")
-_PORT_REFERENCE: Final = struct.Struct("<QII")
+assert _POST.size == PostMessageHeader.SIZE
 
 
-def _connection(vp: "VirtualProcessor", connection_id: int, kind: PortType) -> Port:
-    connection = vp.partition.connections.get(connection_id)
-    if connection is None or connection.port.kind != kind:
+def _port(partition: "Partition", connection_id: int, kind: PortType) -> Port:
+    """The live port of that kind behind a connection of `partition`."""
+    connection = partition.connections.get(connection_id)
+    if connection is None:
         raise HypercallError(Status.INVALID_CONNECTION_ID)
-    return connection.port
+    port = connection.port
+    if port.deleted or port.kind is not kind or port.owner.state is not PartitionState.ACTIVE:
+        raise HypercallError(Status.INVALID_PORT_ID)
+    return port
 
 
 def _target(port: Port) -> "VirtualProcessor":
@@ -49,10 +55,12 @@ def _target(port: Port) -> "VirtualProcessor":
 
 
 def _post_message(vp: "VirtualProcessor", data: bytes) -> None:
-    connection_id, reserved, message_type, size = _POST.unpack_from(data)
+    connection_id, reserved, message_type, size = _POST.unpack_from(
+        data
+    )  # as PostMessageHeader, on the hot path
     if reserved or size > MESSAGE_PAYLOAD_SIZE or not message_type or message_type & HYPERVISOR_MESSAGE:
         raise HypercallError(Status.INVALID_PARAMETER)
-    port = _connection(vp, connection_id, PortType.MESSAGE)
+    port = _port(vp.partition, connection_id, PortType.MESSAGE)
     payload = data[_POST.size : _POST.size + size]
     if port.on_message is None:
         _target(port).synic.post_message(port.target_sint, message_type, port.port_id, payload)
@@ -66,19 +74,16 @@ def _post_message(vp: "VirtualProcessor", data: bytes) -> None:
 
 
 def signal_event(vp: "VirtualProcessor", connection_id: int, flag: int, reserved: int) -> None:
-    """HvSignalEvent.
+    """HvCallSignalEvent.
 
     Raises:
-        HypercallError: ACCESS_DENIED, INVALID_CONNECTION_ID, INVALID_PARAMETER (flag beyond the port's),
-            INVALID_SYNIC_STATE or INVALID_VP_INDEX of the target.
+        HypercallError: ACCESS_DENIED, INVALID_CONNECTION_ID, INVALID_PORT_ID, INVALID_PARAMETER (a flag beyond the
+            port's), INVALID_SYNIC_STATE or INVALID_VP_INDEX of the target.
     """
     partition = vp.partition
     if not partition.privileges & _SIGNAL_EVENTS:
         raise HypercallError(Status.ACCESS_DENIED)
-    connection = partition.connections.get(connection_id)
-    if connection is None or connection.port.kind is not PortType.EVENT:
-        raise HypercallError(Status.INVALID_CONNECTION_ID)
-    port = connection.port
+    port = _port(partition, connection_id, PortType.EVENT)
     if flag >= port.flag_count or reserved:
         raise HypercallError(Status.INVALID_PARAMETER)
     if port.on_event is None:
@@ -93,66 +98,65 @@ def signal_event(vp: "VirtualProcessor", connection_id: int, flag: int, reserved
 
 
 def _signal_event(vp: "VirtualProcessor", data: bytes) -> None:
-    connection_id, flag, reserved = struct.unpack("<IHH", data)
-    signal_event(vp, connection_id, flag, reserved)
+    call = SignalEvent.unpack(data)
+    signal_event(vp, call.connection_id, call.flag_number, call.reserved)
 
 
 def _create_port(vp: "VirtualProcessor", data: bytes) -> None:
-    (owner_id, port_id, vtl, _, _, peer_id, kind, _, word0, word1, _) = _CREATE_PORT.unpack(data)
+    call = CreatePort.unpack(data)
     hypervisor = vp.partition.hypervisor
-    owner = hypervisor.controlled(vp.partition, owner_id)
-    peer = hypervisor.visible(vp.partition, peer_id)
-    if not 0 < port_id <= MAX_CONNECTION_ID or port_id in owner.ports:
+    owner = hypervisor.controlled(vp.partition, call.port_partition_id)
+    peer = hypervisor.visible(vp.partition, call.connection_partition_id)
+    if owner.state is not PartitionState.ACTIVE:
+        raise HypercallError(Status.INVALID_PARTITION_STATE)
+    if not 0 < call.port_id <= MAX_CONNECTION_ID or call.port_id in owner.ports:
         raise HypercallError(Status.INVALID_PORT_ID)
-    if vtl:
+    if len(owner.ports) >= MAX_PORTS:
+        raise HypercallError(Status.INSUFFICIENT_MEMORY)
+    if call.port_vtl or call.min_connection_vtl or call.reserved or call.reserved2:
         raise HypercallError(Status.INVALID_PARAMETER)
-    sint, target_vp = word0 & 0xFFFF_FFFF, word0 >> 32
-    port = Port(owner, port_id, PortType.MESSAGE, target_vp, sint, peer)
-    if kind == PortType.EVENT:
-        port.kind = PortType.EVENT
-        port.base_flag, port.flag_count = word1 & 0xFFFF, word1 >> 16 & 0xFFFF
+    low, high = call.port_info_low, call.port_info_high
+    port = Port(owner, call.port_id, PortType.MESSAGE, low >> 32, low & 0xFFFF_FFFF, peer)
+    if call.port_type == PortType.MONITOR:
+        port.kind, port.monitor_gpa, port.target_sint, port.target_vp = PortType.MONITOR, low, 0, ANY_VP
+        if low & 0xFFF or not owner.memory.access(low):
+            raise HypercallError(Status.INVALID_PARAMETER)
+    elif call.port_type == PortType.EVENT:
+        port.kind, port.base_flag, port.flag_count = PortType.EVENT, high & 0xFFFF, high >> 16 & 0xFFFF
         if not port.flag_count or port.base_flag + port.flag_count > EVENT_FLAGS_PER_SINT:
             raise HypercallError(Status.INVALID_PARAMETER)
-    elif kind == PortType.MONITOR:
-        port.kind = PortType.MONITOR
-        port.monitor_gpa, port.target_sint, port.target_vp = word0, 0, ANY_VP
-        if word0 & 0xFFF or not owner.memory.access(word0):
-            raise HypercallError(Status.INVALID_PARAMETER)
-    elif kind != PortType.MESSAGE:
+    elif call.port_type != PortType.MESSAGE:
         raise HypercallError(Status.INVALID_PARAMETER)
-    if port.kind is not PortType.MONITOR:
-        if sint >= SINT_COUNT:
-            raise HypercallError(Status.INVALID_PARAMETER)
-        if target_vp != ANY_VP and target_vp >= len(owner.vps):
-            raise HypercallError(Status.INVALID_VP_INDEX)
-    owner.ports[port_id] = port
+    if port.target_sint >= SINT_COUNT:
+        raise HypercallError(Status.INVALID_PARAMETER)
+    if port.target_vp != ANY_VP and port.target_vp >= len(owner.vps):
+        raise HypercallError(Status.INVALID_VP_INDEX)
+    owner.ports[call.port_id] = port
 
 
 def _delete_port(vp: "VirtualProcessor", data: bytes) -> None:
-    owner_id, port_id, _ = _PORT_REFERENCE.unpack(data)
-    owner = vp.partition.hypervisor.controlled(vp.partition, owner_id)
-    port = owner.ports.pop(port_id, None)
+    call = PortReference.unpack(data)
+    owner = vp.partition.hypervisor.controlled(vp.partition, call.partition_id)
+    port = owner.ports.get(call.id)
     if port is None:
         raise HypercallError(Status.INVALID_PORT_ID)
-    # Connections stay until their owner disconnects them, and lead nowhere (TLFS 11.10.2).
-    port.flag_count = 0
-    sever(port)
+    delete_port(port)
 
 
-def sever(port: Port) -> None:
-    """Remove every connection to `port`."""
-    peer = port.connection_partition
-    for connection_id in [i for i, c in peer.connections.items() if c.port is port]:
-        del peer.connections[connection_id]
-    port.connections = 0
+def delete_port(port: Port) -> None:
+    """Delete a port. Connections to it stay until their owner disconnects them, and lead nowhere."""
+    port.deleted = True
+    port.owner.ports.pop(port.port_id, None)
 
 
 def _connect_port(vp: "VirtualProcessor", data: bytes) -> None:
-    (sender_id, connection_id, _, _, _, owner_id, port_id, _, kind, _, _, _) = _CONNECT_PORT.unpack(data)
+    call = ConnectPort.unpack(data)
     hypervisor = vp.partition.hypervisor
-    sender = hypervisor.controlled(vp.partition, sender_id)
-    owner = hypervisor.visible(vp.partition, owner_id)
-    connect(sender, connection_id, owner.ports.get(port_id), kind)
+    sender = hypervisor.controlled(vp.partition, call.connection_partition_id)
+    owner = hypervisor.visible(vp.partition, call.port_partition_id)
+    if call.connection_vtl or call.reserved or call.reserved2 or call.reserved3 or call.reserved4:
+        raise HypercallError(Status.INVALID_PARAMETER)
+    connect(sender, call.connection_id, owner.ports.get(call.port_id), call.port_type)
 
 
 def connect(sender: "Partition", connection_id: int, port: Port | None, kind: int) -> None:
@@ -160,9 +164,9 @@ def connect(sender: "Partition", connection_id: int, port: Port | None, kind: in
 
     Raises:
         HypercallError: INVALID_PORT_ID, INVALID_CONNECTION_ID (out of range or in use), ACCESS_DENIED (the port is for
-            another partition), INVALID_PARAMETER (another kind of port).
+            another partition), INVALID_PARAMETER (another kind of port), INVALID_PARTITION_STATE.
     """
-    if sender.state != PartitionState.ACTIVE:
+    if sender.state is not PartitionState.ACTIVE:
         raise HypercallError(Status.INVALID_PARTITION_STATE)
     if port is None:
         raise HypercallError(Status.INVALID_PORT_ID)
@@ -172,25 +176,29 @@ def connect(sender: "Partition", connection_id: int, port: Port | None, kind: in
         raise HypercallError(Status.ACCESS_DENIED)
     if kind != port.kind:
         raise HypercallError(Status.INVALID_PARAMETER)
+    if len(sender.connections) >= MAX_PORTS:
+        raise HypercallError(Status.INSUFFICIENT_MEMORY)
     sender.connections[connection_id] = Connection(connection_id, port)
-    port.connections += 1
 
 
 def _disconnect_port(vp: "VirtualProcessor", data: bytes) -> None:
-    sender_id, connection_id, _ = _PORT_REFERENCE.unpack(data)
-    sender = vp.partition.hypervisor.controlled(vp.partition, sender_id)
-    connection = sender.connections.pop(connection_id, None)
-    if connection is None:
+    call = PortReference.unpack(data)
+    sender = vp.partition.hypervisor.controlled(vp.partition, call.partition_id)
+    if sender.connections.pop(call.id, None) is None:
         raise HypercallError(Status.INVALID_CONNECTION_ID)
-    connection.port.connections -= 1
 
 
 CALLS: Final = (
-    Call(CallCode.POST_MESSAGE, _post_message, 256, privilege=Privilege.POST_MESSAGES),
-    Call(CallCode.SIGNAL_EVENT, _signal_event, 8, privilege=Privilege.SIGNAL_EVENTS),
-    Call(CallCode.CREATE_PORT, _create_port, 56, privilege=Privilege.CREATE_PORT),
-    Call(CallCode.DELETE_PORT, _delete_port, 16, privilege=Privilege.CREATE_PORT),
-    Call(CallCode.CONNECT_PORT, _connect_port, 56, privilege=Privilege.CONNECT_PORT),
-    Call(CallCode.DISCONNECT_PORT, _disconnect_port, 16, privilege=Privilege.CONNECT_PORT),
+    Call(
+        CallCode.POST_MESSAGE,
+        _post_message,
+        PostMessageHeader.SIZE + MESSAGE_PAYLOAD_SIZE,
+        privilege=Privilege.POST_MESSAGES,
+    ),
+    Call(CallCode.SIGNAL_EVENT, _signal_event, SignalEvent.SIZE, privilege=Privilege.SIGNAL_EVENTS),
+    Call(CallCode.CREATE_PORT, _create_port, CreatePort.SIZE, privilege=Privilege.CREATE_PORT),
+    Call(CallCode.DELETE_PORT, _delete_port, PortReference.SIZE, privilege=Privilege.CREATE_PORT),
+    Call(CallCode.CONNECT_PORT, _connect_port, ConnectPort.SIZE, privilege=Privilege.CONNECT_PORT),
+    Call(CallCode.DISCONNECT_PORT, _disconnect_port, PortReference.SIZE, privilege=Privilege.CONNECT_PORT),
 )
 """The hypercalls of this module."""

@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import Final, TypeAlias
 
 from vmbus.hypervisor.personality import Personality
+from vmbus.hypervisor.tlfs import MAX_VPS
 
 __all__ = ["CpuidResult", "leaves"]
 
@@ -19,7 +20,6 @@ MAX_HYPERVISOR_LEAF: Final = 0x4000_000A
 MAX_EXTENDED_LEAF: Final = 0x8000_0008
 PHYSICAL_ADDRESS_BITS: Final = 40
 LINEAR_ADDRESS_BITS: Final = 48
-MAX_VIRTUAL_PROCESSORS: Final = 64
 
 _FEATURES_ECX: Final = 1 << 0 | 1 << 13 | 1 << 24  # SSE3, CMPXCHG16B, TSC-deadline
 _HYPERVISOR_PRESENT: Final = 1 << 31
@@ -72,7 +72,7 @@ def leaves(
             0x4000_0002: (build, major << 16 | minor, 0, 0),
             0x4000_0003: (privileges & 0xFFFF_FFFF, privileges >> 32, 0, personality.features),
             0x4000_0004: (personality.recommendations, 0xFFFF_FFFF, PHYSICAL_ADDRESS_BITS, 0),
-            0x4000_0005: (MAX_VIRTUAL_PROCESSORS, MAX_VIRTUAL_PROCESSORS, 0, 0),
+            0x4000_0005: (MAX_VPS, MAX_VPS, 0, 0),
             # MSR bitmaps and second level address translation are in use.
             0x4000_0006: (1 << 1 | 1 << 3, 0, 0, 0),
             0x4000_0007: (0, 0, 0, 0),

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from vmbus.errors import GuestMemoryError, HypercallError
-from vmbus.hypervisor import calls_ipc
+from vmbus.hypervisor import calls_ipc, calls_partition, calls_vp
 from vmbus.hypervisor.abi import (
     FAST,
     REP_COUNT_SHIFT,
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 __all__ = ["CALLS", "dispatch"]
 
 CALLS: Final[dict[int, Call | RepCall]] = {
-    int(call.code): replace(call, privilege=int(call.privilege)) for call in calls_ipc.CALLS
+    int(call.code): replace(call, privilege=int(call.privilege))
+    for call in (*calls_ipc.CALLS, *calls_partition.CALLS, *calls_vp.CALLS)
 }
 """Every implemented hypercall by code."""
 

@@ -1,16 +1,19 @@
 """One hypervisor instance: its partitions, and what providers in this process use to reach their children."""
 
+import contextlib
 from typing import Final
 
 from vmbus.core.memory import GuestMemory
 from vmbus.errors import HypercallError, LocalProtocolError
-from vmbus.hypervisor.calls_ipc import connect, sever
+from vmbus.hypervisor.calls_ipc import connect, delete_port
 from vmbus.hypervisor.clock import Clock, HostClock
 from vmbus.hypervisor.partition import Partition
 from vmbus.hypervisor.personality import CHILD_PRIVILEGES, ROOT_PRIVILEGES, SERVER_2022, Personality
+from vmbus.hypervisor.pool import MemoryPool
 from vmbus.hypervisor.ports import EventHandler, MessageHandler, Port
 from vmbus.hypervisor.tlfs import (
     EVENT_FLAGS_PER_SINT,
+    MAX_VPS,
     PARTITION_ID_SELF,
     PartitionState,
     PortType,
@@ -24,9 +27,12 @@ DEFAULT_TSC_FREQUENCY: Final = 1_000_000_000
 """Hz; one tick a nanosecond, so that virtual time and TSC agree."""
 DEFAULT_APIC_FREQUENCY: Final = 200_000_000
 """Hz of the local APIC timer's input, as Hyper-V and OpenVMM report it."""
+MAX_PARTITIONS: Final = 1024
+"""Partitions of one instance that hypercalls may make."""
 MAX_DEPTH: Final = 8
 """How deep partitions may nest (HV_STATUS_PARTITION_TOO_DEEP beyond)."""
-MAX_VPS: Final = 64
+GPA_SPACE: Final = 1 << 30
+"""Bytes of guest physical address space of a partition that was made by hypercall."""
 
 
 class Hypervisor:
@@ -125,11 +131,19 @@ class Hypervisor:
         vps: int,
         personality: Personality,
         privileges: int,
+        pool: MemoryPool | None = None,
     ) -> Partition:
         partition_id = self._next_id
         self._next_id += 1
         partition = Partition(
-            self, partition_id, name or f"partition{partition_id}", parent, memory, personality, privileges
+            self,
+            partition_id,
+            name or f"partition{partition_id}",
+            parent,
+            memory,
+            personality,
+            privileges,
+            pool if pool is not None else MemoryPool(limited=False),
         )
         for _ in range(vps):
             partition.add_vp()
@@ -138,38 +152,36 @@ class Hypervisor:
             parent.children[partition_id] = partition
         return partition
 
-    def create_uninitialized(self, parent: Partition, gpa_space: int) -> Partition:
-        """HvCreatePartition: a child with no memory, no processors and no rights, still to be initialised."""
-        return self._create(
-            parent, "", GuestMemory(gpa_space, mapped=False), 0, SERVER_2022, CHILD_PRIVILEGES
-        )
+    def create_uninitialized(self, parent: Partition) -> Partition:
+        """HvCallCreatePartition: a child without memory or processors, still to be initialised.
+
+        Raises:
+            HypercallError: PARTITION_TOO_DEEP, INSUFFICIENT_MEMORY.
+        """
+        if parent.depth + 1 > MAX_DEPTH:
+            raise HypercallError(Status.PARTITION_TOO_DEEP)
+        if len(self.partitions) >= MAX_PARTITIONS:
+            raise HypercallError(Status.INSUFFICIENT_MEMORY)
+        memory = GuestMemory(GPA_SPACE, mapped=False)
+        privileges = CHILD_PRIVILEGES & parent.privileges
+        return self._create(parent, "", memory, 0, SERVER_2022, privileges, pool=MemoryPool(limited=True))
 
     def destroy(self, partition: Partition) -> None:
         """Tear `partition` down, its children first; harmless when it is gone already."""
         if partition.state is PartitionState.DELETED:
             return
-        for child in list(partition.children.values()):
-            self.destroy(child)
+        partition.finalize()
         partition.state = PartitionState.DELETED
         partition.notify("destroyed", None)
-        for port in list(partition.ports.values()):
-            sever(port)
-        for connection in list(partition.connections.values()):
-            connection.port.connections -= 1
-        # Ports that other partitions opened for this one only are of no further use to them.
-        for other in self.partitions.values():
-            for port_id in [i for i, p in other.ports.items() if p.connection_partition is partition]:
-                del other.ports[port_id]
-        partition.ports.clear()
-        partition.connections.clear()
-        partition.reset()
-        partition.on_event = partition.on_eoi = None
+        partition.on_event = partition.on_eoi = partition.on_tlb_flush = None
         del self.partitions[partition.id]
         if partition.parent is not None:
             partition.parent.children.pop(partition.id, None)
         else:
             self.root = None
-        partition.memory.close()
+        partition.pool.release()
+        with contextlib.suppress(BufferError):  # somebody still holds views: the memory goes when they do
+            partition.memory.close()
 
     # Who may name whom
 
@@ -194,6 +206,17 @@ class Hypervisor:
         """
         found = self.visible(caller, partition_id)
         if found is not caller and found.parent is not caller:
+            raise HypercallError(Status.ACCESS_DENIED)
+        return found
+
+    def child(self, caller: Partition, partition_id: int) -> Partition:
+        """The child that `caller` names.
+
+        Raises:
+            HypercallError: INVALID_PARTITION_ID, or ACCESS_DENIED if it is not a child of the caller.
+        """
+        found = self.visible(caller, partition_id)
+        if found.parent is not caller:
             raise HypercallError(Status.ACCESS_DENIED)
         return found
 
@@ -238,8 +261,7 @@ class Hypervisor:
         connection = child.connections.pop(connection_id, None)
         if connection is None:
             raise HypercallError(Status.INVALID_CONNECTION_ID)
-        connection.port.connections -= 1
-        connection.port.owner.ports.pop(connection.port.port_id, None)
+        delete_port(connection.port)
 
     @staticmethod
     def _owner(child: Partition) -> Partition:

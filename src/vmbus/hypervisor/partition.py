@@ -6,10 +6,14 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from vmbus.core.memory import GuestMemory
 from vmbus.errors import GuestMemoryError
+from vmbus.hypervisor.calls_ipc import delete_port
+from vmbus.hypervisor.clock import REFERENCE_UNIT
 from vmbus.hypervisor.devices import DeviceBus
 from vmbus.hypervisor.faults import GeneralProtectionFault
+from vmbus.hypervisor.intercepts import Intercepts
 from vmbus.hypervisor.overlay import OverlayPage
 from vmbus.hypervisor.personality import Personality
+from vmbus.hypervisor.pool import MemoryPool
 from vmbus.hypervisor.ports import Connection, Port
 from vmbus.hypervisor.tlfs import HV_PAGE_SIZE, PartitionState
 from vmbus.hypervisor.vp import VirtualProcessor
@@ -73,6 +77,10 @@ class Partition:
         ports: where it receives, by port id.
         on_event: the parent's callback for `PartitionEvent`.
         on_eoi: called with a vector when the guest ends it (level-triggered interrupt controllers).
+        on_tlb_flush: an engine's: called with a mask of processors when the guest flushes by hypercall.
+        pool: pages deposited for the hypervisor's use on its behalf.
+        properties: what its parent set by HvCallSetPartitionProperty.
+        intercepts: what its parent intercepts.
     """
 
     def __init__(
@@ -84,6 +92,7 @@ class Partition:
         memory: GuestMemory,
         personality: Personality,
         privileges: int,
+        pool: MemoryPool,
     ) -> None:
         self.hypervisor = hypervisor
         self.id = partition_id
@@ -95,10 +104,14 @@ class Partition:
         self.privileges = int(privileges)  # a plain integer: tested on every exit
         self.account = hypervisor.ledger.account(name)
         self.state = PartitionState.CREATED
+        self.pool = pool
+        self.properties: dict[int, int] = {}
+        self.intercepts = Intercepts()
         self.connections: dict[int, Connection] = {}
         self.ports: dict[int, Port] = {}
         self.on_event: Callable[[PartitionEvent], None] | None = None
         self.on_eoi: Callable[[int], None] | None = None
+        self.on_tlb_flush: Callable[[int], None] | None = None
         self.created_at = hypervisor.clock.now()
         self.provider_errors = 0
         """How often a provider refused what this partition sent it."""
@@ -134,6 +147,34 @@ class Partition:
                 return True
             above = above.parent
         return False
+
+    @property
+    def reference_time(self) -> int:
+        """Partition reference time: units of 100 ns since it was created."""
+        return (self.hypervisor.clock.now() - self.created_at) // REFERENCE_UNIT
+
+    def flush_tlb(self, processors: int) -> None:
+        """Have the engine, if one caches translations, forget them on the processors of the mask."""
+        if self.on_tlb_flush is not None:
+            self.on_tlb_flush(processors)
+
+    def _overlays(self) -> list[OverlayPage]:
+        return [self._hypercall_page, self._reference_tsc_page, *(vp.assist_page for vp in self.vps)]
+
+    def is_overlay(self, gpa: int) -> bool:
+        """Whether a hypervisor page lies over the page of `gpa`."""
+        page = gpa & ~0xFFF
+        return any(overlay.gpa == page for overlay in self._overlays()) or any(
+            vp.synic.occupies(page) for vp in self.vps
+        )
+
+    def evict_overlays(self, gpa: int, length: int) -> None:
+        """The parent is about to change what is mapped at `gpa`: hypervisor pages there go away first."""
+        for overlay in self._overlays():
+            if overlay.gpa is not None and gpa <= overlay.gpa < gpa + length:
+                overlay.remove()
+        for vp in self.vps:
+            vp.synic.evict(gpa, length)
 
     # Partition-wide registers
 
@@ -225,6 +266,21 @@ class Partition:
         self.guest_os_id = self.hypercall_msr = self.reference_tsc_msr = 0
         self.hypercalls_enabled = False
         self.crash_parameters = [0] * 5
+
+    def finalize(self) -> None:
+        """Stop for good: children, processors, ports and connections go; only deletion is left to do."""
+        for child in list(self.children.values()):
+            child.destroy()
+        self.reset()
+        self.state = PartitionState.FINALIZED
+        for port in list(self.ports.values()):
+            delete_port(port)
+        if self.parent is not None:  # ports that the parent opened for this partition serve nobody any more
+            for port in [p for p in self.parent.ports.values() if p.connection_partition is self]:
+                delete_port(port)
+        self.connections.clear()
+        self.intercepts.clear()
+        self.vps.clear()
 
     def destroy(self) -> None:
         """Tear the partition down: its children first, then ports, connections, processors and memory."""

@@ -37,7 +37,7 @@ class Port:
         on_message: a provider in this process that takes the messages instead of a SynIC.
         on_event: a provider in this process that takes the events instead of a SynIC.
         monitor_gpa: the monitor page in the owner's memory (monitor ports).
-        connections: how many connections name this port now.
+        deleted: the port is gone; connections to it stay until their owner disconnects them.
     """
 
     owner: "Partition"
@@ -51,7 +51,7 @@ class Port:
     on_message: MessageHandler | None = None
     on_event: EventHandler | None = None
     monitor_gpa: int = 0
-    connections: int = 0
+    deleted: bool = False
 
 
 @dataclass(slots=True, eq=False)

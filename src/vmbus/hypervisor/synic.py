@@ -5,17 +5,16 @@ page, both placed by the guest. A message for a full slot waits in a bounded que
 message-pending flag tells the guest to write EOM, which brings the next one.
 """
 
-import logging
 import threading
 from collections import deque
 from collections.abc import Callable
 from typing import Final
 
+from vmbus.core.dispatch import EventFlags, MessageSlot
 from vmbus.core.memory import GuestMemory
-from vmbus.errors import GuestMemoryError, HypercallError
+from vmbus.errors import HypercallError
 from vmbus.hypervisor.faults import GeneralProtectionFault
 from vmbus.hypervisor.overlay import OverlayPage
-from vmbus.hypervisor.pages import EventFlags, MessageSlot
 from vmbus.hypervisor.tlfs import (
     EVENT_FLAGS_PER_SINT,
     FIRST_VALID_SINT_VECTOR,
@@ -25,8 +24,6 @@ from vmbus.hypervisor.tlfs import (
 )
 
 __all__ = ["MESSAGE_QUEUE_LIMIT", "Synic"]
-
-log = logging.getLogger(__name__)
 
 MESSAGE_QUEUE_LIMIT: Final = 1024
 """Messages that may wait for one SINT (256 KiB at most); beyond, HV_STATUS_INSUFFICIENT_BUFFERS."""
@@ -92,8 +89,8 @@ class Synic:
         with self._lock:
             self._sim_page.place(value)
             self._simp = value
-            gpa = self._sim_page.gpa
             self._slots = None
+            gpa = self._sim_page.gpa
             if gpa is not None:
                 self._slots = [MessageSlot(self._memory, gpa, n) for n in range(SINT_COUNT)]
         self.flush()
@@ -112,6 +109,23 @@ class Synic:
             self._flags = None
             if gpa is not None:
                 self._flags = [EventFlags(self._memory, gpa, n) for n in range(SINT_COUNT)]
+
+    def occupies(self, gpa: int) -> bool:
+        """Whether the message or event flags page is placed at page address `gpa`."""
+        return gpa in (self._sim_page.gpa, self._sief_page.gpa)
+
+    def evict(self, gpa: int, length: int) -> None:
+        """The parent changes what is mapped at `gpa`: pages of the SynIC there are disabled, as if by the guest."""
+        with self._lock:
+            for page in (self._sim_page, self._sief_page):
+                if page.gpa is not None and gpa <= page.gpa < gpa + length:
+                    page.remove()
+                    if page is self._sim_page:
+                        self._slots = None
+                        self._simp &= ~1
+                    else:
+                        self._flags = None
+                        self._siefp &= ~1
 
     def sint(self, index: int) -> int:
         """The SINT register: vector, bit 16 masked, bit 17 auto-EOI, bit 18 polling."""
@@ -141,11 +155,11 @@ class Synic:
         """Deliver a message to the slot of `sint`, or queue it while the slot is occupied.
 
         Raises:
-            HypercallError: INVALID_PARAMETER for a SINT above 15 or a payload above 240 bytes,
+            HypercallError: INVALID_PARAMETER for a SINT above 15, a payload above 240 bytes or type 0,
                 INVALID_SYNIC_STATE if the guest has disabled the SynIC or its message page,
                 INSUFFICIENT_BUFFERS if `MESSAGE_QUEUE_LIMIT` messages wait already.
         """
-        if not 0 <= sint < SINT_COUNT or len(payload) > MESSAGE_PAYLOAD_SIZE:
+        if not 0 <= sint < SINT_COUNT or len(payload) > MESSAGE_PAYLOAD_SIZE or not message_type:
             raise HypercallError(Status.INVALID_PARAMETER)
         with self._lock:
             if self._slots is None or not self.scontrol & 1:
@@ -188,11 +202,8 @@ class Synic:
         with self._lock:
             if self._flags is None or not self.scontrol & 1:
                 raise HypercallError(Status.INVALID_SYNIC_STATE)
-            try:
-                if not self._flags[sint].set(flag):
-                    return False
-            except GuestMemoryError:
-                raise HypercallError(Status.INVALID_SYNIC_STATE) from None
+            if not self._flags[sint].set(flag):
+                return False
             register = self._note(sint)
         if register is not None:
             self._interrupt(register)
@@ -242,12 +253,7 @@ class Synic:
 
     def _post(self, sint: int, message_type: int, sender: int, payload: bytes) -> bool:
         assert self._slots is not None
-        try:
-            return self._slots[sint].post(message_type, sender, payload)
-        except GuestMemoryError:
-            # The page was taken from the partition while the SynIC pointed at it.
-            log.warning("SIM page 0x%x is no longer mapped", self._simp)
-            raise HypercallError(Status.INVALID_SYNIC_STATE) from None
+        return self._slots[sint].post(message_type, sender, payload)
 
     def _note(self, sint: int) -> int | None:
         """With the lock held: the SINT's register if an interrupt is due now, else remember that one is."""

@@ -55,6 +55,8 @@ MESSAGE_PAYLOAD_SIZE: Final = 240
 """Payload bytes of one message (TLFS 11.2)."""
 EVENT_FLAGS_PER_SINT: Final = 2048
 """Event flags of one SINT: 256 bytes of the SIEF page (TLFS 11.8.5)."""
+MAX_VPS: Final = 64
+"""Virtual processors of one partition (CPUID 0x40000005 EAX)."""
 FIRST_VALID_SINT_VECTOR: Final = 16
 """SINT vectors 0-15 are illegal (TLFS 11.8.3)."""
 XMM_INPUT_SIZE: Final = 96

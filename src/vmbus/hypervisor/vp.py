@@ -8,15 +8,19 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
+from vmbus.errors import GuestMemoryError
+from vmbus.hypervisor import intercepts
 from vmbus.hypervisor.apic import APIC_BASE, APIC_SIZE, DeliveryMode, Ipi, LocalApic, Register
-from vmbus.hypervisor.clock import REFERENCE_UNIT
 from vmbus.hypervisor.cpuid import CpuidResult, leaves
-from vmbus.hypervisor.faults import GeneralProtectionFault, UndefinedOpcodeFault
+from vmbus.hypervisor.faults import GeneralProtectionFault, PageFault, UndefinedOpcodeFault
 from vmbus.hypervisor.hypercalls import dispatch
 from vmbus.hypervisor.msrs import APIC_BASE_BSP, APIC_BASE_ENABLED, MSR_READ, MSR_WRITE
 from vmbus.hypervisor.overlay import OverlayPage
+from vmbus.hypervisor.registers import RegisterFile, paging_state
 from vmbus.hypervisor.stimer import SyntheticTimers
 from vmbus.hypervisor.synic import Synic
+from vmbus.hypervisor.tlfs import TranslateResult
+from vmbus.hypervisor.translate import READ_ACCESS, Access, walk
 
 if TYPE_CHECKING:
     from vmbus.hypervisor.partition import Partition
@@ -74,6 +78,10 @@ class VirtualProcessor:
         self.tsc_offset = 0
         self.pat = DEFAULT_PAT
         self.registers: dict[int, int] = {}
+        self.register_file: RegisterFile = self.registers
+        """Where architectural registers are kept: `registers`, unless an engine puts its own in front."""
+        self.intercept_suspended = False
+        self.explicitly_suspended = False
         self.fast_output = b""
         """What the last fast hypercall returns in registers, after those that carried its input (TLFS 4.7.2)."""
 
@@ -90,7 +98,7 @@ class VirtualProcessor:
     @property
     def reference_time(self) -> int:
         """Partition reference time in 100 ns units (TLFS 12.1)."""
-        return (self._clock.now() - self.partition.created_at) // REFERENCE_UNIT
+        return self.partition.reference_time
 
     # Exits
 
@@ -125,7 +133,12 @@ class VirtualProcessor:
             GeneralProtectionFault: no such MSR, or not for this partition.
         """
         self.account.exits["rdmsr"] += 1
+        watched = self.partition.intercepts
+        if watched.msrs and watched.msrs.get(index, 0) & 1:
+            return intercepts.msr(self, index, None)
         entry = MSR_READ.get(index)
+        if entry is None and watched.all_msrs & 1:
+            return intercepts.msr(self, index, None)
         if entry is None or entry[0] & ~self.partition.privileges:
             raise GeneralProtectionFault(f"RDMSR 0x{index:x}")
         return entry[1](self)
@@ -137,7 +150,14 @@ class VirtualProcessor:
             GeneralProtectionFault: no such MSR, not for this partition, read-only, or an illegal value.
         """
         self.account.exits["wrmsr"] += 1
+        watched = self.partition.intercepts
+        if watched.msrs and watched.msrs.get(index, 0) & 2:
+            intercepts.msr(self, index, value)
+            return
         entry = MSR_WRITE.get(index)
+        if entry is None and watched.all_msrs & 2:
+            intercepts.msr(self, index, value)
+            return
         if entry is None or entry[0] & ~self.partition.privileges:
             raise GeneralProtectionFault(f"WRMSR 0x{index:x}")
         entry[1](self, value)
@@ -153,16 +173,26 @@ class VirtualProcessor:
             len(partition.vps),
             partition.hypervisor.tsc_frequency,
         )
-        return table.get(leaf, (0, 0, 0, 0))
+        result = table.get(leaf, (0, 0, 0, 0))
+        if leaf in partition.intercepts.cpuid:
+            return intercepts.cpuid(self, leaf, subleaf, result)
+        return result
 
     def io_read(self, port: int, size: int) -> int:
         """An intercepted IN of `size` (1, 2 or 4) bytes."""
         self.account.exits["io_port"] += 1
+        watched = self.partition.intercepts.ports
+        if watched and watched.get(port, 0) & 1:
+            return intercepts.io_port(self, port, size, None)
         return self.partition.devices.io_read(port, size)
 
     def io_write(self, port: int, size: int, value: int) -> None:
         """An intercepted OUT of `size` (1, 2 or 4) bytes."""
         self.account.exits["io_port"] += 1
+        watched = self.partition.intercepts.ports
+        if watched and watched.get(port, 0) & 2:
+            intercepts.io_port(self, port, size, value)
+            return
         self.partition.devices.io_write(port, size, value)
 
     def mmio_read(self, gpa: int, size: int) -> int:
@@ -180,6 +210,26 @@ class VirtualProcessor:
             self.write_apic(gpa - APIC_BASE & ~15, value)
         else:
             self.partition.devices.mmio_write(gpa, size, value)
+
+    # Addresses
+
+    def translate(self, gva: int, access: Access = READ_ACCESS) -> int:
+        """The guest physical address of guest virtual address `gva`, as this processor's page tables map it now.
+
+        Raises:
+            PageFault: the guest's tables do not allow the access.
+            GuestMemoryError: the guest physical address, or a page table, is not the partition's.
+        """
+        found = walk(self.partition.memory, paging_state(self), gva, access)
+        if found.result is TranslateResult.SUCCESS:
+            return found.gpa
+        if found.result in (
+            TranslateResult.PAGE_NOT_PRESENT,
+            TranslateResult.PRIVILEGE_VIOLATION,
+            TranslateResult.INVALID_PAGE_TABLE_FLAGS,
+        ):
+            raise PageFault(gva, found.error_code)
+        raise GuestMemoryError(f"0x{gva:x} leads to guest physical 0x{found.gpa:x}: {found.result.name}")
 
     # Interrupts
 
@@ -301,4 +351,5 @@ class VirtualProcessor:
         self.assist_page.remove()
         self.assist_msr = 0
         self.registers.clear()
+        self.intercept_suspended = self.explicitly_suspended = False
         self.halted = False

@@ -1,0 +1,286 @@
+"""Virtual processors by hypercall: life, registers, address translation, memory, interrupts, intercepts, TLBs."""
+
+from typing import TYPE_CHECKING, Final
+
+from vmbus.errors import GuestMemoryError, HypercallError
+from vmbus.hypervisor.abi import Call, RepCall, RepStep
+from vmbus.hypervisor.apic import FIRST_VALID_VECTOR, DeliveryMode
+from vmbus.hypervisor.registers import paging_state, read_register, write_register
+from vmbus.hypervisor.tlfs import (
+    HV_PAGE_SIZE,
+    MAX_VPS,
+    VP_INDEX_SELF,
+    CallCode,
+    PartitionState,
+    Privilege,
+    Status,
+    TranslateFlags,
+    TranslateResult,
+)
+from vmbus.hypervisor.translate import Access, walk
+from vmbus.hypervisor.wire import (
+    AssertVirtualInterrupt,
+    ClusterIpi,
+    CreateVp,
+    FlushVirtualAddressSpace,
+    InstallIntercept,
+    ReadGpa,
+    SetVpRegister,
+    TranslateVirtualAddress,
+    TranslateVirtualAddressOutput,
+    VpReference,
+    WriteGpa,
+)
+
+if TYPE_CHECKING:
+    from vmbus.hypervisor.vp import VirtualProcessor
+
+__all__ = ["CALLS"]
+
+_TRANSLATE_FLAGS: Final = int(sum(TranslateFlags))
+CACHE_TYPE_WRITE_BACK: Final = 6
+CREATE_VP_PAGES: Final = 4
+"""Deposited pages that a processor uses (a cost of this model; real ones vary by version)."""
+MAX_GPA_ACCESS: Final = 16
+"""Bytes that HvCallReadGpa and HvCallWriteGpa move at most."""
+_MASK32: Final = 0xFFFF_FFFF
+_MANAGE: Final = Privilege.CREATE_PARTITIONS
+
+
+def _vp_of(vp: "VirtualProcessor", partition_id: int, vp_index: int) -> "VirtualProcessor":
+    """The processor that a call names, in the caller's partition or one of its children."""
+    target = vp.partition.hypervisor.controlled(vp.partition, partition_id)
+    if vp_index == VP_INDEX_SELF and target is vp.partition:
+        return vp
+    if vp_index >= len(target.vps):
+        raise HypercallError(Status.INVALID_VP_INDEX)
+    return target.vps[vp_index]
+
+
+def _register_target(vp: "VirtualProcessor", header: bytes) -> "VirtualProcessor":
+    call = VpReference.unpack(header)
+    target = _vp_of(vp, call.partition_id, call.vp_index)
+    if call.target_vtl or any(call.reserved):
+        raise HypercallError(Status.INVALID_PARAMETER)
+    needed = Privilege.ACCESS_VP_REGISTERS if target.partition is vp.partition else _MANAGE
+    if not vp.partition.privileges & needed:
+        raise HypercallError(Status.ACCESS_DENIED)
+    return target
+
+
+def _create_vp(vp: "VirtualProcessor", data: bytes) -> None:
+    call = CreateVp.unpack(data)
+    child = vp.partition.hypervisor.child(vp.partition, call.partition_id)
+    if child.state is not PartitionState.ACTIVE:
+        raise HypercallError(Status.INVALID_PARTITION_STATE)
+    if any(call.reserved) or call.flags:
+        raise HypercallError(Status.INVALID_PARAMETER)
+    # Processors are numbered without holes here: only the next index can be created, only the last one deleted.
+    if call.vp_index != len(child.vps) or call.vp_index >= MAX_VPS:
+        raise HypercallError(Status.INVALID_VP_INDEX)
+    child.pool.take(CREATE_VP_PAGES)
+    child.add_vp()
+
+
+def _delete_vp(vp: "VirtualProcessor", data: bytes) -> None:
+    call = VpReference.unpack(data)
+    child = vp.partition.hypervisor.child(vp.partition, call.partition_id)
+    if not child.vps or call.vp_index != len(child.vps) - 1:
+        raise HypercallError(Status.INVALID_VP_INDEX)
+    child.vps.pop().reset()
+    child.pool.give(CREATE_VP_PAGES)
+
+
+def _get_registers(vp: "VirtualProcessor", header: bytes) -> RepStep:
+    target = _register_target(vp, header)
+
+    def step(index: int, element: bytes) -> bytes:
+        return read_register(target, int.from_bytes(element, "little")).to_bytes(16, "little")
+
+    return step
+
+
+def _set_registers(vp: "VirtualProcessor", header: bytes) -> RepStep:
+    target = _register_target(vp, header)
+
+    def step(index: int, element: bytes) -> None:
+        register = SetVpRegister.unpack(element)
+        if register.reserved or register.reserved2:
+            raise HypercallError(Status.INVALID_PARAMETER)
+        write_register(target, register.name, register.value_high << 64 | register.value_low)
+
+    return step
+
+
+def _access(flags: int) -> Access:
+    if flags & ~_TRANSLATE_FLAGS or (
+        flags & TranslateFlags.USER_ACCESS and flags & TranslateFlags.SUPERVISOR_ACCESS
+    ):
+        raise HypercallError(Status.INVALID_PARAMETER)
+    return Access(
+        read=bool(flags & TranslateFlags.VALIDATE_READ),
+        write=bool(flags & TranslateFlags.VALIDATE_WRITE),
+        execute=bool(flags & TranslateFlags.VALIDATE_EXECUTE),
+        user=bool(flags & TranslateFlags.USER_ACCESS),
+        exempt=bool(flags & TranslateFlags.PRIVILEGE_EXEMPT),
+        set_bits=bool(flags & TranslateFlags.SET_PAGE_TABLE_BITS),
+    )
+
+
+def _translate(vp: "VirtualProcessor", data: bytes) -> bytes:
+    call = TranslateVirtualAddress.unpack(data)
+    target = _vp_of(vp, call.partition_id, call.vp_index)
+    needed = Privilege.ACCESS_VP_REGISTERS if target.partition is vp.partition else _MANAGE
+    if not vp.partition.privileges & needed:
+        raise HypercallError(Status.ACCESS_DENIED)
+    gva = call.gva_page << 12 & 0xFFFF_FFFF_FFFF_FFFF
+    found = walk(target.partition.memory, paging_state(target), gva, _access(call.control_flags))
+    overlay = found.result is TranslateResult.SUCCESS and target.partition.is_overlay(found.gpa)
+    return TranslateVirtualAddressOutput(
+        result_code=found.result,
+        cache_type_and_overlay=CACHE_TYPE_WRITE_BACK | overlay << 8,
+        gpa_page=found.gpa >> 12,
+    ).pack()
+
+
+def _gpa_target(vp: "VirtualProcessor", call: ReadGpa | WriteGpa) -> "VirtualProcessor":
+    if call.byte_count > MAX_GPA_ACCESS or call.gpa % HV_PAGE_SIZE + call.byte_count > HV_PAGE_SIZE:
+        raise HypercallError(Status.INVALID_PARAMETER)
+    child = vp.partition.hypervisor.child(vp.partition, call.partition_id)
+    if call.vp_index >= len(child.vps):
+        raise HypercallError(Status.INVALID_VP_INDEX)
+    return child.vps[call.vp_index]
+
+
+def _gpa_result(memory_access: int, wanted: int) -> TranslateResult:
+    if not memory_access:
+        return TranslateResult.GPA_UNMAPPED
+    return TranslateResult.GPA_NO_WRITE_ACCESS if wanted & 2 else TranslateResult.GPA_NO_READ_ACCESS
+
+
+def _read_gpa(vp: "VirtualProcessor", data: bytes) -> bytes:
+    call = ReadGpa.unpack(data)
+    memory = _gpa_target(vp, call).partition.memory
+    try:
+        result, found = TranslateResult.SUCCESS, memory.read(call.gpa, call.byte_count)
+    except GuestMemoryError:
+        result, found = _gpa_result(memory.access(call.gpa), 1), b""
+    return int(result).to_bytes(8, "little") + found.ljust(MAX_GPA_ACCESS, b"\0")
+
+
+def _write_gpa(vp: "VirtualProcessor", data: bytes) -> bytes:
+    call = WriteGpa.unpack(data)
+    memory = _gpa_target(vp, call).partition.memory
+    try:
+        memory.write(call.gpa, call.data[: call.byte_count])
+        result = TranslateResult.SUCCESS
+    except GuestMemoryError:
+        result = _gpa_result(memory.access(call.gpa), 2)
+    return int(result).to_bytes(8, "little")
+
+
+# Interrupts and intercepts
+
+
+def _assert_interrupt(vp: "VirtualProcessor", data: bytes) -> None:
+    call = AssertVirtualInterrupt.unpack(data)
+    child = vp.partition.hypervisor.child(vp.partition, call.partition_id)
+    mode = call.interrupt_control & _MASK32
+    level, logical = call.interrupt_control >> 32 & 1, bool(call.interrupt_control >> 33 & 1)
+    if call.interrupt_control >> 34 or call.target_vtl or call.reserved or call.reserved2:
+        raise HypercallError(Status.INVALID_PARAMETER)
+    if mode not in (DeliveryMode.FIXED, DeliveryMode.LOWEST_PRIORITY):
+        raise HypercallError(Status.INVALID_PARAMETER)
+    if not FIRST_VALID_VECTOR <= call.vector <= 255 or level or call.destination > 0xFF:
+        raise HypercallError(Status.INVALID_PARAMETER)
+    for target in child.vps:
+        if target.apic.matches(call.destination, logical):
+            target.request_interrupt(call.vector)
+            if mode == DeliveryMode.LOWEST_PRIORITY:
+                break
+
+
+def _cluster_ipi(vp: "VirtualProcessor", data: bytes) -> None:
+    call = ClusterIpi.unpack(data)
+    if not FIRST_VALID_VECTOR <= call.vector <= 255 or call.target_vtl or any(call.reserved):
+        raise HypercallError(Status.INVALID_PARAMETER)
+    for target in vp.partition.vps:
+        if call.processor_mask >> target.index & 1:
+            target.request_interrupt(call.vector)
+
+
+def _apic_ids(vp: "VirtualProcessor", header: bytes) -> RepStep:
+    call = VpReference.unpack(header[:8].ljust(VpReference.SIZE, b"\0"))
+    target = vp.partition.hypervisor.controlled(vp.partition, call.partition_id)
+
+    def step(index: int, element: bytes) -> bytes:
+        apic_id = int.from_bytes(element, "little")
+        for candidate in target.vps:
+            if candidate.apic.apic_id == apic_id:
+                return candidate.index.to_bytes(4, "little")
+        raise HypercallError(Status.INVALID_PARAMETER)
+
+    return step
+
+
+def _install_intercept(vp: "VirtualProcessor", data: bytes) -> None:
+    call = InstallIntercept.unpack(data)
+    child = vp.partition.hypervisor.child(vp.partition, call.partition_id)
+    child.intercepts.install(call.intercept_type, call.access_type, call.parameter)
+
+
+# TLB: there is none to flush here but an engine's, which is told
+
+FLUSH_ALL_PROCESSORS: Final = 1
+
+
+def _flush_target(vp: "VirtualProcessor", data: bytes) -> int:
+    call = FlushVirtualAddressSpace.unpack(data)
+    if call.flags & ~0xF:
+        raise HypercallError(Status.INVALID_PARAMETER)
+    everybody = (1 << len(vp.partition.vps)) - 1
+    return everybody if call.flags & FLUSH_ALL_PROCESSORS else call.processor_mask & everybody
+
+
+def _flush_space(vp: "VirtualProcessor", data: bytes) -> None:
+    vp.partition.flush_tlb(_flush_target(vp, data))
+
+
+def _flush_list(vp: "VirtualProcessor", header: bytes) -> RepStep:
+    vp.partition.flush_tlb(_flush_target(vp, header))
+    return lambda index, element: None
+
+
+def _spin_wait(vp: "VirtualProcessor", data: bytes) -> None:
+    """HvCallNotifyLongSpinWait: a hint; the processors here are not scheduled against each other."""
+
+
+def _query_extended(vp: "VirtualProcessor", data: bytes) -> bytes:
+    return bytes(8)  # no extended capability
+
+
+CALLS: Final = (
+    Call(CallCode.CREATE_VP, _create_vp, CreateVp.SIZE, privilege=_MANAGE),
+    Call(CallCode.DELETE_VP, _delete_vp, VpReference.SIZE, privilege=_MANAGE),
+    RepCall(CallCode.GET_VP_REGISTERS, _get_registers, VpReference.SIZE, 4, 16),
+    RepCall(CallCode.SET_VP_REGISTERS, _set_registers, VpReference.SIZE, SetVpRegister.SIZE),
+    Call(
+        CallCode.TRANSLATE_VIRTUAL_ADDRESS,
+        _translate,
+        TranslateVirtualAddress.SIZE,
+        TranslateVirtualAddressOutput.SIZE,
+    ),
+    Call(CallCode.READ_GPA, _read_gpa, ReadGpa.SIZE, 24, _MANAGE),
+    Call(CallCode.WRITE_GPA, _write_gpa, WriteGpa.SIZE, 8, _MANAGE),
+    Call(
+        CallCode.ASSERT_VIRTUAL_INTERRUPT, _assert_interrupt, AssertVirtualInterrupt.SIZE, privilege=_MANAGE
+    ),
+    Call(CallCode.SEND_SYNTHETIC_CLUSTER_IPI, _cluster_ipi, ClusterIpi.SIZE),
+    RepCall(CallCode.GET_VP_INDEX_FROM_APIC_ID, _apic_ids, 16, 4, 4),
+    Call(CallCode.INSTALL_INTERCEPT, _install_intercept, InstallIntercept.SIZE, privilege=_MANAGE),
+    Call(CallCode.FLUSH_VIRTUAL_ADDRESS_SPACE, _flush_space, FlushVirtualAddressSpace.SIZE),
+    RepCall(CallCode.FLUSH_VIRTUAL_ADDRESS_LIST, _flush_list, FlushVirtualAddressSpace.SIZE, 8),
+    Call(CallCode.NOTIFY_LONG_SPIN_WAIT, _spin_wait, 8),
+    Call(CallCode.EXT_QUERY_CAPABILITIES, _query_extended, 0, 8, Privilege.EXTENDED_HYPERCALLS),
+)
+"""The hypercalls of this module."""
