@@ -1,6 +1,7 @@
 """One hypervisor instance: its partitions, and what providers in this process use to reach their children."""
 
 import contextlib
+import itertools
 from typing import Final
 
 from vmbus.core.memory import GuestMemory
@@ -138,7 +139,7 @@ class Hypervisor:
         partition = Partition(
             self,
             partition_id,
-            name or f"partition{partition_id}",
+            name or self._free_name(parent),
             parent,
             memory,
             personality,
@@ -151,6 +152,14 @@ class Hypervisor:
         if parent is not None:
             parent.children[partition_id] = partition
         return partition
+
+    @staticmethod
+    def _free_name(parent: Partition | None) -> str:
+        """A name after the parent's that no child of it has now; names come again, so ledgers stay small."""
+        if parent is None:
+            return "root"
+        taken = {child.name for child in parent.children.values()}
+        return next(name for n in itertools.count() if (name := f"{parent.name}.{n}") not in taken)
 
     def create_uninitialized(self, parent: Partition) -> Partition:
         """HvCallCreatePartition: a child without memory or processors, still to be initialised.

@@ -1,0 +1,88 @@
+"""The obvious way to translate: list everything that the page tables map, then look the address up.
+
+Written from the rules in the processor manual and nothing of the product; slow on purpose.
+"""
+
+PAGE = 4096
+ADDRESS = (1 << 40) - 1 & ~0xFFF
+
+
+def mappings(read, cr3, nx_enabled):
+    """Yield (first gva, size, first gpa, writable, user, executable, malformed) of everything below `cr3`.
+
+    `read(gpa)` gives the eight bytes there as an integer, None where there is no memory.
+    """
+    for i4, e4 in _entries(read, cr3 & ADDRESS):
+        if _malformed(e4, nx_enabled) or e4 >> 7 & 1:
+            yield i4 << 39, 1 << 39, 0, (e4,), True
+            continue
+        for i3, e3 in _entries(read, e4 & ADDRESS):
+            at3 = i4 << 39 | i3 << 30
+            if _malformed(e3, nx_enabled):
+                yield at3, 1 << 30, 0, (e4, e3), True
+                continue
+            if e3 >> 7 & 1:
+                yield at3, 1 << 30, e3 & ADDRESS & ~((1 << 30) - 1), (e4, e3), bool(e3 >> 13 & 0x1FFFF)
+                continue
+            for i2, e2 in _entries(read, e3 & ADDRESS):
+                at2 = at3 | i2 << 21
+                if _malformed(e2, nx_enabled):
+                    yield at2, 1 << 21, 0, (e4, e3, e2), True
+                    continue
+                if e2 >> 7 & 1:
+                    yield at2, 1 << 21, e2 & ADDRESS & ~((1 << 21) - 1), (e4, e3, e2), bool(e2 >> 13 & 0xFF)
+                    continue
+                for i1, e1 in _entries(read, e2 & ADDRESS):
+                    yield at2 | i1 << 12, PAGE, e1 & ADDRESS, (e4, e3, e2, e1), _malformed(e1, nx_enabled)
+
+
+def _entries(read, table):
+    for index in range(512):
+        entry = read(table + 8 * index)
+        if entry is not None and entry & 1:
+            yield index, entry
+
+
+def _malformed(entry, nx_enabled):
+    return bool(entry >> 40 & 0xFFF) or bool(entry >> 63 and not nx_enabled)
+
+
+def translate(
+    read,
+    cr3,
+    gva,
+    *,
+    nx_enabled=True,
+    write_protect=True,
+    smep=False,
+    smap=False,
+    ac=False,
+    write=False,
+    execute=False,
+    user=False,
+):
+    """The outcome for one access: ("ok", gpa) or ("fault", present bit of the error code, reserved bit of it)."""
+    low = gva & (1 << 48) - 1
+    if gva not in (low, low | 0xFFFF << 48) or (gva >> 63) != (gva >> 47 & 1):
+        return ("fault", 0, 0)
+    for first, size, gpa, entries, malformed in mappings(read, cr3, nx_enabled):
+        if not first <= low < first + size:
+            continue
+        if malformed:
+            return ("fault", 1, 1)
+        writable = all(e >> 1 & 1 for e in entries)
+        for_user = all(e >> 2 & 1 for e in entries)
+        executable = not (nx_enabled and any(e >> 63 for e in entries))
+        allowed = True
+        if user and not for_user:
+            allowed = False
+        if write and not writable and (user or write_protect):
+            allowed = False
+        if execute and not executable:
+            allowed = False
+        if not user and for_user and execute and smep:
+            allowed = False
+        if not user and for_user and not execute and smap and not ac:
+            allowed = False
+        return ("ok", gpa | low - first) if allowed else ("fault", 1, 0)
+    return ("fault", 0, 0)
