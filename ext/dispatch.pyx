@@ -269,6 +269,11 @@ cdef int _sleep(int fd, int64_t deadline) except -2:
             return 0
 
 
+cdef inline bint _taken(int fd) noexcept nogil:
+    cdef uint64_t count
+    return read(fd, &count, 8) == 8
+
+
 cdef class Doorbell:
     """An eventfd that one side rings and the other waits for.
 
@@ -299,14 +304,14 @@ cdef class Doorbell:
 
     def clear(self) -> bool:
         """Take the rings so far; True if there were any."""
-        cdef uint64_t count
-        return read(self.fd, &count, 8) == 8
+        return _taken(self.fd)
 
     def wait(self, timeout=None, double spin=0.0, RingReader reader=None) -> bool:
         """Wait for a ring of the doorbell or, given a reader, for a packet.
 
         With a reader its interrupt mask is handled here: the peer is asked for no signals while this side spins, and
-        asked again before it sleeps.
+        for signals before it sleeps. After a wait that ended while spinning the ring stays masked, which saves the
+        peer its signals until the next wait.
 
         Args:
             timeout: seconds; None waits for ever.
@@ -328,10 +333,12 @@ cdef class Doorbell:
         if reader is None:
             if self.clear():
                 return True
-            while _now() < spin_end:
-                if self.clear():
-                    self.spins_paid += 1
-                    return True
+            with nogil:
+                while not found and _now() < spin_end:
+                    found = _taken(self.fd)
+            if found:
+                self.spins_paid += 1
+                return True
             self.sleeps += 1
             return _sleep(self.fd, deadline) != 0
         while True:
