@@ -17,6 +17,7 @@ Other wire structures nest as fields. VMBus is little-endian; the few formats th
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from operator import attrgetter
 from types import MappingProxyType
 from typing import (
     Annotated,
@@ -74,6 +75,7 @@ class Structure:
     _struct: ClassVar[struct.Struct]
     _convert: ClassVar[tuple[tuple[int, int, Any], ...]]
     _fixed: ClassVar[tuple[tuple[str, int], ...]]
+    _integers: ClassVar[Callable[[Any], Sequence[int]] | None]
 
     def pack(self) -> bytes:
         """The structure's `SIZE` bytes.
@@ -82,7 +84,9 @@ class Structure:
             LocalProtocolError: a field's value does not fit its width.
         """
         try:
-            return self._struct.pack(*self._values())
+            # Structures of integers alone, the most, need no look at each field.
+            integers = type(self)._integers
+            return self._struct.pack(*(integers(self) if integers is not None else self._values()))
         except struct.error as error:
             raise LocalProtocolError(f"{self!r} cannot be packed: {error}") from None
 
@@ -174,6 +178,7 @@ def wire(
             for mark in getattr(hints[field.name], "__metadata__", ())
             if isinstance(mark, Fixed)
         )
+        made._integers = attrgetter(*places) if len(places) > 1 and not convert and not made._fixed else None
         made.SIZE = made._struct.size
         made.OFFSETS = MappingProxyType(places)
         wrong = {
