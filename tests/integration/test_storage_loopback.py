@@ -2,14 +2,18 @@
 
 import os
 import struct
+import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from random import Random
 
+import numpy as np
 import pytest
 
 from vmbus.bus.channel import Channel, loopback
 from vmbus.core.memory import GuestMemory
 from vmbus.errors import LocalProtocolError
-from vmbus.storage.disk import Disk, MemoryDisk
+from vmbus.storage.disk import Disk, MemoryDisk, RawDisk
 from vmbus.storage.scsi.codes import AdditionalSense, Opcode, SenseKey
 from vmbus.storage.scsi.sense import Sense
 from vmbus.storage.vsc import CommandError, StorageVsc
@@ -152,6 +156,28 @@ def test_a_reset_is_told_to_the_next_command(connect: Connect) -> None:
     assert device.read(0, 512) == bytes(512)
 
 
+def test_requests_overlap_and_finish_in_any_order(connect: Connect) -> None:
+    gate = threading.Event()
+    order: list[int] = []
+
+    class Gated(Slow):
+        def __init__(self, inner: Disk) -> None:
+            super().__init__(inner)
+            self.read = self.gated  # type: ignore[method-assign]
+
+        def gated(self, offset: int, length: int) -> bytes:
+            if offset == 0:
+                assert gate.wait(5), "the second request never ran beside the first"
+            order.append(offset)
+            gate.set()
+            return self.inner.read(offset, length)
+
+    _, vsc = connect({(0, 0): Gated(MemoryDisk(MIB, content=CONTENT[:MIB]))}, workers=2)
+    device = vsc.disk()
+    assert device.read_batch([0, 4096], 4096) == [CONTENT[:4096], CONTENT[4096:8192]]
+    assert order == [4096, 0]
+
+
 def test_the_ide_accelerator_ignores_the_path_that_the_guest_gives() -> None:
     memory = GuestMemory(4 * MIB)
     vsp = StorageVsp.ide_accelerator(MemoryDisk(MIB, content=CONTENT[:MIB]), path=1, target=1)
@@ -180,16 +206,58 @@ def test_requests_before_the_negotiation_are_refused() -> None:
     guest.close()
 
 
-def test_ledger_counts_are_exact(connect: Connect) -> None:
-    vsp, vsc = connect({(0, 0): MemoryDisk(MIB)})
+@pytest.mark.parametrize("kind", ["file", "memory", "python"])
+def test_ledger_counts_are_exact(connect: Connect, tmp_path: Path, kind: str) -> None:
+    disk = RawDisk.create(tmp_path / "disk", MIB) if kind == "file" else MemoryDisk(MIB)
+    vsp, vsc = connect({(0, 0): Slow(disk) if kind == "python" else disk})
     device = vsc.disk()
     host = vsp._servers[0].channel.account
     guest = vsc.channels[0].account
     before_host, before_guest = host.copy(), guest.copy()
     for index in range(10):
         device.read(index * 4096, 4096)
+    device.read_batch(range(0, MIB, 4096), 4096)
     spent_host, spent_guest = host - before_host, guest - before_guest
-    assert (spent_host.packets_received, spent_host.packets_sent, spent_host.backend_calls) == (10, 10, 10)
-    assert spent_host.bytes_copied == 0
-    assert (spent_guest.packets_sent, spent_guest.packets_received) == (10, 10)
-    assert spent_guest.doorbells_sent == 10
+    total = 10 + 256
+    assert (spent_host.packets_received, spent_host.packets_sent) == (total, total)
+    assert spent_host.backend_calls == total
+    assert spent_host.bytes_copied == (0 if kind == "file" else total * 4096)
+    assert (spent_guest.packets_sent, spent_guest.packets_received) == (total, total)
+    # One doorbell a request, and one for each refill of the queue: 146 buffer pages make two batches.
+    assert spent_guest.doorbells_sent == 10 + 5 + 4
+    assert spent_host.doorbells_sent == 10
+
+
+@pytest.mark.parametrize("kind", ["file", "memory", "python"])
+@pytest.mark.parametrize("length", [512, 4096, 5 * 512, 20480])
+def test_batches(connect: Connect, tmp_path: Path, kind: str, length: int) -> None:
+    disk = RawDisk.create(tmp_path / "disk", MIB) if kind == "file" else MemoryDisk(MIB)
+    disk.write(0, CONTENT[:MIB])
+    _, vsc = connect({(0, 0): Slow(disk) if kind == "python" else disk})
+    device = vsc.disk()
+    random = Random(length)
+    offsets = [random.randrange((MIB - length) // 512) * 512 for _ in range(500)]
+    assert device.read_batch(offsets, length) == [CONTENT[at : at + length] for at in offsets]
+    shadow = bytearray(CONTENT[:MIB])
+    places = random.sample(range(MIB // length), min(300, MIB // length))
+    pieces = [random.randbytes(length) for _ in places]
+    device.write_batch([place * length for place in places], pieces)
+    for place, piece in zip(places, pieces, strict=True):
+        shadow[place * length : (place + 1) * length] = piece
+    assert disk.read(0, MIB) == shadow
+    with pytest.raises(CommandError) as caught:
+        device.read_batch([0, MIB, 4096], length)
+    assert caught.value.sense == Sense(SenseKey.ILLEGAL_REQUEST, AdditionalSense.LBA_OUT_OF_RANGE)
+
+
+def test_pages_of_the_caller(connect: Connect) -> None:
+    disk = MemoryDisk(MIB, content=CONTENT[:MIB])
+    _, vsc = connect({(0, 0): disk})
+    device = vsc.disk()
+    memory = vsc.channels[0].memory
+    pfns = np.arange(2000, 2100, dtype=np.uint64)
+    offsets = np.arange(100, dtype=np.uint64) * np.uint64(4096)
+    assert device.transfer_batch(offsets, pfns, 4096, write=False) == []
+    assert memory.read(2000 << 12, 100 * 4096) == CONTENT[: 100 * 4096]
+    outside = np.array([1, 1 << 40], dtype=np.uint64)
+    assert device.transfer_batch(offsets[:2], outside, 4096, write=False) == [1]

@@ -1,8 +1,9 @@
 """Enlightened storage: the SCSI controller on VMBus, at both ends, and the disks behind it."""
 
 from vmbus.storage.disk import Disk, DiskError, MemoryDisk, RawDisk
+from vmbus.storage.guest_disk import StorageDisk
 from vmbus.storage.scsi import DiskUnit, LogicalUnit
-from vmbus.storage.vsc import CommandError, StorageDisk, StorageVsc
+from vmbus.storage.vsc import CommandError, StorageVsc
 from vmbus.storage.vsp import StorageVsp
 
 __all__ = [

@@ -9,16 +9,19 @@ import logging
 import struct
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from vmbus.bus.channel import Channel
+from vmbus.core.blockio import DONE, PROGRESS, RING, STRAY, BlockClient
 from vmbus.core.memory import PAGE_SIZE, GpaRanges
-from vmbus.core.ring import COMPLETION, COMPLETION_REQUESTED, IN_BAND, Packet
+from vmbus.core.ring import COMPLETION, COMPLETION_REQUESTED, IN_BAND, Packet, RingReader
 from vmbus.errors import DeviceError, LocalProtocolError, RemoteProtocolError, RingFull
 from vmbus.storage.disk import Buffer
+from vmbus.storage.guest_disk import StorageDisk
 from vmbus.storage.negotiation import GuestNegotiation
-from vmbus.storage.scsi.codes import Opcode, ScsiStatus, SenseKey, ServiceIn16
+from vmbus.storage.scsi.codes import Opcode, ScsiStatus, SenseKey
 from vmbus.storage.scsi.sense import Sense
 from vmbus.storage.wire import (
     SENSE_SIZE,
@@ -33,7 +36,7 @@ from vmbus.storage.wire import (
     parse_scsi_request,
 )
 
-__all__ = ["CommandError", "CommandResult", "StorageDisk", "StorageVsc"]
+__all__ = ["CommandError", "CommandResult", "StorageVsc"]
 
 _log = logging.getLogger(__name__)
 
@@ -42,7 +45,6 @@ _CONTROL_ID = 0xFFFF_FFFF_0000_0000
 
 _RETRIES = 5
 _BATCH = 64
-_DEFAULT_PAGES = 64
 
 
 class CommandError(DeviceError):
@@ -224,7 +226,7 @@ class StorageVsc:
         listed = min(int.from_bytes(data[:4], "big"), len(data) - 8) // 8
         return [int.from_bytes(data[8 + 8 * i : 10 + 8 * i], "big") & 0x3FFF for i in range(listed)]
 
-    def disk(self, target: int = 0, lun: int = 0) -> "StorageDisk":
+    def disk(self, target: int = 0, lun: int = 0) -> StorageDisk:
         """The block device at an address.
 
         Raises:
@@ -236,7 +238,7 @@ class StorageVsc:
         """Reset the bus: whatever is under way is aborted, and units report a unit attention."""
         with self._lock:
             header = PacketHeader(Operation.RESET_BUS, PacketFlags.REQUEST_COMPLETION)
-            packet = header.pack().ljust(self._packet_size, b"\0")
+            packet = header.pack().ljust(self.packet_size, b"\0")
             status = PacketHeader.unpack(self._ask(packet)).status
             if status:
                 raise DeviceError(f"the host refuses a bus reset with status 0x{status:08x}")
@@ -252,8 +254,93 @@ class StorageVsc:
         for channel in reversed(self.channels):
             channel.close()
 
+    @contextmanager
+    def exclusive(self) -> Iterator[Channel]:
+        """The next channel in turn, for a caller that drives it itself until the context ends.
+
+        Raises:
+            DeviceError: the client has given up.
+        """
+        with self._lock:
+            if self._failed:
+                raise DeviceError(self._failed)
+            channel = self.channels[self._turn % len(self.channels)]
+            self._turn += 1
+            yield channel
+        self._tell()
+
+    @contextmanager
+    def borrow_pages(self) -> Iterator[list[int]]:
+        """All free buffer pages, until the context ends."""
+        pages = self._take(len(self._free) * PAGE_SIZE)
+        try:
+            yield pages
+        finally:
+            if not self._failed:  # else the host may still write to them
+                self._free += pages
+
+    def new_ids(self, count: int) -> int:
+        """Set aside `count` transaction ids; returns the first."""
+        first = self._next_id
+        self._next_id += count
+        return first
+
+    def drive(self, channel: Channel, client: BlockClient) -> None:
+        """Step a batch on its channel until it is done.
+
+        Raises:
+            DeviceError: the host did not complete a request in time; the client is of no use any more.
+        """
+        account = channel.account
+        sent, received, stale = client.sent, client.received, client.stale
+        incoming = channel.incoming
+        deadline = 0.0
+        try:
+            incoming.mask()
+            while not (state := client.step()) & DONE:
+                if state & RING:
+                    channel.signal()
+                elif state & PROGRESS:
+                    account.doorbells_suppressed += 1
+                if state & STRAY:
+                    for packet in incoming.recv_packets(1):
+                        self._packet(packet)
+                elif not state & (PROGRESS | RING):
+                    deadline = self._sleep(incoming, deadline)
+                    continue
+                deadline = 0.0
+        except DeviceError:
+            client.abandon()
+            raise
+        finally:
+            if channel.is_open:
+                incoming.unmask()
+            account.packets_sent += client.sent - sent
+            account.packets_received += client.received - received
+            self.stale_completions += client.stale - stale
+
+    def _sleep(self, incoming: RingReader, deadline: float) -> float:
+        """Wait for the host; returns the time at which to give up."""
+        now = time.monotonic()
+        deadline = deadline or now + self.timeout
+        self._rang.clear()
+        if not incoming.unmask():
+            self._give_up_after(deadline, now)
+            self._rang.wait(deadline - now)
+        incoming.mask()
+        return deadline
+
+    def _give_up_after(self, deadline: float, now: float) -> None:
+        if now >= deadline:
+            self._failed = f"the host did not complete a request within {self.timeout} s"
+        elif not all(channel.is_open for channel in self.channels):
+            self._failed = "the storage channel was closed"
+        if self._failed:
+            raise DeviceError(self._failed)
+
     @property
-    def _packet_size(self) -> int:
+    def packet_size(self) -> int:
+        """Bytes of a packet in the negotiated version."""
         rules = self.negotiation.rules
         if rules is None:
             raise LocalProtocolError("not connected")
@@ -297,7 +384,7 @@ class StorageVsc:
     ) -> int:
         """Send one request; returns its transaction id."""
         flags = {DataDirection.IN: SrbFlags.DATA_IN, DataDirection.OUT: SrbFlags.DATA_OUT}.get(direction, 0)
-        size = self._packet_size - PacketHeader.SIZE
+        size = self.packet_size - PacketHeader.SIZE
         request = ScsiRequest(
             length=size,
             target_id=address[0],
@@ -352,12 +439,7 @@ class StorageVsc:
                 continue
             now = time.monotonic()
             deadline = deadline or now + self.timeout
-            if now >= deadline:
-                self._failed = f"the host did not complete a request within {self.timeout} s"
-                raise DeviceError(self._failed)
-            if not all(channel.is_open for channel in self.channels):
-                self._failed = "the storage channel was closed"
-                raise DeviceError(self._failed)
+            self._give_up_after(deadline, now)
             self._rang.wait(deadline - now)
 
     def _collect(self) -> int:
@@ -409,107 +491,3 @@ class StorageVsc:
         return CommandResult(
             status, answer.scsi_status, min(answer.data_transfer_length, pending.length), sense
         )
-
-
-class StorageDisk:
-    """A disk of the host as a block device of the guest.
-
-    Offsets and lengths are bytes and multiples of `sector_size`.
-
-    Args:
-        vsc: a connected client.
-        target: SCSI target.
-        lun: logical unit.
-
-    Attributes:
-        sector_size: bytes of a sector.
-        physical_sector_size: bytes the medium writes at once.
-        size: capacity in bytes.
-        thin: unmapped blocks can be given back.
-    """
-
-    def __init__(self, vsc: StorageVsc, target: int = 0, lun: int = 0) -> None:
-        self.vsc = vsc
-        self.target = target
-        self.lun = lun
-        self._check(bytes([Opcode.TEST_UNIT_READY]))
-        self.refresh()
-
-    def refresh(self) -> None:
-        """Ask for the capacity again."""
-        cdb = struct.pack(">BB8xIxx", Opcode.SERVICE_ACTION_IN_16, ServiceIn16.READ_CAPACITY_16, 32)
-        data = self._check(cdb, data_in=32)
-        if len(data) < 16:
-            raise RemoteProtocolError(f"READ CAPACITY gave {len(data)} bytes")
-        last, self.sector_size, _, exponent, thin = struct.unpack(">QIBBH", data[:16])
-        if (
-            self.sector_size < 512
-            or self.sector_size & (self.sector_size - 1)
-            or self.sector_size > PAGE_SIZE
-        ):
-            raise RemoteProtocolError(f"sectors of {self.sector_size} bytes")
-        self.physical_sector_size = self.sector_size << (exponent & 0xF)
-        self.thin = bool(thin & 0x8000)
-        self.size = (last + 1) * self.sector_size
-
-    def inquiry(self, page: int | None = None) -> bytes:
-        """Standard INQUIRY data, or a page of vital product data."""
-        cdb = struct.pack(">BBBHx", Opcode.INQUIRY, page is not None, page or 0, 255)
-        return self._check(cdb, data_in=255)
-
-    def read(self, offset: int, length: int) -> bytes:
-        """Exactly `length` bytes.
-
-        Raises:
-            CommandError: the disk refused or failed.
-        """
-        parts = []
-        for at in range(offset, offset + length, self.vsc.max_transfer):
-            size = min(self.vsc.max_transfer, offset + length - at)
-            data = self._check(self._cdb(Opcode.READ_16, at, size), data_in=size)
-            if len(data) != size:
-                raise RemoteProtocolError(f"the host read {len(data)} of {size} bytes")
-            parts.append(data)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
-
-    def write(self, offset: int, data: Buffer, *, fua: bool = False) -> None:
-        """Write all of `data`; with `fua` it is durable on return.
-
-        Raises:
-            CommandError: the disk refused or failed.
-        """
-        view = memoryview(data).cast("B")
-        for at in range(0, len(view), self.vsc.max_transfer):
-            part = view[at : at + self.vsc.max_transfer]
-            cdb = bytearray(self._cdb(Opcode.WRITE_16, offset + at, len(part)))
-            cdb[1] |= 0x08 if fua else 0
-            self._check(bytes(cdb), data_out=part)
-
-    def flush(self) -> None:
-        """Return when everything written before is durable."""
-        self._check(bytes([Opcode.SYNCHRONIZE_CACHE_10]) + bytes(9))
-
-    def unmap(self, offset: int, length: int) -> None:
-        """Give the range back; it reads as zeros."""
-        most = 0xFFFF_FFFF // 8 * 8 * self.sector_size
-        for at in range(offset, offset + length, most):
-            size = min(most, offset + length - at)
-            data = struct.pack(">HH4xQI4x", 22, 16, at // self.sector_size, size // self.sector_size)
-            self._check(struct.pack(">B6xHx", Opcode.UNMAP, len(data)), data_out=data)
-
-    def read_batch(self, offsets: Sequence[int], length: int) -> list[bytes]:
-        """`length` bytes at each of the offsets."""
-        return [self.read(offset, length) for offset in offsets]
-
-    def write_batch(self, offsets: Sequence[int], data: Sequence[Buffer]) -> None:
-        """Write each piece of data at its offset."""
-        for offset, part in zip(offsets, data, strict=True):
-            self.write(offset, part)
-
-    def _cdb(self, opcode: Opcode, offset: int, length: int) -> bytes:
-        if offset % self.sector_size or length % self.sector_size:
-            raise LocalProtocolError(f"bytes {offset}+{length} are not whole {self.sector_size}-byte sectors")
-        return struct.pack(">BxQIxx", opcode, offset // self.sector_size, length // self.sector_size)
-
-    def _check(self, cdb: bytes, *, data_out: Buffer = b"", data_in: int = 0) -> bytes:
-        return self.vsc.check(self.target, self.lun, cdb, data_out=data_out, data_in=data_in)

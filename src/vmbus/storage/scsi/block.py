@@ -2,10 +2,11 @@
 
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 
+from vmbus.core.blockio import Request
 from vmbus.errors import GuestMemoryError
 from vmbus.storage.disk import Disk, DiskError
 from vmbus.storage.scsi.cdb import BlockFields, allocation_length, block_fields
@@ -77,7 +78,19 @@ class BlockAccess:
         self.limits = limits
         self.write_cache = True
         """Off: every write is durable before it is acknowledged."""
+        self.exclusive = False
+        """A COMPARE AND WRITE is under way; nothing else may write, compiled code included."""
+        self.on_exclusive: Callable[[], None] = lambda: None
+        """Called after `exclusive` changed; on return all who watch it have heard of it."""
         self._gate = _WriteGate()
+
+    def serve(self, request: Request) -> None:
+        """Carry out a read or write that was taken apart already; any exception means: do it again as a `Task`."""
+        if request.write:
+            with self._gate.shared():
+                self.disk.write(request.offset, request.fetch())
+        else:
+            request.store(self.disk.read(request.offset, request.length))
 
     def read(self, task: Task) -> int:
         """READ (6), (10), (12) and (16)."""
@@ -176,8 +189,14 @@ class BlockAccess:
         offset, length = self._extent(fields, writing=True)
         self._fits(task, 2 * length, fields)
         with self._gate.exclusive():
-            self._compare(task, offset, length, 0)
-            self._write(task, offset, length, through=fields.fua or not self.write_cache, skip=length)
+            self.exclusive = True
+            self.on_exclusive()
+            try:
+                self._compare(task, offset, length, 0)
+                self._write(task, offset, length, through=fields.fua or not self.write_cache, skip=length)
+            finally:
+                self.exclusive = False
+                self.on_exclusive()
         return 2 * length
 
     def write_same(self, task: Task) -> int:

@@ -209,6 +209,7 @@ class DiskUnit(LogicalUnit):
         self.disk = disk
         self.limits = limits or Limits()
         self.block = block = BlockAccess(disk, self.limits)
+        block.on_exclusive = self.changed
         self.modes = mode.disk_mode_pages(disk.sector_size)
         self.reservations = Reservations(lambda nexus, what: self.attention(what, nexus))
         self._pages = disk_pages(disk, self.identity, self.limits, unmap=self._thin)
@@ -277,6 +278,7 @@ class DiskUnit(LogicalUnit):
         """Work out `plain` again and tell the watchers."""
         self.plain = not (
             self._stopped
+            or self.block.exclusive
             or not self.block.write_cache
             or self.reservations.active
             or self.modes.pages[mode.CONTROL].bit(mode.SWP)
