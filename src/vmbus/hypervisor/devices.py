@@ -2,9 +2,9 @@
 
 from bisect import bisect_right
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
-__all__ = ["DeviceBus", "MmioDevice", "PortDevice"]
+__all__ = ["DeviceBus", "MmioDevice", "PortDevice", "StringPortDevice"]
 
 
 class PortDevice(Protocol):
@@ -16,6 +16,19 @@ class PortDevice(Protocol):
 
     def io_write(self, port: int, size: int, value: int) -> None:
         """Write `size` (1, 2 or 4) bytes at `port`."""
+        ...
+
+
+@runtime_checkable
+class StringPortDevice(Protocol):
+    """A `PortDevice` that can also take all elements of an INS or OUTS at once; others get them one by one."""
+
+    def io_read_string(self, port: int, size: int, count: int) -> bytes:
+        """`count` reads of `size` bytes at `port`, one after the other."""
+        ...
+
+    def io_write_string(self, port: int, size: int, data: bytes) -> None:
+        """Writes of `size` bytes at `port`, one after the other."""
         ...
 
 
@@ -42,6 +55,7 @@ class DeviceBus:
 
     def __init__(self, raise_vector: Callable[[int], None]) -> None:
         self._ports: dict[int, PortDevice] = {}
+        self._strings: dict[int, StringPortDevice] = {}
         self._mmio: list[tuple[int, int, MmioDevice]] = []
         self._starts: list[int] = []
         self._raise_vector = raise_vector
@@ -60,11 +74,14 @@ class DeviceBus:
         if first < 0 or first + count > 0x10000 or any(port in self._ports for port in wanted):
             raise ValueError(f"ports 0x{first:x}-0x{first + count - 1:x} are taken or out of range")
         self._ports.update(dict.fromkeys(wanted, device))
+        if isinstance(device, StringPortDevice):
+            self._strings.update(dict.fromkeys(wanted, device))
 
     def remove_ports(self, first: int, count: int) -> None:
         """Take ports away again; those without a device are ignored."""
         for port in range(first, first + count):
             self._ports.pop(port, None)
+            self._strings.pop(port, None)
 
     def add_mmio(self, gpa: int, length: int, device: MmioDevice) -> None:
         """Give `device` the guest physical range `gpa` … `gpa + length - 1`.
@@ -95,6 +112,22 @@ class DeviceBus:
         device = self._ports.get(port)
         if device is not None:
             device.io_write(port, size, value)
+
+    def io_read_string(self, port: int, size: int, count: int) -> bytes:
+        """An INS of `count` elements of `size` bytes."""
+        device = self._strings.get(port)
+        if device is not None:
+            return device.io_read_string(port, size, count)
+        return b"".join(self.io_read(port, size).to_bytes(size, "little") for _ in range(count))
+
+    def io_write_string(self, port: int, size: int, data: bytes) -> None:
+        """An OUTS of elements of `size` bytes."""
+        device = self._strings.get(port)
+        if device is not None:
+            device.io_write_string(port, size, data)
+            return
+        for at in range(0, len(data), size):
+            self.io_write(port, size, int.from_bytes(data[at : at + size], "little"))
 
     def _find(self, gpa: int) -> tuple[int, MmioDevice] | None:
         at = bisect_right(self._starts, gpa) - 1

@@ -195,6 +195,21 @@ class VirtualProcessor:
             return
         self.partition.devices.io_write(port, size, value)
 
+    def io_read_string(self, port: int, size: int, count: int) -> bytes:
+        """An intercepted INS of `count` elements: one exit.
+
+        The intercept message of a string instruction (HV_X64_IO_PORT_INTERCEPT_MESSAGE with StringOp and RepPrefix,
+        TLFS 11.10) tells its receiver the whole repetition, and it emulates as many elements as it can before it
+        resumes.
+        """
+        self.account.exits["io_port"] += 1
+        return self.partition.devices.io_read_string(port, size, count)
+
+    def io_write_string(self, port: int, size: int, data: bytes) -> None:
+        """An intercepted OUTS: one exit, see `io_read_string`."""
+        self.account.exits["io_port"] += 1
+        self.partition.devices.io_write_string(port, size, data)
+
     def mmio_read(self, gpa: int, size: int) -> int:
         """An intercepted load of `size` bytes from unmapped physical memory (the local APIC among it)."""
         self.account.exits["mmio"] += 1
