@@ -33,7 +33,6 @@ def test_polled_transmission(terminal: Terminal) -> None:
         assert terminal.read(LSR) & 0x60 == 0x60
         terminal.write(DATA, byte)
     assert bytes(terminal.sent) == b"hello\r\n"
-    assert terminal.account.exits["uart"] == 14
     assert terminal.account.bytes_copied == 7
     assert terminal.levels == []
 

@@ -111,7 +111,7 @@ class Uart16550:
     Args:
         output: called with each byte (or bytes) that the guest sends.
         interrupt: called with the new level whenever the interrupt output changes; gated by OUT2 as on a PC.
-        account: counts accesses as exits ``"uart"`` and the bytes that pass, if given.
+        account: counts the bytes that pass; the exits are counted by the virtual processor.
 
     Attributes:
         divisor: the divisor latch; baud rate is 115200 / divisor. It does not change the speed.
@@ -167,8 +167,6 @@ class Uart16550:
             self._write((port + i) & 7, value >> (8 * i) & 0xFF)
 
     def _read(self, register: int) -> int:
-        if self._account is not None:
-            self._account.exits["uart"] += 1
         match register:
             case Register.RBR_THR_DLL:
                 return self.divisor & 0xFF if self._lcr & LCR_DIVISOR_LATCH else self._read_data()
@@ -199,8 +197,6 @@ class Uart16550:
                 return self._scratch
 
     def _write(self, register: int, value: int) -> None:
-        if self._account is not None:
-            self._account.exits["uart"] += 1
         match register:
             case Register.RBR_THR_DLL:
                 if self._lcr & LCR_DIVISOR_LATCH:

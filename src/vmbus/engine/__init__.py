@@ -12,7 +12,7 @@ method for:
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
-from vmbus.errors import EngineError, VmbusError
+from vmbus.hypervisor import GuestFault
 
 __all__ = [
     "Cpuid",
@@ -21,6 +21,7 @@ __all__ = [
     "Exit",
     "Halt",
     "Hypercall",
+    "InterruptWindow",
     "IoPort",
     "Limit",
     "Mmio",
@@ -32,9 +33,6 @@ __all__ = [
 
 CpuidResult: TypeAlias = tuple[int, int, int, int]
 """EAX, EBX, ECX, EDX."""
-
-GENERAL_PROTECTION = 13
-"""Vector of #GP, which a virtual processor raises for an MSR that does not exist."""
 
 
 @dataclass(slots=True)
@@ -139,7 +137,12 @@ class Limit:
     instructions: int = 0
 
 
-Exit: TypeAlias = IoPort | Mmio | Rdmsr | Wrmsr | Cpuid | Hypercall | Halt | Limit
+@dataclass(slots=True)
+class InterruptWindow:
+    """Nothing to answer: the guest can take the interrupt that `Engine.inject` refused before."""
+
+
+Exit: TypeAlias = IoPort | Mmio | Rdmsr | Wrmsr | Cpuid | Hypercall | Halt | InterruptWindow | Limit
 
 
 class Engine(Protocol):
@@ -150,7 +153,7 @@ class Engine(Protocol):
         """Instructions retired since the engine was made."""
 
     def run(self, limit: int = ...) -> Exit:
-        """Execute up to `limit` instructions, or to the next exit.
+        """Execute up to `limit` instructions (or iterations of repeated ones), or to the next exit.
 
         Raises:
             EngineError: the guest's code cannot be executed, or the last exit is not completed yet.
@@ -165,7 +168,11 @@ class Engine(Protocol):
         """
 
     def inject(self, vector: int) -> bool:
-        """Deliver an external interrupt; False if the guest cannot take it now (RFLAGS.IF, STI shadow)."""
+        """Deliver an external interrupt.
+
+        Returns:
+            False if the guest cannot take it now (RFLAGS.IF, STI shadow); `run` then exits when it can.
+        """
 
     def fault(self, vector: int, error_code: int = 0) -> None:
         """End the exiting instruction with an exception of the guest instead of completing it."""
@@ -179,6 +186,12 @@ class Processor(Protocol):
 
     def io_write(self, port: int, size: int, value: int) -> None:
         """Write `size` bytes to a port."""
+
+    def io_read_string(self, port: int, size: int, count: int) -> bytes:
+        """Read `count` elements of `size` bytes from a port: one exit."""
+
+    def io_write_string(self, port: int, size: int, data: bytes) -> None:
+        """Write elements of `size` bytes to a port: one exit."""
 
     def mmio_read(self, gpa: int, size: int) -> int:
         """Read from a device's memory."""
@@ -200,57 +213,46 @@ class Processor(Protocol):
 
 
 def serve(engine: Engine, vp: Processor, exit: Exit) -> bool:
-    """Let `vp` answer `exit`. Returns False for `Halt` and `Limit`, which only the caller can decide about.
+    """Let `vp` answer `exit`. Returns False for `Halt`, `InterruptWindow` and `Limit`, which its caller decides about.
 
-    A string instruction is one exit and `count` port accesses: what Hyper-V's string intercept is (TLFS,
-    HV_X64_IO_PORT_INTERCEPT_MESSAGE with StringOp), whose receiver emulates all elements that it can reach.
+    An exception that the virtual processor raises for its guest ends the instruction instead.
     """
-    match exit:
-        case IoPort(port=port, size=size, write=False):
-            if not exit.string:
-                engine.complete(vp.io_read(port, size))
-            else:
-                read = vp.io_read
-                engine.complete(
-                    b"".join([read(port, size).to_bytes(size, "little") for _ in range(exit.count)])
-                )
-        case IoPort(port=port, size=size):
-            if not exit.string:
-                vp.io_write(port, size, exit.value)
-            else:
-                for at in range(0, exit.count * size, size):
-                    vp.io_write(port, size, int.from_bytes(exit.data[at : at + size], "little"))
-            engine.complete()
-        case Mmio(gpa=gpa, size=size, write=False):
-            engine.complete(vp.mmio_read(gpa, size))
-        case Mmio(gpa=gpa, size=size):
-            vp.mmio_write(gpa, size, exit.value)
-            engine.complete()
-        case Rdmsr(index=index):
-            try:
-                value = vp.rdmsr(index)
-            except VmbusError as error:
-                _general_protection(engine, error)
-            else:
-                engine.complete(value)
-        case Wrmsr(index=index):
-            try:
-                vp.wrmsr(index, exit.value)
-            except VmbusError as error:
-                _general_protection(engine, error)
-            else:
-                engine.complete()
-        case Cpuid():
-            engine.complete(vp.cpuid(exit.leaf, exit.subleaf))
-        case Hypercall():
-            engine.complete(vp.hypercall(exit.control, exit.input, exit.output, exit.xmm))
-        case _:
-            return False
+    try:
+        answer = _answer(vp, exit)
+    except GuestFault as fault:
+        engine.fault(fault.vector)
+        return True
+    if answer is None:
+        return False
+    engine.complete(answer)
     return True
 
 
-def _general_protection(engine: Engine, error: VmbusError) -> None:
-    """Turn the virtual processor's refusal of an MSR into the #GP that the guest sees."""
-    if isinstance(error, EngineError):
-        raise error
-    engine.fault(GENERAL_PROTECTION)
+def _answer(vp: Processor, exit: Exit) -> int | bytes | CpuidResult | None:
+    match exit:
+        case IoPort(write=False):
+            if exit.string:
+                return vp.io_read_string(exit.port, exit.size, exit.count)
+            return vp.io_read(exit.port, exit.size)
+        case IoPort():
+            if exit.string:
+                vp.io_write_string(exit.port, exit.size, exit.data)
+            else:
+                vp.io_write(exit.port, exit.size, exit.value)
+            return 0
+        case Mmio(write=False):
+            return vp.mmio_read(exit.gpa, exit.size)
+        case Mmio():
+            vp.mmio_write(exit.gpa, exit.size, exit.value)
+            return 0
+        case Rdmsr():
+            return vp.rdmsr(exit.index)
+        case Wrmsr():
+            vp.wrmsr(exit.index, exit.value)
+            return 0
+        case Cpuid():
+            return vp.cpuid(exit.leaf, exit.subleaf)
+        case Hypercall():
+            return vp.hypercall(exit.control, exit.input, exit.output, exit.xmm)
+        case _:
+            return None
