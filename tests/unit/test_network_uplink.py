@@ -257,9 +257,10 @@ def test_passt_answers_over_the_stream_socket(tmp_path: Path) -> None:
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 30
         while not path.exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.02)
+            time.sleep(0.05)
+        time.sleep(0.2)  # the socket exists a moment before passt listens on it
         if process.poll() is not None:
             assert process.stderr is not None
             pytest.skip(f"passt does not run here: {process.stderr.read()[-200:]}")

@@ -5,6 +5,7 @@ Source: "RSS Hashing Functions" of the Windows driver documentation, whose test 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 from vmbus.network.offload import Protocol, parse
@@ -26,18 +27,7 @@ class Toeplitz:
         if len(key) != HASH_KEY_SIZE:
             raise ValueError(f"RSS key of {len(key)} bytes, not {HASH_KEY_SIZE}")
         self.key = key
-        bits = int.from_bytes(key, "big")
-        length = len(key) * 8
-        self._tables: list[list[int]] = []
-        for byte in range(len(key) - 4):
-            windows = [bits >> length - 32 - byte * 8 - bit & 0xFFFFFFFF for bit in range(8)]
-            table = [0] * 256
-            for bit, window in enumerate(windows):
-                step = 0x80 >> bit
-                for value in range(256):
-                    if value & step:
-                        table[value] ^= window
-            self._tables.append(table)
+        self._tables = _tables(key)
 
     def __call__(self, data: bytes) -> int:
         """The 32-bit hash of at most 36 bytes."""
@@ -45,6 +35,20 @@ class Toeplitz:
         for value, table in zip(data, self._tables, strict=False):
             result ^= table[value]
         return result
+
+
+@lru_cache(maxsize=64)
+def _tables(key: bytes) -> list[list[int]]:
+    """What each value of each input byte contributes to the hash."""
+    bits, length = int.from_bytes(key, "big"), len(key) * 8
+    tables = []
+    for byte in range(len(key) - 4):
+        table = [0]
+        for bit in reversed(range(8)):  # the lowest bit first: each bit doubles the table
+            window = bits >> length - 32 - byte * 8 - bit & 0xFFFFFFFF
+            table += [value ^ window for value in table]
+        tables.append(table)
+    return tables
 
 
 @dataclass(slots=True)
