@@ -13,12 +13,13 @@ The library comes from the ``unicorn`` package and is opened at run time; nothin
 module. `src/vmbus/core/unicorn_x86.h` holds the layout of its state; `docs/engine.md` explains how it all works.
 """
 
+cimport cython
 from cpython.ref cimport PyObject
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
-from vmbus.core.memory cimport GuestMemory
+from vmbus.core.memory cimport CODE_TRANSLATED, CODE_WRITTEN, GuestMemory
 from vmbus.core.unicorn_x86 cimport *
 
 from vmbus.errors import EngineError
@@ -106,10 +107,11 @@ cdef struct cpu_t:
     uint64_t syscalls
     uint64_t time_reads
     uint64_t tlb_flushes
+    uint64_t pages_forgotten
     bint interrupt              # an interrupt waits that the guest can take as soon as it enables them
     bint stopping
     int stop_reason
-    uint8_t *code               # one byte per guest page: code has been translated from it
+    uint8_t *code               # CODE_… per guest page, and one byte more: some page is CODE_WRITTEN
     code_range_t ranges[MOST_CODE_RANGES]
     int range_count
     PyObject *owner
@@ -547,6 +549,12 @@ cdef void _on_block(void *uc, uint64_t address, uint32_t size, void *user) noexc
     m.ticks += size
     m.blocks += 1
     if m.ticks >= m.next_event:
+        if m.code[m.memory_size >> 12]:
+            _forget_written(m)
+            m.lib.reg_write(uc, UC_X86_REG_RIP, &address)   # this very block may be one of them: look it up again
+            m.ticks -= size
+            m.blocks -= 1
+            return
         _event(m)
         if m.stopping:
             m.ticks -= size                         # the block will come again
@@ -686,6 +694,29 @@ cdef void _protect_code(cpu_t *m, uint64_t page) noexcept nogil:
     m.tlb_flushes += 1
 
 
+cdef void _forget_written(cpu_t *m) noexcept nogil:
+    """Drop the translations of pages that the host has written to, a disk's data for instance.
+
+    The library drops by guest virtual address, through the page tables: so paging is off meanwhile.
+    """
+    cdef uint64_t page, pages = m.memory_size >> 12, paging
+    m.code[pages] = 0
+    m.lib.context_save(m.uc, m.context)
+    paging = m.head.cr[0]
+    m.head.cr[0] = paging & ~(<uint64_t>1 << 31)
+    m.lib.context_restore(m.uc, m.context)
+    m.lib.ctl(m.uc, UC_CTL_TLB_FLUSH)
+    for page in range(pages):
+        if m.code[page] == CODE_WRITTEN:
+            m.code[page] = 0
+            m.lib.ctl(m.uc, UC_CTL_TB_REMOVE, page << 12, (page + 1) << 12)
+            m.pages_forgotten += 1
+    m.lib.context_save(m.uc, m.context)
+    m.head.cr[0] = paging
+    m.lib.context_restore(m.uc, m.context)
+    m.lib.ctl(m.uc, UC_CTL_TLB_FLUSH)
+
+
 cdef bint _never(void *uc, int kind, uint64_t address, int size, int64_t value, void *user) noexcept nogil:
     return False
 
@@ -702,8 +733,8 @@ cdef void _on_translation(void *uc, uc_block_t *block, uc_block_t *previous, voi
             physical = address
         elif _walk(m, cr3, address, False, &physical) == NULL:
             physical = m.memory_size
-        if physical < m.memory_size and not m.code[physical >> 12]:
-            m.code[physical >> 12] = 1
+        if physical < m.memory_size and m.code[physical >> 12] != CODE_TRANSLATED:
+            m.code[physical >> 12] = CODE_TRANSLATED
             _protect_code(m, physical >> 12)
         if address >> 12 == last >> 12:
             return
@@ -853,6 +884,7 @@ cdef int _on_cpuid(void *uc, void *user) noexcept with gil:
     return 1
 
 
+@cython.no_gc_clear
 cdef class Cpu:
     """One processor over a partition's memory.
 
@@ -882,7 +914,7 @@ cdef class Cpu:
     cdef object fault, before, after, on_event, on_halt
     cdef object io_read, io_write, mmio_read, mmio_write, rdmsr, wrmsr, cpuid_answer, hypercall, pop_interrupt, cpuid
     cdef object error
-    cdef bint running
+    cdef bint running, holds_memory
 
     def __cinit__(self, GuestMemory memory, processor, *, fault, before, after, on_event, on_halt,
                   uint32_t translation_cache=256 << 20):
@@ -903,11 +935,15 @@ cdef class Cpu:
         _open(m)
         _check(m.lib, m.lib.ctl(m.uc, UC_CTL_TCG_BUFFER_SIZE, translation_cache), "setting the translation cache")
         _check(m.lib, m.lib.ctl(m.uc, UC_CTL_USE_EXITS, 1), "exits")  # no address ends a run
-        m.code = <uint8_t *>calloc(m.memory_size >> 12, 1)
+        if memory.c.code != NULL:
+            raise EngineError("another engine runs code of this partition")
+        m.code = <uint8_t *>calloc((m.memory_size >> 12) + 1, 1)
         if m.code == NULL:
             raise MemoryError()
+        memory.c.code = m.code
         _check(m.lib, m.lib.mem_map_ptr(m.uc, 0, m.memory_size, UC_PROT_ALL, m.memory), "mapping guest memory")
-        memory.exports += 1                          # the library holds the address: no close() under it
+        memory.exports += 1                         # the library holds the address: no close() under it
+        self.holds_memory = True
         _check(m.lib, m.lib.mmio_map(m.uc, m.memory_size, MMIO_END - m.memory_size, _on_mmio_read, m, _on_mmio_write, m),
                "mapping device memory")
         self._hook(UC_HOOK_INTR, <void *>_on_interrupt)
@@ -925,8 +961,10 @@ cdef class Cpu:
 
     def __dealloc__(self):
         _close(&self.m)
-        free(self.m.code)
-        if self.memory is not None and self.m.code != NULL:
+        if self.m.code != NULL:
+            self.memory.c.code = NULL
+            free(self.m.code)
+        if self.holds_memory:
             self.memory.exports -= 1
 
     cdef int _hook(self, int kind, void *callback, int instruction=0) except -1:
@@ -1022,7 +1060,8 @@ cdef class Cpu:
 
     @next_event.setter
     def next_event(self, uint64_t ticks):
-        self.m.next_event = ticks
+        # Translations to be dropped are an event that is due at once.
+        self.m.next_event = 0 if self.m.code[self.m.memory_size >> 12] else ticks
 
     @property
     def interrupt(self) -> bool:
@@ -1046,7 +1085,8 @@ cdef class Cpu:
         """What happened so far: blocks, exceptions, interrupts, syscalls, and pages with translated code."""
         cdef uint64_t page, pages = 0
         for page in range(self.m.memory_size >> 12):
-            pages += self.m.code[page]
+            pages += self.m.code[page] == CODE_TRANSLATED
         return {"blocks": self.m.blocks, "exceptions": self.m.exceptions, "interrupts": self.m.interrupts,
                 "syscalls": self.m.syscalls, "time_reads": self.m.time_reads,
-                "code_pages": pages, "code_ranges": self.m.range_count}
+                "code_pages": pages, "code_ranges": self.m.range_count,
+                "pages_forgotten": self.m.pages_forgotten}

@@ -534,6 +534,8 @@ cdef int gpa_cursor_iov(gpa_cursor_t *cursor, const guest_memory_t *memory, uint
             step = want - done
         if pfn >= memory.size >> 12 or (memory.pages[pfn].access & access) != access:
             return MEMORY_OUT_OF_RANGE
+        if access & ACCESS_WRITE:
+            note_write(memory, pfn)
         p = memory.base + (pfn << 12) + (cursor.position & (PAGE_BYTES - 1))
         if used and <uint8_t *>vectors[used - 1].iov_base + vectors[used - 1].iov_len == p:
             vectors[used - 1].iov_len += step

@@ -32,6 +32,17 @@ cdef struct guest_memory_t:
     uint8_t *base       # guest physical address 0
     uint64_t size       # bytes, a multiple of the page size
     guest_page_t *pages
+    uint8_t *code       # a CODE_… byte for each page and one for all, while an engine translates code; else NULL
+
+cdef enum:
+    CODE_TRANSLATED = 1     # the engine keeps a translation of code on this page
+    CODE_WRITTEN = 2        # and the host has written to the page since
+
+cdef inline void note_write(const guest_memory_t *memory, uint64_t page) noexcept nogil:
+    """The host writes to `page`: an engine that keeps translated code of it must drop that."""
+    if memory.code != NULL and memory.code[page]:
+        memory.code[page] = CODE_WRITTEN
+        memory.code[memory.size >> 12] = CODE_WRITTEN
 
 cdef inline uint8_t *guest_pointer(const guest_memory_t *memory, uint64_t gpa, uint64_t length, uint32_t access) noexcept nogil:
     """The guest's bytes at `gpa`, or NULL if any of them may not be accessed that way."""
@@ -44,6 +55,8 @@ cdef inline uint8_t *guest_pointer(const guest_memory_t *memory, uint64_t gpa, u
         while page <= last:
             if (memory.pages[page].access & access) != access:
                 return NULL
+            if access & ACCESS_WRITE:
+                note_write(memory, page)
             page += 1
     return memory.base + gpa
 
