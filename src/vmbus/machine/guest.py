@@ -1,0 +1,384 @@
+"""A machine that runs an unmodified Linux kernel as a child partition.
+
+with Machine("vmlinuz", initrd="initramfs", disks=["root.img"], append="console=ttyS0") as m:
+    m.run(until="login:")
+    m.console.send("root\\n")
+    print(m.run(until="# "), m.ledger.to_dict())
+
+The kernel sees a Hyper-V child partition with one processor: SynIC, synthetic timers and VMBus from the
+hypervisor and bus rooms, its disks behind the storage provider, ACPI, a serial port and a real-time clock. It is
+executed by the engine in `vmbus.engine.unicorn` on a virtual clock: the same inputs give the same run.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+from uuid import UUID
+
+from vmbus.bus import Offered, VmbusHost
+from vmbus.emulated.rtc import RTC_PORT, RealTimeClock
+from vmbus.emulated.uart import COM1_PORT, Uart16550
+from vmbus.engine.unicorn import Stop, UnicornEngine
+from vmbus.errors import LocalProtocolError
+from vmbus.hypervisor import CrashReport, Hypervisor, Partition, PartitionEvent, VirtualClock
+from vmbus.hypervisor.personality import LINUX, Personality
+from vmbus.machine.acpi import POWER_PORTS, SLEEP_CONTROL_PORT, PowerAction, PowerPorts, build_tables
+from vmbus.machine.console import Console, Pattern
+from vmbus.machine.kernel_payload import unpack_kernel
+from vmbus.machine.linux import ACPI_ADDRESS, BootError, Kernel, load_linux, parse_kernel
+from vmbus.storage.disk import Disk
+from vmbus.storage.images import open_disk
+from vmbus.storage.vsp import Address, StorageVsp
+from vmbus.trace.ledger import Ledger
+
+__all__ = ["PLAIN_PC", "Machine", "Outcome", "Result"]
+
+log = logging.getLogger(__name__)
+
+DEFAULT_MEMORY: Final = 512 << 20
+STORAGE_INSTANCE: Final = UUID("6c2ab6f0-4f0e-4f4e-9d5e-0f2b1f7a5c01")
+"""The controller's instance: fixed, because serial numbers of disks come from it and runs have to repeat."""
+PANIC_TEXT: Final = b"---[ end Kernel panic"
+"""What every Linux kernel prints when it has panicked and will do nothing more but wait."""
+PANIC_GRACE: Final = 2_000_000_000
+"""Virtual ns that a guest has after it reported a crash, to print about it or to restart."""
+SECOND: Final = 1_000_000_000
+
+PLAIN_PC: Final = Personality("plain-pc", privileges=type(LINUX.privileges)(0), hypervisor_present=False)
+"""A machine that shows no hypervisor: its guest uses none of the enlightenments."""
+
+
+class Outcome(Enum):
+    """How a run ended."""
+
+    MATCHED = "the awaited output came"
+    POWER_OFF = "the guest turned the machine off"
+    REBOOT = "the guest restarted the machine"
+    PANIC = "the guest's kernel panicked"
+    TRIPLE_FAULT = "the guest's processor shut down (triple fault)"
+    HALTED = "the guest halted with interrupts disabled"
+    IDLE = "the guest waits for an interrupt that nothing will raise"
+    VIRTUAL_TIME = "the virtual time limit was reached"
+    WALL_TIME = "the wall-clock time limit was reached"
+    STOPPED = "stopped by request"
+
+
+_OUTCOMES: Final = {
+    Stop.TRIPLE_FAULT: Outcome.TRIPLE_FAULT,
+    Stop.HALTED: Outcome.HALTED,
+    Stop.IDLE: Outcome.IDLE,
+    Stop.VIRTUAL_TIME: Outcome.VIRTUAL_TIME,
+    Stop.WALL_TIME: Outcome.WALL_TIME,
+    Stop.REQUESTED: Outcome.STOPPED,
+}
+RESUMABLE: Final = (Outcome.MATCHED, Outcome.STOPPED, Outcome.VIRTUAL_TIME, Outcome.WALL_TIME, Outcome.IDLE)
+"""Outcomes after which the same guest can be run on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What `Machine.run` came to.
+
+    Attributes:
+        outcome: how it ended.
+        virtual_seconds: the guest's time at that moment.
+        wall_seconds: host time that this run took.
+        cpu_seconds: processor time of this process that this run took.
+        crash: what the guest reported to the hypervisor when it crashed, if it did.
+    """
+
+    outcome: Outcome
+    virtual_seconds: float
+    wall_seconds: float
+    cpu_seconds: float
+    crash: CrashReport | None = None
+
+
+class Machine:
+    """One hypervisor instance with a root partition and a Linux child.
+
+    Args:
+        kernel: a bzImage or an ELF kernel: a path, or the file's bytes.
+        initrd: an initial RAM disk or initramfs: a path or bytes.
+        disks: what the storage controller has, as LUN 0, 1, …: images that `vmbus.storage.images.open_disk` takes, or
+            open `Disk` objects, which stay open afterwards.
+        append: the kernel's command line.
+        memory: bytes of RAM.
+        enlightenments: show the guest a hypervisor and a VMBus. Without, it sees a plain PC.
+        unpack: ``"host"`` unpacks a bzImage here, ``"guest"`` lets it unpack itself, ``"auto"`` does it here
+            when that is possible.
+        name: of the child partition, in the ledger.
+        versions: the VMBus versions that the host speaks; all of them if None.
+
+    Raises:
+        BootError: the kernel or the sizes do not fit together.
+        DeviceError: a disk cannot be opened.
+        EngineError: there is no engine to run it.
+        OSError: a file cannot be read.
+
+    Attributes:
+        hypervisor, partition, engine, console, bus, storage: the parts.
+        crash: what the guest reported when it crashed.
+    """
+
+    def __init__(
+        self,
+        kernel: str | os.PathLike[str] | bytes,
+        *,
+        initrd: str | os.PathLike[str] | bytes | None = None,
+        disks: Sequence[str | os.PathLike[str] | Disk] = (),
+        append: str = "console=ttyS0",
+        memory: int = DEFAULT_MEMORY,
+        enlightenments: bool = True,
+        unpack: str = "auto",
+        name: str = "linux",
+        versions: frozenset[int] | None = None,
+    ) -> None:
+        self._opened: list[Disk] = []
+        self._outcome: Outcome | None = None
+        self._ended: Outcome | None = None
+        self.crash: CrashReport | None = None
+        image = _parse(_contents(kernel), unpack)
+        initial = b"" if initrd is None else _contents(initrd)
+        if memory % 4096 or memory <= 0:
+            raise BootError(f"{memory} bytes of memory are not whole pages")
+        if disks and not enlightenments:
+            raise BootError("disks need the enlightenments: this machine has no emulated disk controller")
+        try:
+            opened = [self._open(disk) for disk in disks]
+            self.hypervisor = Hypervisor(clock=VirtualClock())
+            root = self.hypervisor.create_root()
+            self.partition: Partition = self.hypervisor.create_child(
+                root, name, memory_size=memory, personality=LINUX if enlightenments else PLAIN_PC
+            )
+            self.partition.on_event = self._on_event
+            self.engine = UnicornEngine(self.partition.vps[0])
+            self._add_devices()
+            self.bus: VmbusHost | None = None
+            self.storage: StorageVsp | None = None
+            if enlightenments:
+                self.bus = (
+                    VmbusHost(self.hypervisor, self.partition)
+                    if versions is None
+                    else VmbusHost(self.hypervisor, self.partition, versions=versions)
+                )
+                self._add_storage(opened)
+            entry = load_linux(
+                self.partition.memory,
+                image,
+                command_line=append,
+                initrd=initial,
+                acpi=build_tables(ACPI_ADDRESS, vmbus=(0xF800_0000, 0x0400_0000) if enlightenments else None),
+            )
+            self.engine.cpu.enter_long_mode(
+                entry.rip, entry.rsi, entry.rsp, entry.cr3, entry.gdt, entry.code, entry.data
+            )
+        except BaseException:
+            self._close_disks()
+            raise
+
+    # Assembly
+
+    def _open(self, disk: str | os.PathLike[str] | Disk) -> Disk:
+        if isinstance(disk, Disk):
+            return disk
+        opened = open_disk(disk)
+        self._opened.append(opened)
+        return opened
+
+    def _add_devices(self) -> None:
+        devices = self.partition.devices
+        account = self.hypervisor.ledger.account(self.partition.name, "uart")
+        self._uart = Uart16550(self._on_output, None, account)
+        self.console = Console(self._uart.receive)
+        devices.add_ports(COM1_PORT, 8, self._uart)
+        devices.add_ports(RTC_PORT, 2, RealTimeClock(self.hypervisor.clock.now))
+        devices.add_ports(SLEEP_CONTROL_PORT, POWER_PORTS, PowerPorts(self._on_power))
+
+    def _add_storage(self, disks: Sequence[Disk]) -> None:
+        self.storage = StorageVsp(
+            {(0, lun): disk for lun, disk in enumerate(disks)}, instance_id=STORAGE_INSTANCE
+        )
+        self.offer(self.storage, "storage")
+
+    def offer(self, provider: StorageVsp, name: str) -> Offered:
+        """Offer a provider's device to the guest.
+
+        Raises:
+            LocalProtocolError: the machine has no VMBus.
+        """
+        if self.bus is None:
+            raise LocalProtocolError("a machine without enlightenments has no VMBus")
+        return self.bus.offer(provider.offer, provider.open, provider.close, name=name)
+
+    def add_disk(self, disk: str | os.PathLike[str] | Disk, lun: int) -> None:
+        """Attach a disk while the guest runs.
+
+        Raises:
+            LocalProtocolError: the machine has no storage controller, or the LUN is taken.
+            DeviceError: the image cannot be opened.
+        """
+        self._controller().add_disk(_address(lun), self._open(disk))
+
+    def remove_disk(self, lun: int) -> None:
+        """Detach a disk while the guest runs.
+
+        Raises:
+            LocalProtocolError: there is none.
+        """
+        self._controller().remove_disk(_address(lun))
+
+    def _controller(self) -> StorageVsp:
+        if self.storage is None:
+            raise LocalProtocolError("a machine without enlightenments has no storage controller")
+        return self.storage
+
+    # Running
+
+    @property
+    def ledger(self) -> Ledger:
+        """What was counted."""
+        return self.hypervisor.ledger
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What the engine counted: blocks, virtual time, exceptions, interrupts, system calls."""
+        return {"ticks": self.engine.cpu.ticks, **self.engine.cpu.counts}
+
+    @property
+    def virtual_seconds(self) -> float:
+        """The guest's time since it was started."""
+        return self.engine.cpu.ticks / SECOND
+
+    def run(
+        self,
+        until: Pattern | None = None,
+        *,
+        virtual_seconds: float | None = None,
+        wall_seconds: float | None = None,
+        idle: Callable[[int | None], bool] | None = None,
+        poll: Callable[[], None] | None = None,
+    ) -> Result:
+        """Run the guest until it ends, says something, or reaches a limit.
+
+        Args:
+            until: stop as soon as this appears in its output (a compiled pattern of bytes is a regular
+                expression). Output that an earlier run matched does not count again.
+            virtual_seconds: stop after so much of the guest's time.
+            wall_seconds: stop after so much host time.
+            idle, poll: see `UnicornEngine`.
+
+        Raises:
+            LocalProtocolError: the guest has ended already.
+            EngineError: the engine cannot go on.
+        """
+        if self._ended is not None:
+            raise LocalProtocolError(f"this guest has ended: {self._ended.value}")
+        self.engine.idle, self.engine.poll = idle, poll
+        self._outcome = None
+        wall, cpu = time.monotonic(), time.process_time()
+        if until is not None:
+            self.console.expect(until, lambda: self._end(Outcome.MATCHED))
+            if self.console.search():
+                self.console.forget()
+                return self._result(Outcome.MATCHED, wall, cpu)
+        limit = None if virtual_seconds is None else self.engine.cpu.ticks + int(virtual_seconds * SECOND)
+        try:
+            stop = self.engine.run(
+                virtual_limit=limit, wall_limit=None if wall_seconds is None else wall + wall_seconds
+            )
+        finally:
+            self.console.forget()
+        outcome = self._outcome if self._outcome is not None else _OUTCOMES[stop]
+        if self.crash is not None and outcome not in RESUMABLE:
+            outcome = Outcome.PANIC
+        if outcome not in RESUMABLE:
+            self._ended = outcome
+        return self._result(outcome, wall, cpu)
+
+    def _result(self, outcome: Outcome, wall: float, cpu: float) -> Result:
+        return Result(
+            outcome, self.virtual_seconds, time.monotonic() - wall, time.process_time() - cpu, self.crash
+        )
+
+    def stop(self) -> None:
+        """Make `run` return; for calls from inside it."""
+        self._end(Outcome.STOPPED)
+
+    def _end(self, outcome: Outcome) -> None:
+        if self._outcome is None or self._outcome in RESUMABLE:
+            self._outcome = outcome
+        self.engine.stop()
+
+    def _on_output(self, data: bytes) -> None:
+        start = max(0, len(self.console.output) - len(PANIC_TEXT))
+        self.console.feed(data)
+        if b"c" in data and self.console.output.find(PANIC_TEXT, start) >= 0:
+            self._end(Outcome.PANIC)
+
+    def _on_power(self, action: PowerAction) -> None:
+        self._end(Outcome.POWER_OFF if action is PowerAction.POWER_OFF else Outcome.REBOOT)
+
+    def _on_event(self, event: PartitionEvent) -> None:
+        if event.kind == "crash":
+            self.crash = event.detail
+            self.hypervisor.clock.schedule(
+                self.hypervisor.clock.now() + PANIC_GRACE, lambda: self._end(Outcome.PANIC)
+            )
+        elif event.kind == "reset":
+            self._end(Outcome.REBOOT)
+
+    # End of life
+
+    def close(self) -> None:
+        """Tear the guest down; disks that this machine opened are flushed and closed."""
+        if self.storage is not None:
+            self.storage.shutdown()
+        if self.bus is not None:
+            self.bus.close()
+        self._close_disks()
+
+    def _close_disks(self) -> None:
+        while self._opened:
+            disk = self._opened.pop()
+            try:
+                disk.flush()
+            finally:
+                disk.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _address(lun: int) -> Address:
+    return (0, lun)
+
+
+def _contents(source: str | os.PathLike[str] | bytes) -> bytes:
+    return source if isinstance(source, bytes) else Path(source).read_bytes()
+
+
+def _parse(image: bytes, unpack: str) -> Kernel:
+    if unpack not in ("auto", "host", "guest"):
+        raise BootError(f"a kernel is unpacked by 'host', 'guest' or 'auto', not by {unpack!r}")
+    kernel = parse_kernel(image)
+    if not kernel.compressed or unpack == "guest":
+        return kernel
+    try:
+        return parse_kernel(unpack_kernel(image))
+    except BootError:
+        if unpack == "host":
+            raise
+        log.info("the kernel unpacks itself", exc_info=True)
+        return kernel
