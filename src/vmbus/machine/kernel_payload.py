@@ -1,8 +1,8 @@
 """The compressed kernel inside a bzImage, unpacked on the host.
 
 A bzImage unpacks itself when it is started, which is true to life and slow under emulation. Here the same payload
-is unpacked with a host library; the kernel then starts at its own uncompressed entry point, without having been moved to
-a random address. gzip, xz, bzip2 and lzma need only the standard library, LZ4 and zstd the packages of those names.
+is unpacked with a host library; the kernel then starts at its own uncompressed entry point, without having been
+moved to a random address. gzip, xz, bzip2 and lzma need only the standard library, LZ4 and zstd the packages of those names.
 """
 
 import bz2
@@ -29,7 +29,7 @@ def _library(name: str, kind: str) -> Any:
         return importlib.import_module(name)
     except ImportError:
         raise BootError(
-            f"unpacking this kernel ({kind}) on the host needs a package: pip install {name.split('.')[0]}"
+            f"unpacking this kernel ({kind}) on the host needs a package: pip install {name.partition('.')[0]}"
         ) from None
 
 

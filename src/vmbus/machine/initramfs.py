@@ -1,0 +1,181 @@
+"""An initramfs made of one static busybox, the kernel modules that a guest needs, and a small init.
+
+The init loads the modules, then mounts the root disk that the kernel's command line names (``root=/dev/sda``) and
+goes on there, or gives a shell on the console. Everything is built here: no tool of the host is run.
+"""
+
+import lzma
+import struct
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Final
+
+from vmbus.machine.linux import BootError
+
+__all__ = ["MODULES", "build_initramfs", "cpio", "resolve_modules"]
+
+MODULES: Final = ("hv_vmbus", "hv_storvsc", "sd_mod", "hv_netvsc", "hv_utils", "ext4")
+"""What a guest of this package needs, with all that these depend on; those built into the kernel are left out."""
+
+SECTION_STRINGS: Final = 62
+ELF_HEADER: Final = struct.Struct("<40xQ10xHHH")
+"""Section header table offset; section header size, count and string section, of an ELF64 header."""
+
+INIT: Final = r"""#!/bin/busybox sh
+export PATH=/bin:/sbin:/usr/bin:/usr/sbin
+/bin/busybox mount -t devtmpfs dev /dev
+/bin/busybox mkdir -p /proc /sys /newroot /dev/pts
+/bin/busybox --install -s /bin
+mount -t proc proc /proc
+mount -t sysfs sysfs /sys
+mount -t devpts devpts /dev/pts
+while read -r module; do
+    insmod "/lib/modules/$module.ko" || echo "initramfs: cannot load $module"
+done </lib/modules/order
+root= init=/sbin/init type=ext4 options=rw
+for word in $(cat /proc/cmdline); do
+    case "$word" in
+        root=*) root=${word#root=} ;;
+        init=*) init=${word#init=} ;;
+        rootfstype=*) type=${word#rootfstype=} ;;
+        ro) options=ro ;;
+    esac
+done
+if [ -n "$root" ]; then
+    tries=0
+    while [ ! -b "$root" ] && [ $tries -lt 100 ]; do
+        sleep 0.1
+        tries=$((tries + 1))
+    done
+    if mount -t "$type" -o "$options" "$root" /newroot; then
+        mount --move /dev /newroot/dev && mount --move /proc /newroot/proc && mount --move /sys /newroot/sys
+        exec switch_root /newroot "$init"
+    fi
+    echo "initramfs: cannot mount $root"
+fi
+if [ -x /run-at-boot ]; then
+    /run-at-boot
+fi
+while true; do
+    setsid cttyhack sh -l
+done
+"""
+
+
+def cpio(entries: Iterable[tuple[str, int, bytes]]) -> bytes:
+    """A cpio archive in the "newc" format of `entries`: (path, mode with type bits, contents).
+
+    Owners are root, times zero: the same entries give the same bytes.
+    """
+    parts: list[bytes] = []
+
+    def add(number: int, name: str, mode: int, content: bytes, device: tuple[int, int] = (0, 0)) -> None:
+        encoded = name.encode() + b"\0"
+        fields = (number, mode, 0, 0, 1, 0, len(content), 0, 0, *device, len(encoded), 0)
+        header = b"070701" + b"".join(b"%08X" % field for field in fields)
+        parts.append(_aligned(header + encoded))
+        parts.append(_aligned(content))
+
+    for number, (name, mode, content) in enumerate(entries, 1):
+        major_minor = (5, 1) if name == "dev/console" else (0, 0)
+        add(number, name, mode, content, major_minor)
+    add(0, "TRAILER!!!", 0, b"")
+    return b"".join(parts)
+
+
+def _aligned(data: bytes) -> bytes:
+    return data + bytes(-len(data) % 4)
+
+
+def module_info(data: bytes) -> dict[str, str]:
+    """The ``.modinfo`` section of a kernel module.
+
+    Raises:
+        BootError: `data` is not a module.
+    """
+    try:
+        if data[:5] != b"\x7fELF\x02":
+            raise ValueError
+        table, size, count, strings = ELF_HEADER.unpack_from(data)
+        sections = [struct.unpack_from("<IIQQQQ", data, table + size * n) for n in range(count)]
+        names = sections[strings][4]
+        for name, _, _, _, offset, length in sections:
+            if data[names + name : names + name + 9] == b".modinfo\0":
+                fields = data[offset : offset + length].split(b"\0")
+                return dict(field.decode().split("=", 1) for field in fields if b"=" in field)
+    except (ValueError, IndexError, struct.error):
+        pass
+    raise BootError("not a kernel module (no .modinfo section)")
+
+
+def _read_module(path: Path) -> bytes:
+    data = path.read_bytes()
+    if path.suffix == ".xz":
+        return lzma.decompress(data)
+    return data
+
+
+def resolve_modules(folder: Path, wanted: Iterable[str] = MODULES) -> dict[str, bytes]:
+    """The modules `wanted` and all that they depend on, in an order in which they can be loaded.
+
+    Args:
+        folder: ``/lib/modules/VERSION``, as a kernel package holds it.
+        wanted: module names; those that are built into the kernel are left out.
+
+    Raises:
+        BootError: a module is neither there nor built in.
+    """
+    files = {path.name.split(".ko")[0].replace("-", "_"): path for path in sorted(folder.rglob("*.ko*"))}
+    builtin_list = folder / "modules.builtin"
+    builtin = set()
+    if builtin_list.exists():
+        lines = builtin_list.read_text().split()
+        builtin = {PurePosixPath(line).name.split(".ko")[0].replace("-", "_") for line in lines}
+    found: dict[str, bytes] = {}
+
+    def need(name: str) -> None:
+        name = name.replace("-", "_")
+        if name in found or name in builtin:
+            return
+        if name not in files:
+            raise BootError(f"{folder}: there is no module {name}, and the kernel does not have it built in")
+        data = _read_module(files[name])
+        for dependency in module_info(data).get("depends", "").split(","):
+            if dependency:
+                need(dependency)
+        found[name] = data
+
+    for name in wanted:
+        need(name)
+    return found
+
+
+def build_initramfs(
+    busybox: bytes, modules: Mapping[str, bytes], *, files: Mapping[str, bytes] | None = None
+) -> bytes:
+    """The archive: busybox, `modules` in the given order, an init that loads them, and `files` (executable).
+
+    An executable ``run-at-boot`` among the files is run when no root disk is asked for.
+
+    Raises:
+        BootError: `busybox` is not an executable.
+    """
+    if busybox[:4] != b"\x7fELF":
+        raise BootError("busybox is not an executable file")
+    folder, executable, plain, character = 0o040755, 0o100755, 0o100644, 0o020600
+    entries: list[tuple[str, int, bytes]] = [
+        (name, folder, b"") for name in ("bin", "dev", "lib", "lib/modules")
+    ]
+    entries.append(("dev/console", character, b""))
+    entries.append(("bin/busybox", executable, busybox))
+    entries.append(("init", executable, INIT.encode()))
+    entries.append(("lib/modules/order", plain, "".join(f"{name}\n" for name in modules).encode()))
+    entries += [(f"lib/modules/{name}.ko", plain, data) for name, data in modules.items()]
+    made = {"bin", "dev", "lib", "lib/modules"}
+    for name, data in (files or {}).items():
+        for parent in reversed(PurePosixPath(name).parents[:-1]):
+            if str(parent) not in made:
+                made.add(str(parent))
+                entries.append((str(parent), folder, b""))
+        entries.append((name, executable, data))
+    return cpio(entries)
