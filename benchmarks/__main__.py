@@ -25,6 +25,7 @@ TOPICS = {
     "batches": "Batches, from Python, one thread",
     "processes": "Throughput between two processes",
     "roundtrip": "Round trips between two processes",
+    "storage": "Disk reads over the storage channel",
 }
 
 

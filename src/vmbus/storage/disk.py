@@ -169,6 +169,8 @@ class Disk(ABC):
 class _FileDisk(Disk):
     """The common part of the disks that are one file descriptor."""
 
+    fd = -1  # until it is open: `__del__` also runs after a failed construction
+
     def _open(self, fd: int, name: str, sector_size: int, physical_sector_size: int, read_only: bool) -> None:
         if sector_size not in SECTOR_SIZES:
             raise DiskError(f"{name}: sectors of {sector_size} bytes, must be one of {SECTOR_SIZES}")
@@ -270,6 +272,9 @@ class _FileDisk(Disk):
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
+
+    def __del__(self) -> None:
+        self.close()
 
     def _error(self, what: str, offset: int, error: OSError) -> DiskError:
         return DiskError(
@@ -409,12 +414,12 @@ class MemoryDisk(_FileDisk):
     def close(self) -> None:
         """Give the memory back."""
         if self.mapping is not None:
-            self.mapping.release()
-            self.mapping = None
             try:
+                self.mapping.release()
                 self._map.close()
             except BufferError:  # a server in compiled code still holds it; unmapped when that lets go
                 _log.debug("memory disk closed while still in use")
+            self.mapping = None
         super().close()
 
 
