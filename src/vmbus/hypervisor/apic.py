@@ -124,6 +124,7 @@ class LocalApic:
         self._timer: Timer | None = None
         self._timer_start = 0
         self._deadline = 0
+        self._tsc_offset = 0
         self._registers: dict[int, int] = {}
         self.reset()
 
@@ -314,8 +315,19 @@ class LocalApic:
         self._deadline = value
         if value:
             # Round up: the guest's handler must find that its deadline has passed.
-            due = -(-value * 1_000_000_000 // self._tsc_frequency)
+            due = -((self._tsc_offset - value) * 1_000_000_000 // self._tsc_frequency)
             self._timer = self._clock.schedule(max(due, self._clock.now() + 1), self._fire)
+
+    @property
+    def tsc_offset(self) -> int:
+        """What is added to the clock's ticks to give this processor's TSC."""
+        return self._tsc_offset
+
+    @tsc_offset.setter
+    def tsc_offset(self, value: int) -> None:
+        self._tsc_offset = value
+        if self._deadline:
+            self.tsc_deadline = self._deadline
 
     def current_count(self) -> int:
         """What is left of the initial count, 0 when the timer does not run."""

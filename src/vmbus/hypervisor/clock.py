@@ -44,10 +44,6 @@ class Clock(ABC):
     def now(self) -> int:
         """Nanoseconds since the clock was made; never decreases."""
 
-    def reference_time(self) -> int:
-        """Partition reference time: units of 100 ns (TLFS 12.1)."""
-        return self.now() // REFERENCE_UNIT
-
     def schedule(self, due: int, callback: Callable[[], None]) -> Timer:
         """Have `run_due` call `callback` once the clock has reached `due` (absolute, in ns)."""
         timer = Timer(due, callback)

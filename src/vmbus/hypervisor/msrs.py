@@ -72,6 +72,10 @@ def _write_tsc(vp: "VirtualProcessor", value: int) -> None:
     vp.tsc_offset += value - vp.tsc
 
 
+def _write_tsc_adjust(vp: "VirtualProcessor", value: int) -> None:
+    vp.tsc_offset = value - (1 << 64) if value >> 63 else value
+
+
 def _write_eoi(vp: "VirtualProcessor", value: int) -> None:
     vp.end_of_interrupt()
 
@@ -168,7 +172,7 @@ def _tables() -> tuple[dict[int, ReadEntry], dict[int, WriteEntry]]:
     write: dict[int, WriteEntry] = {
         Msr.IA32_TSC: (0, _write_tsc),
         Msr.IA32_APIC_BASE: (0, _write_apic_base),
-        Msr.IA32_TSC_ADJUST: (0, lambda vp, value: setattr(vp, "tsc_offset", value)),
+        Msr.IA32_TSC_ADJUST: (0, _write_tsc_adjust),
         Msr.IA32_BIOS_SIGN_ID: (0, _ignore),
         Msr.IA32_MISC_ENABLE: (0, _ignore),
         Msr.IA32_PAT: (0, lambda vp, value: setattr(vp, "pat", value)),

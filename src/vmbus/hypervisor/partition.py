@@ -17,6 +17,7 @@ from vmbus.hypervisor.pool import MemoryPool
 from vmbus.hypervisor.ports import Connection, Port
 from vmbus.hypervisor.tlfs import HV_PAGE_SIZE, PartitionState
 from vmbus.hypervisor.vp import VirtualProcessor
+from vmbus.hypervisor.wire import ReferenceTscPage
 
 if TYPE_CHECKING:
     from vmbus.hypervisor.hypervisor import Hypervisor
@@ -208,22 +209,26 @@ class Partition:
     def set_reference_tsc(self, value: int) -> None:
         """HV_X64_MSR_REFERENCE_TSC: places the reference TSC page (TLFS 12.7).
 
-        The page holds a sequence (1: valid), a 64.64 fixed-point scale and an offset:
-        reference time = (TSC * scale >> 64) + offset.
-
         Raises:
             GeneralProtectionFault: the page lies outside the partition.
         """
         self._reference_tsc_page.place(value)
         self.reference_tsc_msr = value
-        if value & 1:
-            scale = (10_000_000 << 64) // self.hypervisor.tsc_frequency
-            offset = -(self.created_at // 100)
-            self._reference_tsc_page.update(
-                (1).to_bytes(8, "little")
-                + scale.to_bytes(8, "little")
-                + offset.to_bytes(8, "little", signed=True)
-            )
+        self.update_reference_tsc()
+
+    def update_reference_tsc(self) -> None:
+        """Write the reference TSC page again after a guest has moved a TSC.
+
+        One page serves all processors: if their TSCs differ, sequence 0 sends the guest to the reference counter MSR.
+        """
+        if not self.reference_tsc_msr & 1:
+            return
+        frequency = self.hypervisor.tsc_frequency
+        offsets = {vp.tsc_offset for vp in self.vps}
+        sequence = 1 if len(offsets) == 1 else 0
+        scale = (10_000_000 << 64) // frequency
+        offset = -(self.created_at // REFERENCE_UNIT) - min(offsets, default=0) * 10_000_000 // frequency
+        self._reference_tsc_page.update(ReferenceTscPage(sequence, 0, scale, offset).pack())
 
     def report_crash(self, vp: VirtualProcessor, has_message: bool) -> None:
         """The guest wrote HV_X64_MSR_CRASH_CTL: tell the parent."""

@@ -1,6 +1,5 @@
 """The four synthetic timers of one virtual processor (TLFS 12.3), on the instance's clock."""
 
-import struct
 from collections.abc import Callable
 from functools import partial
 from typing import Final
@@ -9,6 +8,7 @@ from vmbus.hypervisor.clock import REFERENCE_UNIT, Clock, Timer
 from vmbus.hypervisor.faults import GeneralProtectionFault
 from vmbus.hypervisor.synic import Synic
 from vmbus.hypervisor.tlfs import STIMER_COUNT, MessageType
+from vmbus.hypervisor.wire import TimerMessage
 
 __all__ = ["MIN_PERIOD", "SyntheticTimers"]
 
@@ -24,8 +24,6 @@ MIN_PERIOD: Final = 100
 busy with ticks alone (shorter periods are granted at this rate)."""
 MIN_DELAY: Final = 1_000
 """A one-shot timer set in the past fires this many ns later: virtual time goes on even if a guest re-arms forever."""
-
-_PAYLOAD: Final = struct.Struct("<IIQQ")
 
 
 class _Timer:
@@ -47,8 +45,11 @@ class SyntheticTimers:
     hypervisors; here they only coalesce: while one waits for its slot, its later periods are skipped.
     """
 
-    def __init__(self, clock: Clock, synic: Synic, raise_direct: Callable[[int, bool], None]) -> None:
+    def __init__(
+        self, clock: Clock, origin: int, synic: Synic, raise_direct: Callable[[int, bool], None]
+    ) -> None:
         self._clock = clock
+        self._origin = origin  # the clock's time, in ns, at which partition reference time is zero
         self._synic = synic
         self._raise = raise_direct
         self._timers = [_Timer() for _ in range(STIMER_COUNT)]
@@ -97,6 +98,9 @@ class SyntheticTimers:
             timer.config |= ENABLED
         self._arm(index, timer)
 
+    def _reference_time(self) -> int:
+        return (self._clock.now() - self._origin) // REFERENCE_UNIT
+
     def _disarm(self, timer: _Timer) -> None:
         timer.pending = False
         if timer.timer is not None:
@@ -108,10 +112,10 @@ class SyntheticTimers:
             return
         now = self._clock.now()
         if timer.config & PERIODIC:
-            timer.due = now // REFERENCE_UNIT + max(timer.count, MIN_PERIOD)
+            timer.due = self._reference_time() + max(timer.count, MIN_PERIOD)
         else:
             timer.due = timer.count
-        due = max(timer.due * REFERENCE_UNIT, now + MIN_DELAY)
+        due = max(self._origin + timer.due * REFERENCE_UNIT, now + MIN_DELAY)
         timer.timer = self._clock.schedule(due, partial(self._expire, index))
 
     def _expire(self, index: int) -> None:
@@ -133,8 +137,7 @@ class SyntheticTimers:
             self._arm(index, timer)
 
     def _deliver(self, index: int, timer: _Timer, expired: int) -> bool:
-        now = self._clock.reference_time()
-        payload = _PAYLOAD.pack(index, 0, expired, now)
+        payload = TimerMessage(index, 0, expired, self._reference_time()).pack()
         timer.pending = False
         if not self._synic.try_post(timer.config >> 16 & 15, MessageType.TIMER_EXPIRED, 0, payload):
             timer.pending = True

@@ -72,10 +72,11 @@ class VirtualProcessor:
             self._send_ipi,
         )
         self.synic = Synic(partition.memory, self.request_interrupt)
-        self.timers = SyntheticTimers(hypervisor.clock, self.synic, self.request_interrupt)
+        self.timers = SyntheticTimers(
+            hypervisor.clock, partition.created_at, self.synic, self.request_interrupt
+        )
         self.assist_page = OverlayPage(partition.memory)
         self.assist_msr = 0
-        self.tsc_offset = 0
         self.pat = DEFAULT_PAT
         self.registers: dict[int, int] = {}
         self.register_file: RegisterFile = self.registers
@@ -91,9 +92,20 @@ class VirtualProcessor:
     def tsc(self) -> int:
         """The time stamp counter (64 bits)."""
         return (
-            self._clock.now() * self.partition.hypervisor.tsc_frequency // 1_000_000_000 + self.tsc_offset
+            self._clock.now() * self.partition.hypervisor.tsc_frequency // 1_000_000_000
+            + self.apic.tsc_offset
             & _MASK64
         )
+
+    @property
+    def tsc_offset(self) -> int:
+        """IA32_TSC_ADJUST, signed: what the guest has added to its TSC."""
+        return self.apic.tsc_offset
+
+    @tsc_offset.setter
+    def tsc_offset(self, value: int) -> None:
+        self.apic.tsc_offset = value
+        self.partition.update_reference_tsc()
 
     @property
     def reference_time(self) -> int:

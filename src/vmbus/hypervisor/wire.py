@@ -5,7 +5,7 @@ Each is described under its hypercall's name in the TLFS; Linux's ``hvhdk.h`` ha
 
 from typing import Annotated
 
-from vmbus.wire import U8, U16, U32, U64, Fixed, Structure, wire
+from vmbus.wire import I64, U8, U16, U32, U64, Fixed, Structure, wire
 
 __all__ = [
     "AssertVirtualInterrupt",
@@ -28,6 +28,7 @@ __all__ = [
     "PortReference",
     "PostMessageHeader",
     "ReadGpa",
+    "ReferenceTscPage",
     "SegmentRegister",
     "SetPartitionPropertyInput",
     "SetVpRegister",
@@ -299,6 +300,16 @@ class TimerMessage(Structure):
     reserved: U32
     expiration_time: U64
     delivery_time: U64
+
+
+@wire(size=24)
+class ReferenceTscPage(Structure):
+    """The used part of the reference TSC page: time = (TSC * scale >> 64) + offset, if the sequence is not 0."""
+
+    sequence: U32
+    reserved: U32
+    scale: U64
+    offset: I64
 
 
 @wire(size=16)
