@@ -138,9 +138,8 @@ def surviving(calls: list[tuple[str, int, Any]], rnd: random.Random) -> list[tup
         if index == missing or (missing is None and rnd.random() > chance):
             continue
         if name == "write" and rnd.random() < 0.2:
-            for at in range(0, len(second), 512):
-                if rnd.random() < 0.7:
-                    kept.append((name, first + at, second[at : at + 512]))
+            pieces = [(name, first + at, second[at : at + 512]) for at in range(0, len(second), 512)]
+            kept += [piece for piece in pieces if rnd.random() < 0.7]
         else:
             kept.append((name, first, second))
     return kept

@@ -1,5 +1,3 @@
-from typing import TypeAlias
-
-Buffer: TypeAlias = bytes | bytearray | memoryview
+from vmbus.core.memory import Buffer
 
 def crc32c(data: Buffer, value: int = 0) -> int: ...

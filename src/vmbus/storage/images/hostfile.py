@@ -8,14 +8,11 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import TypeAlias
 
-from vmbus.storage.disk import _NO_HOLES, _PUNCH_HOLE, DiskError, _fallocate
+from vmbus.storage.disk import _NO_HOLES, _PUNCH_HOLE, Buffer, DiskError, _fallocate
 from vmbus.trace.ledger import Account
 
 __all__ = ["Buffer", "HostFile", "SharedLock", "bad_image"]
-
-Buffer: TypeAlias = bytes | bytearray | memoryview
 
 PAGE = 4096
 _ZEROS = bytes(1 << 20)

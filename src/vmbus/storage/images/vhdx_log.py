@@ -22,6 +22,7 @@ __all__ = ["LogWriter", "Replay", "find_replay"]
 _DESCRIPTOR = 32
 _MAX_LOG = 256 << 20
 _MAX_FILE = 1 << 47
+_MAX_GROWTH = 256 << 30  # between two flushes; a hole, but no reason to make it as large as anyone says
 _MAX_PAGES = 1 << 20
 
 
@@ -147,7 +148,7 @@ class _Reader:
                     self._path,
                     f"the file is cut short: {self._file_size} bytes, the log needs {header.flushed_file_offset}",
                 )
-            if header.last_file_offset > _MAX_FILE:
+            if header.last_file_offset > self._file_size + _MAX_GROWTH:
                 raise bad_image(self._path, f"the log asks for a file of {header.last_file_offset} bytes")
             size = max(size, header.last_file_offset)
             for offset, content in self._changes(self._bytes(at, header.entry_length), header):

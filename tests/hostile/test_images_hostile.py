@@ -1,0 +1,388 @@
+"""Images that somebody broke, by hand and by chance: one clear sentence, and the file is not touched."""
+
+import os
+import random
+import re
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from uuid import UUID
+
+import pytest
+
+from vmbus.core.crc32c import crc32c
+from vmbus.storage.disk import DiskError
+from vmbus.storage.images import Format, create_vhd, create_vhdx, open_disk
+from vmbus.storage.images.hostfile import HostFile
+from vmbus.storage.images.vhdx_log import LogWriter
+from vmbus.trace.ledger import Account
+
+MIB = 1 << 20
+KIB64 = 64 << 10
+
+
+def vhd_sum(raw: bytearray, start: int, length: int, at: int) -> None:
+    raw[start + at : start + at + 4] = bytes(4)
+    struct.pack_into(">I", raw, start + at, ~sum(raw[start : start + length]) & 0xFFFFFFFF)
+
+
+def vhdx_sum(raw: bytearray, start: int, length: int) -> None:
+    raw[start + 4 : start + 8] = bytes(4)
+    struct.pack_into("<I", raw, start + 4, crc32c(raw[start : start + length]))
+
+
+@pytest.fixture
+def dynamic_vhd(tmp_path: Path) -> Path:
+    path = tmp_path / "image.vhd"
+    with create_vhd(path, 4 * MIB, block_size=512 << 10) as disk:
+        for block in (0, 2, 5):
+            disk.write(block * (512 << 10), b"x" * 512)
+    return path
+
+
+@pytest.fixture
+def dynamic_vhdx(tmp_path: Path) -> Path:
+    path = tmp_path / "image.vhdx"
+    with create_vhdx(path, 8 * MIB, block_size=MIB) as disk:
+        for block in (0, 2, 5):
+            disk.write(block * MIB, b"x" * 512)
+    return path
+
+
+def refused(path: Path, sentence: str) -> None:
+    """Opening fails with this one sentence, for reading and for writing, and changes nothing."""
+    before = path.read_bytes()
+    for read_only in (True, False):
+        with pytest.raises(DiskError, match=sentence) as caught:
+            open_disk(path, read_only=read_only)
+        assert str(caught.value).startswith(str(path.parent))
+        assert "\n" not in str(caught.value)
+    assert path.read_bytes() == before
+
+
+def edit(path: Path, change: Callable[[bytearray], None]) -> None:
+    raw = bytearray(path.read_bytes())
+    change(raw)
+    path.write_bytes(raw)
+
+
+def vhd_header(offset: int, layout: str, value: int) -> Callable[[bytearray], None]:
+    def change(raw: bytearray) -> None:
+        struct.pack_into(layout, raw, 512 + offset, value)
+        vhd_sum(raw, 512, 1024, 36)
+
+    return change
+
+
+def vhd_footer(offset: int, layout: str, value: int) -> Callable[[bytearray], None]:
+    def change(raw: bytearray) -> None:
+        for start in (0, len(raw) - 512):
+            struct.pack_into(layout, raw, start + offset, value)
+            vhd_sum(raw, start, 512, 64)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (vhd_footer(12, ">I", 0x00020000), "version 2 is not known"),
+        (vhd_footer(60, ">I", 6), "disk type 6 is not known"),
+        (vhd_footer(48, ">Q", 1 << 60), "not possible in a VHD"),
+        (vhd_footer(48, ">Q", 0), "not possible in a VHD"),
+        (vhd_footer(48, ">Q", 4 * MIB + 1), "not possible in a VHD"),
+        (vhd_footer(48, ">Q", 64 * MIB), "block table has 8 entries for 128 blocks"),
+        (vhd_footer(16, ">Q", 1 << 62), "header at byte .* is not in the file"),
+        (vhd_footer(16, ">Q", 513), "header at byte 513 is not in the file"),
+        (vhd_header(0, ">Q", 0), "header has no cookie"),
+        (vhd_header(32, ">I", 3 << 19), "block size of 1572864 bytes is not possible"),
+        (vhd_header(32, ">I", 0), "block size of 0 bytes is not possible"),
+        (vhd_header(32, ">I", 1 << 31), "block size of 2147483648 bytes is not possible"),
+        (vhd_header(16, ">Q", 1 << 63), "table at byte .* is not in the file"),
+        (vhd_header(24, ">I", 0x00020000), "header version 2 is not known"),
+        (lambda raw: struct.pack_into(">I", raw, 512 + 36, 0), "header's checksum is wrong"),
+        (lambda raw: struct.pack_into(">I", raw, 1536, 0), "two blocks overlap"),
+        (lambda raw: struct.pack_into(">I", raw, 1536, 0xFFFFFFFE), "block 0 reaches past the end"),
+        (lambda raw: raw.__setitem__(slice(1536, 1540), raw[1544:1548]), "two blocks overlap"),
+        (lambda raw: raw.__delitem__(slice(len(raw) - MIB, None)), "block 5 reaches past the end"),
+        (lambda raw: raw.__delitem__(slice(1024, None)), "header at byte 512 is not in the file"),
+    ],
+)
+def test_broken_vhds(dynamic_vhd: Path, change: Callable[[bytearray], None], sentence: str) -> None:
+    edit(dynamic_vhd, change)
+    refused(dynamic_vhd, sentence)
+
+
+def test_a_vhd_without_any_intact_footer(dynamic_vhd: Path) -> None:
+    def change(raw: bytearray) -> None:
+        raw[100] ^= 1
+        raw[-400] ^= 1
+
+    edit(dynamic_vhd, change)
+    refused(dynamic_vhd, "footer's checksum is wrong")
+
+
+def test_a_vhd_survives_the_loss_of_one_footer(dynamic_vhd: Path) -> None:
+    edit(dynamic_vhd, lambda raw: raw.__delitem__(slice(len(raw) - 512, None)))
+    with open_disk(dynamic_vhd) as disk:
+        disk.write(7 * (512 << 10), b"y" * 512)
+    assert dynamic_vhd.read_bytes()[-512:] == dynamic_vhd.read_bytes()[:512]
+
+
+def test_a_fixed_vhd_that_is_cut_short(tmp_path: Path) -> None:
+    path = tmp_path / "fixed.vhd"
+    create_vhd(path, MIB, variant="fixed").close()
+    edit(path, lambda raw: raw.__delitem__(slice(1000, 2024)))
+    refused(path, "cut short")
+
+
+def vhdx_region(index: int, offset: int, layout: str, value: int) -> Callable[[bytearray], None]:
+    def change(raw: bytearray) -> None:
+        for start in (3 * KIB64, 4 * KIB64):
+            struct.pack_into(layout, raw, start + 16 + 32 * index + offset, value)
+            vhdx_sum(raw, start, KIB64)
+
+    return change
+
+
+def vhdx_header(offset: int, layout: str, value: int) -> Callable[[bytearray], None]:
+    def change(raw: bytearray) -> None:
+        for start in (KIB64, 2 * KIB64):
+            struct.pack_into(layout, raw, start + offset, value)
+            vhdx_sum(raw, start, 4096)
+
+    return change
+
+
+def vhdx_at(offset: int, layout: str, value: int) -> Callable[[bytearray], None]:
+    return lambda raw: struct.pack_into(layout, raw, offset, value)
+
+
+METADATA, BAT = 2 * MIB, 3 * MIB  # where our own images have them
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda raw: raw.__delitem__(slice(5000, None)), "cut short"),
+        (lambda raw: raw.__delitem__(slice(len(raw) - MIB, None)), "entry 5 reaches past the end"),
+        (lambda raw: raw.__delitem__(slice(BAT, None)), "not whole MiB inside the file"),
+        (lambda raw: [raw.__setitem__(KIB64 * i + 40, 1) for i in (1, 2)], "neither of the two headers"),
+        (
+            lambda raw: [raw.__setitem__(KIB64 * i + 40, 1) for i in (3, 4)],
+            "neither of the two region tables",
+        ),
+        (vhdx_header(66, "<H", 2), "version 2 is not known"),
+        (vhdx_header(68, "<I", 4096), "log's place is not aligned"),
+        (vhdx_header(72, "<Q", 1 << 62), "log at byte .* is not in the file"),
+        (vhdx_header(8, "<Q", 77), "same sequence number"),
+        (vhdx_region(0, 16, "<Q", 1 << 61), "not whole MiB inside the file"),
+        (vhdx_region(0, 16, "<Q", 0), "not whole MiB inside the file"),
+        (vhdx_region(0, 16, "<Q", METADATA), "impossible state|overlap"),
+        (vhdx_region(0, 0, "<Q", 1), "needs the unknown region"),
+        (vhdx_at(METADATA, "<Q", 0), "table has no signature"),
+        (vhdx_at(METADATA + 10, "<H", 0xFFFF), "65535 entries is not possible"),
+        (vhdx_at(METADATA + 32, "<Q", 1), "needs the unknown metadata item"),
+        (vhdx_at(METADATA + 32 + 16, "<I", 0xFFFFFFF0), "impossible place"),
+        (vhdx_at(METADATA + 32 + 20, "<I", 0), "impossible place or length"),
+        (vhdx_at(METADATA + KIB64, "<I", 3 * MIB), "block size of 3145728 bytes"),
+        (vhdx_at(METADATA + KIB64, "<I", 0), "block size of 0 bytes"),
+        (vhdx_at(METADATA + KIB64 + 4, "<I", 2), "without a parent locator"),
+        (vhdx_at(METADATA + KIB64 + 8, "<Q", 1 << 63), "not possible in a VHDX"),
+        (vhdx_at(METADATA + KIB64 + 8, "<Q", 60 << 40), "block table has 131072 entries"),
+        (vhdx_at(METADATA + KIB64 + 32, "<I", 520), "sector size of 520 bytes"),
+        (vhdx_at(BAT, "<Q", 5), "impossible state 5"),
+        (vhdx_at(BAT, "<Q", 7 | 4 * MIB), "impossible state 7"),
+        (vhdx_at(BAT, "<Q", 6 | METADATA), "overlap"),
+        (vhdx_at(BAT, "<Q", 6 | 1 << 60), "entry 0 reaches past the end"),
+        (lambda raw: raw.__setitem__(slice(BAT, BAT + 8), raw[BAT + 16 : BAT + 24]), "two blocks overlap"),
+    ],
+)
+def test_broken_vhdxs(dynamic_vhdx: Path, change: Callable[[bytearray], None], sentence: str) -> None:
+    edit(dynamic_vhdx, change)
+    refused(dynamic_vhdx, sentence)
+
+
+@pytest.mark.parametrize("suffix", ["vhd", "vhdx"])
+def test_chains_that_come_back_to_themselves(suffix: str, tmp_path: Path) -> None:
+    make = create_vhdx if suffix == "vhdx" else create_vhd
+    base, child = tmp_path / f"base.{suffix}", tmp_path / f"child.{suffix}"
+    make(base, 4 * MIB).close()
+    make(child, parent=base).close()
+    base.unlink()
+    os.link(child, base)  # the parent is the image itself, under another name
+    refused(child, "chain of parents is a loop")
+    base.unlink()
+    refused(child, r"parent image was not found, tried .*base")
+    make(base, 4 * MIB).close()
+    refused(child, "not the parent")
+    base.write_bytes(b"something else" * 1000)
+    refused(child, "the parent is no image")
+
+
+def test_a_vhdx_whose_parent_was_written_to(tmp_path: Path) -> None:
+    base, child = tmp_path / "base.vhdx", tmp_path / "child.vhdx"
+    create_vhdx(base, 4 * MIB).close()
+    create_vhdx(child, parent=base).close()
+    with open_disk(base) as disk:
+        disk.write(0, bytes(512))
+    refused(child, "was changed since")
+
+
+def test_an_image_in_use_is_not_opened_again(dynamic_vhdx: Path) -> None:
+    with open_disk(dynamic_vhdx):
+        for read_only in (True, False):
+            with pytest.raises(DiskError, match="in use"):
+                open_disk(dynamic_vhdx, read_only=read_only)
+    with (
+        open_disk(dynamic_vhdx, read_only=True),
+        open_disk(dynamic_vhdx, read_only=True),
+        pytest.raises(DiskError, match="in use"),
+    ):
+        open_disk(dynamic_vhdx)
+
+
+def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    for name, sentence in [
+        ("fifo", "neither a file|cannot open"),
+        (".", "cannot open|neither"),
+        ("no", "cannot open"),
+    ]:
+        with pytest.raises(DiskError, match=sentence):
+            open_disk(tmp_path / name, read_only=True)
+    (tmp_path / "empty").touch()
+    with pytest.raises(DiskError, match="empty"):
+        open_disk(tmp_path / "empty")
+
+
+def log_image(path: Path, pages: dict[int, bytes], change: Callable[[bytearray], None]) -> None:
+    """Put an entry with `pages` into the log of a clean image; `change` may break it, before the checksum is made."""
+    host = HostFile(path, read_only=False, account=Account())
+    guid = os.urandom(16)
+    LogWriter(host, UUID(bytes_le=guid), MIB, MIB).write(pages)
+    host.close()
+    raw = bytearray(path.read_bytes())
+    length = struct.unpack_from("<I", raw, MIB + 8)[0]
+    change(raw)
+    vhdx_sum(raw, MIB, length)
+    for start in (KIB64, 2 * KIB64):
+        raw[start + 48 : start + 64] = guid
+        vhdx_sum(raw, start, 4096)
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (vhdx_at(MIB + 64 + 16, "<Q", KIB64), "contradicts itself"),  # the headers are not to be logged
+        (vhdx_at(MIB + 64 + 16, "<Q", BAT + 1), "contradicts itself"),
+        (vhdx_at(MIB + 64 + 16, "<Q", 1 << 50), "contradicts itself"),
+        (vhdx_at(MIB + 64 + 16, "<Q", 1 << 40), "behind the end of the file"),
+        (vhdx_at(MIB + 64 + 24, "<Q", 9), "contradicts itself"),
+        (vhdx_at(MIB + 64, "<I", 0), "contradicts itself"),
+        (vhdx_at(MIB + 4096, "<I", 0), "contradicts itself"),
+        (vhdx_at(MIB + 24, "<I", 100), "contradicts itself"),
+        (vhdx_at(MIB + 48, "<Q", 1 << 40), "the log needs"),
+        (vhdx_at(MIB + 56, "<Q", 1 << 60), "asks for a file"),
+        (vhdx_at(MIB + 12, "<I", 4096), "no complete entry"),
+        (
+            lambda raw: struct.pack_into("<4sIQ", raw, MIB + 64, b"zero", 0, 1 << 44),
+            "contradicts|absurd|behind",
+        ),
+    ],
+)
+def test_broken_logs(dynamic_vhdx: Path, change: Callable[[bytearray], None], sentence: str) -> None:
+    log_image(dynamic_vhdx, {BAT: bytes(4096)}, change)
+    refused(dynamic_vhdx, sentence)
+
+
+def test_a_log_that_leads_to_a_broken_image_is_not_replayed(dynamic_vhdx: Path) -> None:
+    log_image(dynamic_vhdx, {BAT: struct.pack("<Q", 6 | 1 << 60).ljust(4096, b"\0")}, lambda raw: None)
+    refused(dynamic_vhdx, "entry 0 reaches past the end")
+
+
+def test_a_torn_log_is_refused(dynamic_vhdx: Path) -> None:
+    log_image(dynamic_vhdx, {BAT: bytes(4096)}, lambda raw: None)
+    edit(dynamic_vhdx, lambda raw: raw.__setitem__(MIB + 5000, raw[MIB + 5000] ^ 1))
+    refused(dynamic_vhdx, "no complete entry")
+
+
+def test_a_log_full_of_overlapping_entries_ends_in_time(dynamic_vhdx: Path) -> None:
+    def change(raw: bytearray) -> None:
+        head = bytes(raw[MIB : MIB + 64])
+        for at in range(0, MIB, 4096):
+            raw[MIB + at : MIB + at + 64] = head
+            struct.pack_into("<II", raw, MIB + at + 8, MIB, at)
+            struct.pack_into("<Q", raw, MIB + at + 16, 1 + at)
+
+    log_image(dynamic_vhdx, {BAT: bytes(4096)}, change)
+    refused(dynamic_vhdx, "overlap|no complete entry")
+
+
+@pytest.mark.parametrize("kind", ["vhd", "vhdx", "vhdx with a log"])
+def test_random_damage_is_noticed_or_harmless(
+    kind: str, dynamic_vhd: Path, dynamic_vhdx: Path, tmp_path: Path
+) -> None:
+    """Bits flipped in everything but data: a clear error, or a disk that can be used; never another exception."""
+    seed = int(os.environ.get("VMBUS_SEED", random.SystemRandom().randrange(1 << 32)))
+    print(f"seed {seed}")
+    rnd = random.Random(seed)
+    original = dynamic_vhd if kind == "vhd" else dynamic_vhdx
+    areas = [(0, 2048), (os.path.getsize(original) - 512, 512)]
+    if kind != "vhd":
+        table, metadata = 16 + 64, 32 + 32 * 6
+        areas = [(KIB64, 80), (2 * KIB64, 80), (3 * KIB64, table), (4 * KIB64, table)]
+        areas += [(METADATA, metadata), (METADATA + KIB64, 64), (BAT, 64), (BAT, 64)]
+    if kind.endswith("log"):
+        log_image(dynamic_vhdx, {BAT: dynamic_vhdx.read_bytes()[BAT : BAT + 4096]}, lambda raw: None)
+        areas += [(MIB, 128)] * 8
+    victim = tmp_path / "victim"
+    opened = 0
+    for _ in range(int(os.environ.get("VMBUS_FUZZ_ROUNDS", "50"))):
+        shutil.copy(original, victim)
+        raw = bytearray(victim.read_bytes())
+        for _ in range(rnd.choice([1, 1, 2, 8])):
+            start, length = rnd.choice(areas)
+            raw[start + rnd.randrange(length)] ^= 1 << rnd.randrange(8)
+        if rnd.random() < 0.7:  # somebody who knows the checksums
+            if kind == "vhd":
+                vhd_sum(raw, 0, 512, 64)
+                vhd_sum(raw, len(raw) - 512, 512, 64)
+                vhd_sum(raw, 512, 1024, 36)
+            else:
+                for start, length in (
+                    (KIB64, 4096),
+                    (2 * KIB64, 4096),
+                    (3 * KIB64, KIB64),
+                    (4 * KIB64, KIB64),
+                ):
+                    vhdx_sum(raw, start, length)
+                if kind.endswith("log"):
+                    vhdx_sum(raw, MIB, 2 * 4096)
+        if rnd.random() < 0.1:
+            del raw[rnd.randrange(len(raw)) :]
+        victim.write_bytes(raw)
+        image_format: Format = "vhd" if kind == "vhd" else "vhdx"
+        sentence = ""
+        try:
+            disk = open_disk(victim, read_only=True, format=image_format)
+        except DiskError as error:
+            sentence = str(error)
+        if sentence:
+            assert re.match(r"[^\n]{10,400}$", sentence)
+            with pytest.raises(DiskError):
+                open_disk(victim, format=image_format)
+            assert victim.read_bytes() == raw
+            continue
+        opened += 1
+        disk.read(0, min(disk.size, MIB))
+        list(disk.extents(0, disk.size))
+        disk.close()
+        assert victim.read_bytes() == raw
+        with open_disk(victim) as disk:
+            disk.write(disk.size - disk.sector_size, bytes(disk.sector_size))
+            disk.unmap(0, min(disk.size, 2 * MIB))
+            disk.flush()
+    assert opened  # else the rest was not tested
