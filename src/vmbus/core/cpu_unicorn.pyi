@@ -1,5 +1,5 @@
 from collections.abc import Callable
-from typing import Final, Protocol, final
+from typing import Final, Protocol, Self, final
 
 from vmbus.core.memory import GuestMemory
 
@@ -29,8 +29,8 @@ class Cpu:
     interrupt: bool
     tsc_offset: int
     counts: dict[str, int]
-    def __init__(
-        self,
+    def __new__(
+        cls,
         memory: GuestMemory,
         processor: _Processor,
         *,
@@ -40,7 +40,7 @@ class Cpu:
         on_event: Callable[[int], object],
         on_halt: Callable[[int, bool], object],
         translation_cache: int = ...,
-    ) -> None: ...
+    ) -> Self: ...
     def enter_long_mode(self, rip: int, rsi: int, rsp: int, cr3: int, gdt: int, code: int, data: int) -> None: ...
     def run(self) -> int: ...
     def stop(self) -> None: ...
