@@ -22,8 +22,9 @@ from typing import Final, Self
 from uuid import UUID
 
 from vmbus.bus import Offered, VmbusHost
+from vmbus.emulated.ioapic import IoApic
 from vmbus.emulated.rtc import RTC_PORT, RealTimeClock
-from vmbus.emulated.uart import COM1_PORT, Uart16550
+from vmbus.emulated.uart import COM1_IRQ, COM1_PORT, Uart16550
 from vmbus.engine.unicorn import Stop, UnicornEngine
 from vmbus.errors import LocalProtocolError
 from vmbus.hypervisor import CrashReport, Hypervisor, Partition, PartitionEvent, VirtualClock
@@ -174,7 +175,12 @@ class Machine:
                 image,
                 command_line=append,
                 initrd=initial,
-                acpi=build_tables(ACPI_ADDRESS, vmbus=(0xF800_0000, 0x0400_0000) if enlightenments else None),
+                acpi=build_tables(
+                    ACPI_ADDRESS,
+                    com1=(COM1_PORT, COM1_IRQ),
+                    vmbus=(0xF800_0000, 0x0400_0000) if enlightenments else None,
+                    io_apic=True,
+                ),
             )
             self.engine.cpu.enter_long_mode(
                 entry.rip, entry.rsi, entry.rsp, entry.cr3, entry.gdt, entry.code, entry.data
@@ -195,7 +201,10 @@ class Machine:
     def _add_devices(self) -> None:
         devices = self.partition.devices
         account = self.hypervisor.ledger.account(self.partition.name, "uart")
-        self._uart = Uart16550(self._on_output, None, account)
+        self._io_apic = IoApic(self.partition)
+        self._uart = Uart16550(
+            self._on_output, lambda level: self._io_apic.set_line(COM1_IRQ, level), account
+        )
         self.console = Console(self._uart.receive)
         devices.add_ports(COM1_PORT, 8, self._uart)
         devices.add_ports(RTC_PORT, 2, RealTimeClock(self.hypervisor.clock.now))

@@ -2,7 +2,8 @@
 
 A bzImage unpacks itself when it is started, which is true to life and slow under emulation. Here the same payload
 is unpacked with a host library; the kernel then starts at its own uncompressed entry point, without having been
-moved to a random address. gzip, xz, bzip2 and lzma need only the standard library, LZ4 and zstd the packages of those names.
+moved to a random address. gzip, xz, bzip2 and lzma need only the standard library, LZ4 and zstd the packages of
+those names.
 """
 
 import bz2
