@@ -9,7 +9,6 @@ The host may be hostile: what it names is checked against what it was given, cop
 
 import logging
 import threading
-import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -133,7 +132,6 @@ class NetworkVsc:
             Toeplitz(DEFAULT_KEY),
         )
         self._lock = threading.RLock()
-        self._changed = threading.Event()
         self._failure: Exception | None = None
         self._lay_out(list(pages))
         channel.on_signal = lambda: self._drain(0)
@@ -315,18 +313,16 @@ class NetworkVsc:
         with self._lock:
             self._check()
             task = self.protocol.run(script)
-        deadline = time.monotonic() + self.timeout
-        while True:
-            self._changed.clear()
-            self._drain(0)
-            if task.done:
-                return task.result
-            self._check()
-            left = deadline - time.monotonic()
-            if left <= 0 or not self._changed.wait(left):
-                with self._lock:
-                    self.protocol.abandon(task)
-                raise DeviceError(f"the host did not answer within {self.timeout} s")
+        self._drain(0)
+        channel = self._channels.get(0)
+        if not task.done and channel is not None:
+            channel.wait(lambda: task.done or self._failure is not None, self.timeout)
+        if task.done:
+            return task.result
+        self._check()
+        with self._lock:
+            self.protocol.abandon(task)
+        raise DeviceError(f"the host did not answer within {self.timeout} s")
 
     def _flush_control(self) -> bool:
         """Send the steps that wait, as far as there are ring space and control pages."""
@@ -501,8 +497,6 @@ class NetworkVsc:
                 log.warning("network adapter closed: %s", error)
                 channel.close()
                 return
-            finally:
-                self._changed.set()
             if needed and channel.is_open:
                 channel.signal()
             if not more:
@@ -626,7 +620,6 @@ class NetworkVsc:
                     self._free_sections.append(sent.section)
                 if sent.large >= 0:
                     self._free_large.append(sent.large)
-        self._changed.set()
 
     def _closed(self) -> None:
         with self._lock:
@@ -635,7 +628,6 @@ class NetworkVsc:
             if self._failure is None:
                 self._failure = LocalProtocolError("the channel is closed")
             self._release()
-        self._changed.set()
 
     def _release(self) -> None:
         self._channels.pop(0, None)

@@ -17,6 +17,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final
 
 from vmbus.bus.channel import Channel
@@ -142,6 +143,7 @@ class NetworkVsp:
         self._control: deque[bytes] = deque()
         self._next_id = 0
         self._next_packet_id = 0
+        self._deferred: list[Callable[[], None]] = []
         self._lock = threading.RLock()
         channel.on_signal = lambda: self._drain(0)
         channel.on_closed = self._close
@@ -200,6 +202,13 @@ class NetworkVsp:
         if needed:
             queue.channel.signal()
 
+    def _run_deferred(self) -> None:
+        """Call others, now that the lock is free: they have locks of their own."""
+        with self._lock:
+            calls, self._deferred = self._deferred, []
+        for call in calls:
+            call()
+
     # ---- from the guest
 
     def _drain(self, index: int) -> None:
@@ -229,6 +238,8 @@ class NetworkVsp:
                 return
             if needed and channel.is_open:
                 channel.signal()
+            if self._deferred:
+                self._run_deferred()
             if frames:
                 self.port.send(frames)
             if not more:
@@ -376,10 +387,10 @@ class NetworkVsp:
                     self._revoke(receive)
                 case OfferSubchannels(count):
                     if self._offer_subchannels is not None:
-                        self._offer_subchannels(count)
+                        self._deferred.append(partial(self._offer_subchannels, count))
                 case DataPathSwitched(to_vf):
                     if self.on_data_path is not None:
-                        self.on_data_path(to_vf)
+                        self._deferred.append(partial(self.on_data_path, to_vf))
 
     def _take_candidate(self) -> Window:
         window, self._candidate = self._candidate, None
@@ -423,7 +434,9 @@ class NetworkVsp:
                     if self._flush(queue):
                         signals.append(queue.channel)
                 except RingError as error:
-                    self._fail(index, error)
+                    self._deferred.append(partial(self._fail, index, error))
+        if self._deferred:
+            self._run_deferred()
         for channel in signals:
             if channel.is_open:
                 channel.signal()
