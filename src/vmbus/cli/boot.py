@@ -1,0 +1,266 @@
+"""``vmbus boot``: an unmodified Linux kernel as a child partition, its serial console in this terminal."""
+
+import argparse
+import json
+import os
+import select
+import sys
+import termios
+import time
+import tty
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from rich.console import Console as Screen
+from rich.table import Table
+
+from vmbus.cli.units import size
+from vmbus.machine.guest import Machine, Outcome, Result
+from vmbus.machine.linux import BootError
+from vmbus.machine.packages import load_guest
+
+__all__ = ["EXIT_STATUS", "add_parser", "run"]
+
+EXIT_STATUS: Final = {
+    Outcome.POWER_OFF: 0,
+    Outcome.MATCHED: 0,
+    Outcome.REBOOT: 10,
+    Outcome.PANIC: 11,
+    Outcome.TRIPLE_FAULT: 12,
+    Outcome.HALTED: 13,
+    Outcome.IDLE: 14,
+    Outcome.VIRTUAL_TIME: 15,
+    Outcome.WALL_TIME: 16,
+    Outcome.STOPPED: 17,
+}
+"""The exit status for each outcome; 2 means that the guest could not be started."""
+ESCAPE: Final = 0x1D
+"""Ctrl-]: leaves the console, as in telnet."""
+LONGEST_WAIT: Final = 0.1
+"""Seconds that a guest without a timer waits for a key before limits are looked at again."""
+LONGEST_IDLE: Final = 2.0
+"""Seconds that an idle guest is held back for its next timer; what is longer is skipped."""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the subcommand."""
+    parser = subparsers.add_parser(
+        "boot",
+        help="boot an unmodified Linux kernel",
+        description=(
+            "Boot an unmodified x86-64 Linux kernel as a child partition. Its own Hyper-V drivers talk to this "
+            "package's VMBus; disks are served by the storage provider. Ctrl-] leaves the console. Without "
+            "--kernel, the guest that `vmbus guest prepare` made is booted."
+        ),
+        epilog="Exit status: "
+        + ", ".join(f"{status} {outcome.value}" for outcome, status in EXIT_STATUS.items() if status)
+        + "; 0 powered off or --until matched; 2 could not be started.",
+    )
+    parser.add_argument("--kernel", type=Path, help="bzImage or ELF kernel")
+    parser.add_argument("--initrd", type=Path, help="initial RAM disk or initramfs")
+    parser.add_argument(
+        "--disk",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="IMAGE",
+        help="raw, VHD or VHDX; may be repeated",
+    )
+    parser.add_argument("--append", default="", metavar="TEXT", help="added to the kernel's command line")
+    parser.add_argument("--memory", type=size, default=512 << 20, metavar="SIZE", help="RAM (default: 512M)")
+    parser.add_argument(
+        "--no-enlightenments", action="store_true", help="show the guest a plain PC: no hypervisor, no VMBus"
+    )
+    parser.add_argument(
+        "--unpack",
+        choices=("auto", "host", "guest"),
+        default="auto",
+        help="who decompresses a bzImage; the guest itself is slower and truer (default: auto)",
+    )
+    parser.add_argument("--until", metavar="TEXT", help="stop as soon as the guest prints this")
+    parser.add_argument("--send", metavar="TEXT", help="type this line once --until has matched, and go on")
+    parser.add_argument("--timeout", type=float, metavar="SECONDS", help="stop after so much host time")
+    parser.add_argument(
+        "--virtual-timeout", type=float, metavar="SECONDS", help="stop after so much guest time"
+    )
+    parser.add_argument("--ledger", action="store_true", help="print the ledger at the end")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write outcome, counts and ledger to a file"
+    )
+    parser.add_argument("--quiet", action="store_true", help="do not show the guest's console")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Boot; the exit status says how the guest ended (`EXIT_STATUS`)."""
+    kernel, initrd = args.kernel, args.initrd
+    if kernel is None:
+        guest = load_guest()
+        if guest is None:
+            raise BootError("no kernel: give --kernel, or run `vmbus guest prepare` first")
+        kernel, initrd = guest.kernel, initrd or guest.initramfs
+    if args.send is not None and args.until is None:
+        raise BootError("--send needs --until")
+    _note(args, f"loading {kernel}")
+    command_line = f"console=ttyS0 {args.append}".strip()
+    with Machine(
+        kernel,
+        initrd=initrd,
+        disks=args.disk,
+        append=command_line,
+        memory=args.memory,
+        enlightenments=not args.no_enlightenments,
+        unpack=args.unpack,
+    ) as machine:
+        _note(args, "starting; Ctrl-] leaves" if sys.stdin.isatty() else "starting")
+        if not args.quiet:
+            machine.console.echo = _show
+        with _Keyboard(machine) as keyboard:
+            result = _run_guest(machine, args, keyboard)
+        _report(machine, result, args)
+        return EXIT_STATUS[result.outcome]
+
+
+def _run_guest(machine: Machine, args: argparse.Namespace, keyboard: "_Keyboard") -> Result:
+    deadline = None if args.timeout is None else time.monotonic() + args.timeout
+
+    def step(until: str | None) -> Result:
+        left = (
+            None if args.virtual_timeout is None else max(0.0, args.virtual_timeout - machine.virtual_seconds)
+        )
+        return machine.run(
+            until,
+            virtual_seconds=left,
+            wall_seconds=None if deadline is None else deadline - time.monotonic(),
+            idle=keyboard.idle,
+            poll=keyboard.poll,
+        )
+
+    result = step(args.until)
+    if args.send is not None and result.outcome is Outcome.MATCHED:
+        machine.console.send(args.send + "\n")
+        result = step(None)
+    return result
+
+
+def _note(args: argparse.Namespace, text: str) -> None:
+    if not args.quiet:
+        print(f"vmbus: {text}", file=sys.stderr)
+
+
+def _show(data: bytes) -> None:
+    sys.stdout.buffer.write(data)
+    sys.stdout.buffer.flush()
+
+
+class _Keyboard:
+    """What is typed goes to the guest; a terminal is put into raw mode meanwhile.
+
+    While the guest waits and a terminal is there, its time goes at the host's pace; otherwise idle time is skipped.
+    """
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self._fd = sys.stdin.fileno() if _has_descriptor(sys.stdin) else -1
+        self._interactive = self._fd >= 0 and os.isatty(self._fd)
+        self._mode: list[Any] | None = None
+
+    def __enter__(self) -> "_Keyboard":
+        if self._interactive:
+            self._mode = termios.tcgetattr(self._fd)
+            tty.setraw(self._fd)
+            self._mode_output()
+        return self
+
+    def _mode_output(self) -> None:
+        mode = termios.tcgetattr(self._fd)
+        mode[1] |= termios.OPOST  # messages of this program still end lines as usual
+        termios.tcsetattr(self._fd, termios.TCSANOW, mode)
+
+    def __exit__(self, *_: object) -> None:
+        if self._mode is not None:
+            termios.tcsetattr(self._fd, termios.TCSADRAIN, self._mode)
+
+    def poll(self) -> None:
+        """Pass on what was typed, without waiting."""
+        self._take(0.0)
+
+    def idle(self, until_timer: int | None) -> bool:
+        """The guest waits: for a key, or for its next timer in `until_timer` virtual ns."""
+        if not self._interactive:
+            return False  # time is skipped; a pipe's input was passed on by poll
+        if until_timer is None:
+            self._take(LONGEST_WAIT)
+            return True
+        end = time.monotonic() + min(until_timer / 1e9, LONGEST_IDLE)
+        while (rest := end - time.monotonic()) > 0:
+            if self._take(rest):
+                return True
+        return False
+
+    def _take(self, wait: float) -> bool:
+        if self._fd < 0 or not select.select([self._fd], [], [], wait)[0]:
+            return False
+        data = os.read(self._fd, 4096)
+        if not data:
+            self._fd = -1
+            return False
+        if self._interactive and ESCAPE in data:
+            self._machine.stop()
+            data = data[: data.index(ESCAPE)]
+        self._machine.console.send(data)
+        return True
+
+
+def _has_descriptor(stream: Any) -> bool:
+    try:
+        stream.fileno()
+    except (AttributeError, OSError, ValueError):
+        return False
+    return True
+
+
+def _report(machine: Machine, result: Result, args: argparse.Namespace) -> None:
+    print(file=sys.stdout)
+    sys.stdout.flush()
+    _note(
+        args,
+        f"{result.outcome.value}; {result.virtual_seconds:.3f} s of the guest's time, "
+        f"{result.wall_seconds:.2f} s here ({result.cpu_seconds:.2f} s of processor time)",
+    )
+    if result.crash is not None and result.crash.message:
+        _note(args, "it reported: " + result.crash.message.decode(errors="replace").strip().splitlines()[-1])
+    if args.ledger:
+        _print_ledger(machine)
+    if args.json is not None:
+        report = {
+            "outcome": result.outcome.name,
+            "virtual_seconds": result.virtual_seconds,
+            "wall_seconds": result.wall_seconds,
+            "cpu_seconds": result.cpu_seconds,
+            "counts": machine.counts,
+            "ledger": machine.ledger.to_dict(),
+        }
+        args.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def _print_ledger(machine: Machine) -> None:
+    table = Table(title="ledger")
+    for heading in ("account", "what", "count"):
+        table.add_column(heading, justify="right" if heading == "count" else "left")
+    for what, count in machine.counts.items():
+        table.add_row("engine", what, f"{count:,}")
+    for account, values in machine.ledger.to_dict().items():
+        for what, value in _flat(values):
+            table.add_row(account, what, f"{value:,}")
+    Screen().print(table)
+
+
+def _flat(values: dict[str, Any]) -> Iterator[tuple[str, int]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            for key, count in value.items():
+                yield f"{name} {key}", count
+        elif value:
+            yield name, value
