@@ -115,6 +115,8 @@ class LocalApic:
         self.irr = 0
         self.isr = 0
         self.tmr = 0
+        self.tpr = 0
+        """Task priority register (8 bits)."""
         self._auto_eoi = 0
         self._clock = clock
         self._tsc_frequency = tsc_frequency
@@ -125,14 +127,16 @@ class LocalApic:
         self._timer_start = 0
         self._deadline = 0
         self._tsc_offset = 0
+        self._enabled = True
         self._registers: dict[int, int] = {}
         self.reset()
 
     def reset(self) -> None:
         """The state that firmware leaves behind: software-enabled, LVTs masked, nothing pending."""
         self.irr = self.isr = self.tmr = self._auto_eoi = 0
+        self.tpr = 0
+        self._enabled = True  # SPURIOUS bit 8
         self._registers = {
-            Register.TPR: 0,
             Register.LDR: 0,
             Register.DFR: 0xFFFF_FFFF,
             Register.SPURIOUS: 0x1FF,
@@ -154,7 +158,7 @@ class LocalApic:
 
     def request(self, vector: int, auto_eoi: bool = False, level: bool = False) -> bool:
         """Set `vector` in the IRR; False if the APIC is software-disabled or the vector illegal."""
-        if not FIRST_VALID_VECTOR <= vector <= 255 or not self._registers[Register.SPURIOUS] & 0x100:
+        if not FIRST_VALID_VECTOR <= vector <= 255 or not self._enabled:
             return False
         bit = 1 << vector
         self.irr |= bit
@@ -171,7 +175,7 @@ class LocalApic:
     @property
     def processor_priority(self) -> int:
         """PPR: the higher of the task priority and the class of what is in service (SDM 11.8.3.1)."""
-        tpr = self._registers[Register.TPR]
+        tpr = self.tpr
         isr = self.isr
         if isr:
             in_service = (isr.bit_length() - 1) & 0xF0
@@ -181,11 +185,14 @@ class LocalApic:
 
     def accept(self) -> int | None:
         """Take the highest deliverable vector into service, as an INTA cycle does; None if there is none."""
-        if not self.deliverable:
+        irr = self.irr
+        if not irr:
             return None
-        vector = self.irr.bit_length() - 1
+        vector = irr.bit_length() - 1
+        if vector >> 4 <= self.processor_priority >> 4:
+            return None
         bit = 1 << vector
-        self.irr &= ~bit
+        self.irr = irr & ~bit
         if not self._auto_eoi & bit:
             self.isr |= bit
         return vector
@@ -216,15 +223,6 @@ class LocalApic:
         return ldr >> 4 == destination >> 4 and bool(ldr & destination & 0xF)
 
     # Registers
-
-    @property
-    def tpr(self) -> int:
-        """Task priority register (8 bits)."""
-        return self._registers[Register.TPR]
-
-    @tpr.setter
-    def tpr(self, value: int) -> None:
-        self._registers[Register.TPR] = value & 0xFF
 
     @property
     def icr(self) -> int:
@@ -260,6 +258,8 @@ class LocalApic:
             return self.apic_id << 24
         if offset == Register.VERSION:
             return 0x0005_0014
+        if offset == Register.TPR:
+            return self.tpr
         if offset == Register.PPR:
             return self.processor_priority
         return self._registers.get(offset, 0)
@@ -276,7 +276,7 @@ class LocalApic:
         if offset == Register.ICR_LOW:
             self._write_icr_low(value)
         elif offset == Register.TPR:
-            self.tpr = value
+            self.tpr = value & 0xFF
         elif offset == Register.ESR:
             self._registers[offset] = 0
         elif offset == Register.LVT_TIMER:
@@ -298,6 +298,7 @@ class LocalApic:
             self._registers[offset] = value & 0xFF00_0000
         elif offset in self._registers:
             self._registers[offset] = value & 0x0001_F7FF
+            self._enabled = bool(self._registers[Register.SPURIOUS] & 0x100)
         return None
 
     # The local timer

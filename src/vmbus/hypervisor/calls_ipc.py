@@ -30,6 +30,10 @@ __all__ = ["CALLS", "connect", "delete_port", "signal_event"]
 MAX_PORTS: Final = 65_536
 """Ports, and connections, of one partition: a bound on what one partition can make its host keep."""
 
+# The members that the exit path compares with, without their attribute look-up.
+_ACTIVE: Final = PartitionState.ACTIVE
+_MESSAGE: Final = PortType.MESSAGE
+_EVENT: Final = PortType.EVENT
 _SIGNAL_EVENTS: Final = int(Privilege.SIGNAL_EVENTS)
 _POST: Final = struct.Struct("<IIII")
 assert _POST.size == PostMessageHeader.SIZE
@@ -41,7 +45,7 @@ def _port(partition: "Partition", connection_id: int, kind: PortType) -> Port:
     if connection is None:
         raise HypercallError(Status.INVALID_CONNECTION_ID)
     port = connection.port
-    if port.deleted or port.kind is not kind or port.owner.state is not PartitionState.ACTIVE:
+    if port.deleted or port.kind is not kind or port.owner.state is not _ACTIVE:
         raise HypercallError(Status.INVALID_PORT_ID)
     return port
 
@@ -60,7 +64,7 @@ def _post_message(vp: "VirtualProcessor", data: bytes) -> None:
     )  # as PostMessageHeader, on the hot path
     if reserved or size > MESSAGE_PAYLOAD_SIZE or not message_type or message_type & HYPERVISOR_MESSAGE:
         raise HypercallError(Status.INVALID_PARAMETER)
-    port = _port(vp.partition, connection_id, PortType.MESSAGE)
+    port = _port(vp.partition, connection_id, _MESSAGE)
     payload = data[_POST.size : _POST.size + size]
     if port.on_message is None:
         _target(port).synic.post_message(port.target_sint, message_type, port.port_id, payload)
@@ -83,7 +87,7 @@ def signal_event(vp: "VirtualProcessor", connection_id: int, flag: int, reserved
     partition = vp.partition
     if not partition.privileges & _SIGNAL_EVENTS:
         raise HypercallError(Status.ACCESS_DENIED)
-    port = _port(partition, connection_id, PortType.EVENT)
+    port = _port(partition, connection_id, _EVENT)
     if flag >= port.flag_count or reserved:
         raise HypercallError(Status.INVALID_PARAMETER)
     if port.on_event is None:

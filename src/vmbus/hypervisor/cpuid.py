@@ -4,7 +4,6 @@ The processor is a deliberately small x86-64 one: what a general-purpose 64-bit 
 engine can execute (SSE3 and CMPXCHG16B, no AVX, XSAVE, SMAP, MCE or MTRR), with the TSC frequency in leaf 0x15.
 """
 
-from functools import lru_cache
 from typing import Final, TypeAlias
 
 from vmbus.hypervisor.personality import Personality
@@ -37,11 +36,10 @@ def _vendor(eax: int, vendor: bytes, order: tuple[int, int, int]) -> CpuidResult
     return eax, words[order[0]], words[order[1]], words[order[2]]
 
 
-@lru_cache(maxsize=256)
 def leaves(
     personality: Personality, privileges: int, apic_id: int, vp_count: int, tsc_frequency: int
 ) -> dict[int, CpuidResult]:
-    """All leaves of one virtual processor; the result is shared, do not change it."""
+    """All leaves of one virtual processor."""
     brand = _words(_BRAND)
     megahertz = tsc_frequency // 1_000_000
     table: dict[int, CpuidResult] = {

@@ -78,6 +78,8 @@ class VirtualProcessor:
         self.assist_page = OverlayPage(partition.memory)
         self.assist_msr = 0
         self.pat = DEFAULT_PAT
+        self._shown: tuple[int, int] | None = None  # what the CPUID leaves below were made for
+        self._leaves: dict[int, CpuidResult] = {}
         self.registers: dict[int, int] = {}
         self.register_file: RegisterFile = self.registers
         """Where architectural registers are kept: `registers`, unless an engine puts its own in front."""
@@ -178,14 +180,12 @@ class VirtualProcessor:
         """CPUID: (EAX, EBX, ECX, EDX); leaves that do not exist give zeros."""
         self.account.exits["cpuid"] += 1
         partition = self.partition
-        table = leaves(
-            partition.personality,
-            partition.privileges,
-            self.index,
-            len(partition.vps),
-            partition.hypervisor.tsc_frequency,
-        )
-        result = table.get(leaf, (0, 0, 0, 0))
+        shown = (partition.privileges, len(partition.vps))
+        if shown != self._shown:
+            frequency = partition.hypervisor.tsc_frequency
+            self._leaves = leaves(partition.personality, shown[0], self.index, shown[1], frequency)
+            self._shown = shown
+        result = self._leaves.get(leaf, (0, 0, 0, 0))
         if leaf in partition.intercepts.cpuid:
             return intercepts.cpuid(self, leaf, subleaf, result)
         return result
@@ -326,6 +326,8 @@ class VirtualProcessor:
 
     def _deliver(self) -> None:
         """Run the model guest's handler for what is deliverable, in this thread, one at a time."""
+        if not self.apic.irr:  # whoever adds to it comes here afterwards
+            return
         handler = self.interrupt_handler
         if handler is None:
             wake = self.on_interrupt
