@@ -4,7 +4,7 @@ Names and numbers are those of ATA/ATAPI-7 (INCITS 397-2005) volume 1, clauses 6
 that guests still send are from ATA-2.
 """
 
-from enum import IntEnum, IntFlag
+from enum import IntEnum
 from typing import Annotated, Protocol
 
 from vmbus.wire import U16, U32, U64, Fixed, Structure, wire
@@ -64,8 +64,8 @@ class Register(IntEnum):
     STATUS_COMMAND = 7
 
 
-class Status(IntFlag):
-    """Status register."""
+class Status(IntEnum):
+    """Bits of the status register."""
 
     ERR = 0x01
     DRQ = 0x08
@@ -75,24 +75,24 @@ class Status(IntFlag):
     BSY = 0x80
 
 
-class Error(IntFlag):
-    """Error register."""
+class Error(IntEnum):
+    """Bits of the error register."""
 
     ABRT = 0x04
     IDNF = 0x10
     UNC = 0x40
 
 
-class Device(IntFlag):
-    """Device register; the low four bits are the head or LBA bits 27:24."""
+class Device(IntEnum):
+    """Bits of the device register; the low four bits are the head or LBA bits 27:24."""
 
     DEV = 0x10
     LBA = 0x40
     OBSOLETE = 0xA0
 
 
-class Control(IntFlag):
-    """Device control register."""
+class Control(IntEnum):
+    """Bits of the device control register."""
 
     NIEN = 0x02
     SRST = 0x04

@@ -76,7 +76,7 @@ class AtaDrive:
 
     def reset(self) -> None:
         """Software reset: the signature of an ATA disk in the task file, no transfer."""
-        self.status = int(READY)
+        self.status = READY
         self.pending = False
         self._error = 0x01  # passed the diagnostic
         # count, LBA low, mid, high: current and previous contents (ATA-7, 48-bit addresses)
@@ -151,7 +151,7 @@ class AtaDrive:
     def execute(self, command: int) -> None:
         """Execute a command; a transfer that another one left unfinished is given up."""
         self._stop()
-        self.status = int(READY)
+        self.status = READY
         self._error = 0
         self.pending = False
         handler = self._commands.get(command)
@@ -162,13 +162,13 @@ class AtaDrive:
             handler(command)
 
     def _succeed(self, command: int = 0) -> None:
-        self.status = int(READY)
+        self.status = READY
         self.interrupt()
 
     def _fail(self, error: int, fault: bool = False) -> None:
         self._stop()
-        self._error = int(error)
-        self.status = int(READY | Status.ERR | (Status.DF if fault else 0))
+        self._error = error
+        self.status = READY | Status.ERR | (Status.DF if fault else 0)
         self.interrupt()
 
     def _initialize_parameters(self, command: int) -> None:
@@ -285,7 +285,7 @@ class AtaDrive:
 
     def _stop(self) -> None:
         """No transfer."""
-        self.status &= ~int(Status.DRQ)
+        self.status &= ~Status.DRQ
         self._buffer = memoryview(b"")
         self._writing = False
         self._at = self._end = 0
@@ -311,7 +311,7 @@ class AtaDrive:
     def _begin_block(self) -> None:
         """Offer the next block of the buffer to the data port."""
         self._end = min(self._at + self._block, len(self._buffer))
-        self.status = int(READY | Status.DRQ)
+        self.status = READY | Status.DRQ
 
     def _try(self, call: Callable[[], T]) -> T | None:
         """Call the backend; None, and a line in the log, if it failed."""

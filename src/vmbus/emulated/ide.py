@@ -104,7 +104,7 @@ class IdeChannel:
 
     def _status(self) -> int:
         if self._control & Control.SRST:
-            return int(Status.BSY)
+            return Status.BSY
         return self._selected.status if self._selected is not None else 0
 
     def _read(self, register: int) -> int:

@@ -9,7 +9,7 @@ Register numbers and bits: National Semiconductor PC16550D data sheet, table 2.
 
 from collections import deque
 from collections.abc import Callable
-from enum import IntEnum, IntFlag
+from enum import IntEnum
 
 from vmbus.trace.ledger import Account
 
@@ -36,8 +36,8 @@ class Register(IntEnum):
     SCR = 7
 
 
-class Ier(IntFlag):
-    """Interrupt enable register."""
+class Ier(IntEnum):
+    """Bits of the interrupt enable register."""
 
     RECEIVED = 1
     TRANSMITTER_EMPTY = 2
@@ -56,16 +56,16 @@ class Iir(IntEnum):
     NONE = 0x1
 
 
-class Fcr(IntFlag):
-    """FIFO control register, bits 0 to 2; bits 6 and 7 choose the trigger level."""
+class Fcr(IntEnum):
+    """Bits of the FIFO control register, bits 0 to 2; bits 6 and 7 choose the trigger level."""
 
     ENABLE = 1
     CLEAR_RECEIVER = 2
     CLEAR_TRANSMITTER = 4
 
 
-class Mcr(IntFlag):
-    """Modem control register."""
+class Mcr(IntEnum):
+    """Bits of the modem control register."""
 
     DTR = 0x01
     RTS = 0x02
@@ -74,8 +74,8 @@ class Mcr(IntFlag):
     LOOPBACK = 0x10
 
 
-class Lsr(IntFlag):
-    """Line status register."""
+class Lsr(IntEnum):
+    """Bits of the line status register."""
 
     DATA_READY = 0x01
     OVERRUN = 0x02
@@ -83,8 +83,8 @@ class Lsr(IntFlag):
     TRANSMITTER_IDLE = 0x40
 
 
-class Msr(IntFlag):
-    """Modem status register."""
+class Msr(IntEnum):
+    """Bits of the modem status register."""
 
     DELTA_CTS = 0x01
     DELTA_DSR = 0x02
@@ -280,7 +280,7 @@ class Uart16550:
         changed = (lines ^ self._msr) & 0xF0
         delta = changed >> 4
         if not (changed & Msr.RI and self._msr & Msr.RI):  # only the trailing edge of RI counts
-            delta &= ~Msr.TRAILING_RI
+            delta &= ~int(Msr.TRAILING_RI)
         self._msr = int(lines | self._msr & DELTA_BITS | delta)
 
     def _identify(self) -> Iir:
