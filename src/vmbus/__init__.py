@@ -1,8 +1,182 @@
-"""Hyper-V's I/O architecture in Python, with a compiled core."""
+"""Hyper-V's I/O architecture in Python, with a compiled core: what a researcher imports.
 
+The parts from the bottom up; each room of the package has more:
+
+* the compiled core: `GuestMemory`, `GpaRanges`, `Window`, `RingWriter`, `RingReader`, `Packet`,
+  `Dispatcher`, `Doorbell`
+* the hypervisor: `Hypervisor`, `Partition`, `VirtualProcessor`, `HostClock`, `VirtualClock`, `PERSONALITIES`
+* VMBus: `VmbusHost` in the parent, `VmbusGuest` in the child, `Offer`, `Channel`, `loopback`
+* storage: `RawDisk`, `MemoryDisk`, `StorageVsp`, `StorageVsc`
+* whole machines: `ModelMachine`, and `compare`, the experiment on both paths
+* counts: `Ledger`, `Account`
+* errors: all under `VmbusError`
+"""
+
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
-try:
-    __version__ = version("vmbus")
-except PackageNotFoundError:  # a source tree that was never installed
-    __version__ = "0+unknown"
+if TYPE_CHECKING:
+    from vmbus.bus import Channel, Offer, VmbusGuest, VmbusHost, loopback
+    from vmbus.core.dispatch import Dispatcher, Doorbell
+    from vmbus.core.memory import GpaRanges, GuestMemory, Window
+    from vmbus.core.ring import Packet, RingReader, RingWriter
+    from vmbus.errors import (
+        DeviceError,
+        EngineError,
+        GuestMemoryError,
+        HypercallError,
+        LocalProtocolError,
+        ProtocolError,
+        RemoteProtocolError,
+        RingCorrupt,
+        RingEmpty,
+        RingError,
+        RingFull,
+        VmbusError,
+    )
+    from vmbus.hypervisor import (
+        PERSONALITIES,
+        HostClock,
+        Hypervisor,
+        Partition,
+        VirtualClock,
+        VirtualProcessor,
+    )
+    from vmbus.machine.comparison import Comparison, compare
+    from vmbus.machine.model import ModelMachine
+    from vmbus.storage.disk import Disk, MemoryDisk, RawDisk
+    from vmbus.storage.guest_disk import StorageDisk
+    from vmbus.storage.vsc import StorageVsc
+    from vmbus.storage.vsp import StorageVsp
+    from vmbus.trace.ledger import Account, Ledger
+
+_ROOMS = {
+    "vmbus.bus": (
+        "Channel",
+        "Offer",
+        "VmbusGuest",
+        "VmbusHost",
+        "loopback",
+    ),
+    "vmbus.core.dispatch": (
+        "Dispatcher",
+        "Doorbell",
+    ),
+    "vmbus.core.memory": (
+        "GpaRanges",
+        "GuestMemory",
+        "Window",
+    ),
+    "vmbus.core.ring": (
+        "Packet",
+        "RingReader",
+        "RingWriter",
+    ),
+    "vmbus.errors": (
+        "DeviceError",
+        "EngineError",
+        "GuestMemoryError",
+        "HypercallError",
+        "LocalProtocolError",
+        "ProtocolError",
+        "RemoteProtocolError",
+        "RingCorrupt",
+        "RingEmpty",
+        "RingError",
+        "RingFull",
+        "VmbusError",
+    ),
+    "vmbus.hypervisor": (
+        "PERSONALITIES",
+        "HostClock",
+        "Hypervisor",
+        "Partition",
+        "VirtualClock",
+        "VirtualProcessor",
+    ),
+    "vmbus.machine.comparison": (
+        "Comparison",
+        "compare",
+    ),
+    "vmbus.machine.model": ("ModelMachine",),
+    "vmbus.storage.disk": (
+        "Disk",
+        "MemoryDisk",
+        "RawDisk",
+    ),
+    "vmbus.storage.guest_disk": ("StorageDisk",),
+    "vmbus.storage.vsc": ("StorageVsc",),
+    "vmbus.storage.vsp": ("StorageVsp",),
+    "vmbus.trace.ledger": (
+        "Account",
+        "Ledger",
+    ),
+}
+"""The public names by the module that has them; each is imported when it is first used (PEP 562), so that
+``import vmbus.core.ring`` does not pay for the rooms above it."""
+
+_HOME = {name: room for room, names in _ROOMS.items() for name in names}
+
+__all__ = [
+    "PERSONALITIES",
+    "Account",
+    "Channel",
+    "Comparison",
+    "DeviceError",
+    "Disk",
+    "Dispatcher",
+    "Doorbell",
+    "EngineError",
+    "GpaRanges",
+    "GuestMemory",
+    "GuestMemoryError",
+    "HostClock",
+    "HypercallError",
+    "Hypervisor",
+    "Ledger",
+    "LocalProtocolError",
+    "MemoryDisk",
+    "ModelMachine",
+    "Offer",
+    "Packet",
+    "Partition",
+    "ProtocolError",
+    "RawDisk",
+    "RemoteProtocolError",
+    "RingCorrupt",
+    "RingEmpty",
+    "RingError",
+    "RingFull",
+    "RingReader",
+    "RingWriter",
+    "StorageDisk",
+    "StorageVsc",
+    "StorageVsp",
+    "VirtualClock",
+    "VirtualProcessor",
+    "VmbusError",
+    "VmbusGuest",
+    "VmbusHost",
+    "Window",
+    "compare",
+    "loopback",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        try:
+            value: Any = version("vmbus")
+        except PackageNotFoundError:  # a source tree that was never installed
+            value = "0+unknown"
+    elif name in _HOME:
+        value = getattr(import_module(_HOME[name]), name)
+    else:
+        raise AttributeError(f"module 'vmbus' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME, "__version__"})

@@ -17,7 +17,7 @@ from vmbus.errors import VmbusError
 
 __all__ = ["SUBCOMMANDS", "main"]
 
-SUBCOMMANDS: tuple[str, ...] = ("boot", "guest")
+SUBCOMMANDS: tuple[str, ...] = ("compare", "boot", "guest")
 """The modules of this package that are subcommands, in the order of the help text."""
 
 
