@@ -437,7 +437,6 @@ def test_guest_refuses_what_no_host_may_say() -> None:
         second,
         outside,
         wire.AllOffersDelivered(),
-        wire.RescindChannelOffer(9),
         wire.OpenChannelResult(1, 0, 0),
         wire.OpenChannelResult(9, 1, 0),
         wire.GpadlCreated(1, 5, 0),

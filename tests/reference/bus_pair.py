@@ -192,7 +192,7 @@ class Pair:
         """With nothing under way and nothing held back, both ends say the same."""
         assert not self.to_host
         assert not self.to_guest
-        if self.held or self.guest.state in (LinkState.CONTACTING, LinkState.UNLOADING):
+        if self.held or self.guest.paused or self.guest.state in (LinkState.CONTACTING, LinkState.UNLOADING):
             return
         assert self.guest.version == self.host.version
         assert self.guest.features == self.host.features
@@ -206,4 +206,4 @@ class Pair:
         theirs_gpadls = {n: s for c in self.guest.channels.values() for n, s in c.gpadls.items()}
         assert ours_gpadls == theirs_gpadls
         for channel in self.host.channels.values():
-            assert (channel.state is ChannelState.OPEN or channel.is_reserved) == channel.device_open
+            assert (channel.state is ChannelState.OPEN) == channel.device_open or channel.is_reserved

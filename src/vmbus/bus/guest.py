@@ -28,11 +28,16 @@ FIRST_GPADL_ID: Final = 0xE1E10
 """Where Linux's driver starts to count too; any number will do."""
 NO_GUID: Final = UUID(int=0)
 
-_ENDS_WAITING: Final = {
-    LinkState.CONTACTING: (MessageType.VERSION_RESPONSE, MessageType.CLOSE_RESERVED_RESPONSE),
-    LinkState.UNLOADING: (MessageType.UNLOAD_COMPLETE, MessageType.CLOSE_RESERVED_RESPONSE),
+_WINDS_UP: Final = (MessageType.GPADL_TEARDOWN, MessageType.REL_ID_RELEASED)
+"""What a guest does with a channel that was rescinded."""
+_RESERVED_MESSAGES: Final = (MessageType.CLOSE_RESERVED_RESPONSE, MessageType.RESCIND_CHANNEL_OFFER)
+"""What concerns reserved channels even without a connection."""
+_LISTENS_TO: Final = {
+    LinkState.IDLE: _RESERVED_MESSAGES,
+    LinkState.CONTACTING: (MessageType.VERSION_RESPONSE, *_RESERVED_MESSAGES),
+    LinkState.UNLOADING: (MessageType.UNLOAD_COMPLETE, *_RESERVED_MESSAGES),
 }
-"""What a guest still listens to in these states."""
+"""All that a guest without a connection listens to; the rest was sent before the host learnt that it is over."""
 
 
 @dataclass(slots=True, eq=False)
@@ -48,6 +53,7 @@ class GuestChannel:
         connection_id: what to signal to ring the host.
         event_flag: the flag by which the host rings.
         unanswered: requests about the channel (not its GPADLs) that the host still owes an answer.
+        foreign: a reserved channel of a connection that is over.
     """
 
     offer: Offer
@@ -59,6 +65,7 @@ class GuestChannel:
     connection_id: int = 0
     event_flag: int = 0
     unanswered: int = 0
+    foreign: bool = False
 
 
 class GuestMachine:
@@ -94,6 +101,7 @@ class GuestMachine:
         self._wanted_pages: act.MonitorPages | None = monitor_pages
         self._state = LinkState.IDLE
         self._trying = 0
+        self._contacts = 0
         self._version = 0
         self._features = FeatureFlags.NONE
         self._connection_id = wire.MESSAGE_CONNECTION_ID
@@ -136,6 +144,11 @@ class GuestMachine:
         return self._features
 
     @property
+    def paused(self) -> bool:
+        """Whether the host has been asked to send nothing."""
+        return self._paused
+
+    @property
     def monitor_pages(self) -> act.MonitorPages | None:
         """The monitor pages in use."""
         return self._monitor_pages
@@ -167,6 +180,7 @@ class GuestMachine:
 
     def _contact(self) -> list[act.GuestEvent]:
         self._state = step(CONNECTION, self._state, MessageType.INITIATE_CONTACT, LocalProtocolError)
+        self._contacts += 1
         version = self._versions[self._trying]
         pages = self._wanted_pages or act.MonitorPages(0, 0)
         info, connection_id = self._interrupt_page, wire.MESSAGE_CONNECTION_ID
@@ -186,6 +200,7 @@ class GuestMachine:
         """The hypervisor knows no connection of that id: the host is older than version 5.0; try the next."""
         if self._state is not LinkState.CONTACTING:
             raise LocalProtocolError("no contact is being made")
+        self._contacts -= 1
         return self._refused("the host has no such connection")
 
     def _refused(self, reason: str) -> list[act.GuestEvent]:
@@ -395,32 +410,36 @@ class GuestMachine:
         Raises:
             RemoteProtocolError: malformed, unknown, or not allowed now; nothing has changed.
         """
-        version = self._versions[self._trying] if self._state is LinkState.CONTACTING else self._version
-        message, _ = parse(payload, Sender.HOST, version, self._features)
-        if message.TYPE not in _ENDS_WAITING.get(self._state, (message.TYPE,)):
-            return []  # sent before the host learnt that this connection is over
+        kind = int.from_bytes(payload[:4], "little")
+        if kind not in _LISTENS_TO.get(self._state, (kind,)):
+            return []
+        message, _ = parse(payload, Sender.HOST, self._version or Version.V0_13, self._features)
         return self._handlers[message.TYPE](message)
 
     def _on_version_response(
         self, message: wire.VersionResponse | wire.VersionResponse2 | wire.VersionResponse3
     ) -> list[act.GuestEvent]:
+        if self._contacts > 1:
+            self._contacts -= 1
+            return []  # the answer to a contact that was given up for another
         supported = bool(message.version_supported)
         good = supported and message.connection_state == ConnectionState.SUCCESSFUL
         state = self._step_link(MessageType.VERSION_RESPONSE, RemoteProtocolError, ok=good)
         version = self._versions[self._trying]
+        features = FeatureFlags.NONE
+        if good and version >= Version.V6_0:
+            if isinstance(message, wire.VersionResponse):
+                raise RemoteProtocolError("VERSION_RESPONSE without feature flags")
+            features = FeatureFlags(message.supported_features)
+            if features & ~self._asked_features:
+                raise RemoteProtocolError(f"the host grants features not asked for: {features!r}")
+        self._contacts = 0
         if not supported:
             return self._refused("the host supports no common version")
         if not good:
             # The version is right, so that an older one would not help.
             self._forget()
             return [act.ConnectionRefused(f"the host failed with state {message.connection_state}")]
-        features = FeatureFlags.NONE
-        if version >= Version.V6_0:
-            if isinstance(message, wire.VersionResponse):
-                raise RemoteProtocolError("VERSION_RESPONSE without feature flags")
-            features = FeatureFlags(message.supported_features)
-            if features & ~self._asked_features:
-                raise RemoteProtocolError(f"the host grants features not asked for: {features!r}")
         self._state, self._version, self._features = state, version, features
         self._monitor_pages = self._wanted_pages
         self._connection_id = wire.MESSAGE_CONNECTION_ID
@@ -445,7 +464,12 @@ class GuestMachine:
         return [act.AllOffersSeen()]
 
     def _on_rescind(self, message: wire.RescindChannelOffer) -> list[act.GuestEvent]:
-        channel = self._named(message.channel_id)
+        channel = self._channels.get(message.channel_id)
+        if channel is None:
+            return []  # we released it before the host took it back
+        if channel.foreign:
+            self._drop(channel)  # there is no connection left through which to release it
+            return [act.ChannelRescinded(message.channel_id, True)]
         old = channel.state
         channel.state = self._step_channel(channel, MessageType.RESCIND_CHANNEL_OFFER, RemoteProtocolError)
         was_open = old in (ChannelState.OPEN, ChannelState.RESERVED)
@@ -489,7 +513,7 @@ class GuestMachine:
         state = self._step_channel(channel, MessageType.CLOSE_RESERVED_RESPONSE, RemoteProtocolError)
         self._answered(channel)
         channel.state = state
-        if self._version == 0:
+        if channel.foreign:
             self._drop(channel)
         return [act.ReservedClosed(message.channel_id)]
 
@@ -526,7 +550,7 @@ class GuestMachine:
             raise LocalProtocolError(f"the host did not grant {feature.name}")
 
     def _may_post(self) -> None:
-        if self._version == 0:
+        if self._version == 0 or self._state is LinkState.UNLOADING:
             raise LocalProtocolError("there is no connection")
         if self._paused:
             raise LocalProtocolError("the connection is paused")
@@ -550,6 +574,13 @@ class GuestMachine:
         *,
         ok: bool = True,
     ) -> ChannelState:
+        if (
+            error is LocalProtocolError
+            and channel.state is ChannelState.RESCINDED
+            and message not in _WINDS_UP
+        ):
+            # The table has what may cross a rescind; who knows of it does not start anything new.
+            raise LocalProtocolError(f"channel {channel.offer.channel_id} was rescinded")
         return step(CHANNEL, channel.state, message, error, f"channel {channel.offer.channel_id}", ok=ok)
 
     def _channel(self, channel_id: int) -> GuestChannel:
@@ -588,7 +619,9 @@ class GuestMachine:
     def _forget(self) -> None:
         """No connection any more, and no channels but reserved ones."""
         for channel in list(self._channels.values()):
-            if channel.state not in (ChannelState.RESERVED, ChannelState.CLOSING_RESERVED):
+            if channel.state in (ChannelState.RESERVED, ChannelState.CLOSING_RESERVED):
+                channel.foreign = True
+            else:
                 self._drop(channel)
         self._state, self._version, self._features = LinkState.IDLE, 0, FeatureFlags.NONE
         self._connection_id = wire.MESSAGE_CONNECTION_ID

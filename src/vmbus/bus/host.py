@@ -23,7 +23,12 @@ from vmbus.errors import LocalProtocolError, RemoteProtocolError
 
 __all__ = ["HostMachine"]
 
-_TAKEN_WHILE_PAUSED = (MessageType.RESUME, MessageType.UNLOAD, MessageType.INITIATE_CONTACT)
+_TAKEN_WHILE_PAUSED = (
+    MessageType.RESUME,
+    MessageType.UNLOAD,
+    MessageType.INITIATE_CONTACT,
+    MessageType.CLOSE_RESERVED_CHANNEL,  # reserved channels do not depend on the connection
+)
 
 
 class HostMachine(ChannelMessages):
@@ -111,6 +116,7 @@ class HostMachine(ChannelMessages):
         if channel.epoch == self._link.epoch:
             self._send(wire.RescindChannelOffer(channel.channel_id))
         else:  # a reserved channel of a connection that is over: nobody would release it
+            self._send(wire.RescindChannelOffer(channel.channel_id), channel.reserved_target)
             self._release(channel)
 
     def complete_open(self, serial: int, ok: bool) -> list[act.HostAction]:
@@ -375,8 +381,10 @@ class HostMachine(ChannelMessages):
         for channel in self._offers.values():
             known = channel.state is not ChannelState.ABSENT
             assert known == (channel.channel_id in self._by_id), "an id exactly while the guest knows it"
-            running = channel.state in (ChannelState.OPENING, ChannelState.OPEN) or channel.is_reserved
-            assert running == channel.device_open == (channel.request is not None)
+            running = channel.state in (ChannelState.OPENING, ChannelState.OPEN)
+            assert channel.device_open == (channel.request is not None)
+            # A device may refuse a reserved open too, but the protocol has no answer that would say so.
+            assert running == channel.device_open or channel.is_reserved
             assert channel.is_reserved == (channel.reserved_gpadl is not None)
             assert channel.successor is None or channel.state is ChannelState.RESCINDED
             if channel.epoch != self._link.epoch:

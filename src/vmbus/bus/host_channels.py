@@ -218,13 +218,16 @@ class ChannelMessages(HostState):
         self._open_device(channel, request)
 
     def _on_close_reserved(self, message: wire.CloseReservedChannel, tail: bytes) -> None:
-        channel = self._known(message.channel_id)
-        state = self._step(channel, MessageType.CLOSE_RESERVED_CHANNEL)
-        if state is ChannelState.RESCINDED:
-            return
         if message.target_sint >= 16 or message.target_vp >= self._vp_count:
             raise RemoteProtocolError(f"no SINT {message.target_sint} of VP {message.target_vp}")
+        channel = self._by_id.get(message.channel_id)
+        if channel is None or channel.state is ChannelState.OFFERED:
+            return  # it crossed the rescind of a reserved channel whose connection is over; that was its end
+        state = self._step(channel, MessageType.CLOSE_RESERVED_CHANNEL)
         target = message.target_vp, message.target_sint
+        if state is ChannelState.RESCINDED:
+            self._send(wire.CloseReservedResponse(channel.channel_id), target)
+            return
         channel.state = step(CHANNEL, state, MessageType.CLOSE_RESERVED_RESPONSE, AssertionError)
         self._close_device(channel)
         gpadl, channel.reserved_gpadl = channel.reserved_gpadl, None
