@@ -9,13 +9,14 @@ import os
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from vmbus.storage.disk import Disk, RawDisk
+from vmbus.storage.disk import Disk, DiskError, RawDisk
 from vmbus.storage.images.blocks import ImageDisk
 from vmbus.storage.images.create import Variant, create_vhd, create_vhdx
+from vmbus.storage.images.nbd import NbdDisk
 from vmbus.storage.images.opening import open_image, open_image_or_none
 from vmbus.trace.ledger import Account
 
-__all__ = ["Format", "ImageDisk", "Variant", "create_vhd", "create_vhdx", "open_disk"]
+__all__ = ["Format", "ImageDisk", "NbdDisk", "Variant", "create_vhd", "create_vhdx", "open_disk"]
 
 Format: TypeAlias = Literal["raw", "vhd", "vhdx"]
 
@@ -35,7 +36,8 @@ def open_disk(
     ``format="raw"`` for raw images that an untrusted guest has had.
 
     Args:
-        path_or_uri: a file or block device.
+        path_or_uri: a file or block device, or ``nbd://host[:port]/[export]`` or
+            ``nbd+unix:///[export]?socket=path``.
         read_only: never change the image, not even by replaying a log that a crash left.
         format: refuse anything else; by default found out.
         sector_size: logical sector of a raw image, bytes; the other formats know theirs.
@@ -44,8 +46,12 @@ def open_disk(
     Raises:
         DiskError: the image is missing, in use, damaged, or of another format; one sentence that names the file.
     """
-    path = Path(path_or_uri)
     account = Account() if account is None else account
+    if isinstance(path_or_uri, str) and path_or_uri.startswith(("nbd:", "nbd+unix:")):
+        if format not in (None, "raw"):
+            raise DiskError(f"{path_or_uri}: what an NBD server shows is a raw disk, not {format}")
+        return NbdDisk(path_or_uri, read_only=read_only, account=account)
+    path = Path(path_or_uri)
     if format in ("vhd", "vhdx"):
         return open_image(path, read_only=read_only, account=account, format=format)
     image = None if format == "raw" else open_image_or_none(path, read_only=read_only, account=account)

@@ -1,0 +1,330 @@
+"""A disk that an NBD server has: `qemu-nbd`, `nbdkit`, or any other, over a Unix socket or TCP."""
+
+import errno
+import logging
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from urllib.parse import parse_qs, unquote, urlsplit
+
+from vmbus.errors import DeviceError, RemoteProtocolError
+from vmbus.storage.disk import Buffer, Disk, DiskError, Extent
+from vmbus.storage.images.nbd_protocol import NbdClient, Reply, describe
+from vmbus.storage.images.nbd_wire import Command, CommandFlags, StatusFlags, TransmissionFlags
+from vmbus.trace.ledger import Account
+
+__all__ = ["NbdDisk"]
+
+_log = logging.getLogger(__name__)
+
+DEFAULT_PORT = 10809
+_PART = 1 << 20
+"""Larger reads and writes are split into requests of this size, all in flight together."""
+_ZERO_PART = 1 << 30
+
+_Address = tuple[str, int] | str
+_Part = tuple[Command, int, int, bytes, int]
+"""A request: command, offset, length, data, flags."""
+
+
+def parse_uri(uri: str) -> tuple[_Address, str]:
+    """Where an NBD URI leads: a (host, port) pair or a socket's path, and the export's name.
+
+    Raises:
+        DiskError: it is no NBD URI that is supported.
+    """
+    try:
+        parts = urlsplit(uri)
+        export = unquote(parts.path.removeprefix("/"))
+        if parts.scheme == "nbd+unix":
+            paths = parse_qs(parts.query).get("socket", [])
+            if len(paths) == 1 and paths[0]:
+                return paths[0], export
+        elif parts.scheme == "nbd" and parts.hostname:
+            return (parts.hostname, parts.port or DEFAULT_PORT), export
+    except ValueError:
+        pass
+    raise DiskError(
+        f"{uri}: expected nbd://host[:port]/[export] or nbd+unix:///[export]?socket=path", errno.EINVAL
+    )
+
+
+class NbdDisk(Disk):
+    """A disk served by an NBD server.
+
+    Requests from several threads are in flight together on the one connection. When the connection fails or the
+    server is silent for `timeout` seconds, this and every later request ends with an error.
+
+    Args:
+        uri: ``nbd://host[:port]/[export]`` or ``nbd+unix:///[export]?socket=path``.
+        read_only: never send a request that changes the disk.
+        timeout: seconds to wait for the server.
+        account: counts requests as backend calls.
+
+    Raises:
+        DiskError: no server there, it refuses, it breaks the protocol, or its export cannot be a disk.
+    """
+
+    def __init__(
+        self, uri: str, *, read_only: bool = False, timeout: float = 30.0, account: Account | None = None
+    ) -> None:
+        address, name = parse_uri(uri)
+        self.name = uri
+        self.account = Account() if account is None else account
+        self._protocol = NbdClient(name)
+        self._send_lock = threading.Lock()
+        self._state = threading.Condition()
+        self._someone_reads = False
+        self._broken: DiskError | None = None
+        try:
+            self._socket = self._connect(address, timeout)
+        except OSError as error:
+            raise self._lost(f"cannot connect: {error.strerror or error}") from error
+        try:
+            self._handshake()
+            self._become_a_disk(read_only)
+        except BaseException:
+            self._socket.close()
+            raise
+
+    @staticmethod
+    def _connect(address: _Address, timeout: float) -> socket.socket:
+        if isinstance(address, str):
+            connection = socket.socket(socket.AF_UNIX)
+            connection.settimeout(timeout)
+            try:
+                connection.connect(address)
+            except BaseException:
+                connection.close()
+                raise
+            return connection
+        connection = socket.create_connection(address, timeout)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return connection
+
+    def _handshake(self) -> None:
+        try:
+            while not self._protocol.ready:
+                self._send()
+                self._protocol.feed(self._receive(self._protocol.needs))
+        except OSError as error:
+            raise self._lost(f"the handshake failed: {error.strerror or error}") from error
+        except RemoteProtocolError as error:
+            raise self._lost(str(error)) from error
+        except DeviceError as error:
+            raise DiskError(f"{self.name}: {error}", errno.ENODEV) from error
+
+    def _become_a_disk(self, read_only: bool) -> None:
+        export = self._protocol.export
+        if export.flags & TransmissionFlags.READ_ONLY and not read_only:
+            raise DiskError(f"{self.name}: the export is read-only, open it so", errno.EROFS)
+        self.sector_size = max(512, export.minimum_block)
+        if self.sector_size not in (512, 4096):
+            raise DiskError(f"{self.name}: blocks of at least {export.minimum_block} bytes are not supported")
+        self.physical_sector_size = max(self.sector_size, 4096 if export.preferred_block >= 4096 else 512)
+        self.sector_count = export.size // self.sector_size
+        if not self.sector_count:
+            raise DiskError(f"{self.name}: the export has {export.size} bytes, not even one sector")
+        if export.size % self.sector_size:
+            _log.warning("%s: the last %d bytes are no sector", self.name, export.size % self.sector_size)
+        self.read_only = read_only
+        can_unmap = self._can(TransmissionFlags.SEND_WRITE_ZEROES)
+        self.unmap_granularity = max(4096, self.sector_size) if can_unmap else 0
+
+    def _can(self, flag: TransmissionFlags) -> bool:
+        return bool(self._protocol.export.flags & flag)
+
+    # The connection.
+
+    def _send(self) -> None:
+        data, self._protocol.outgoing = self._protocol.outgoing, bytearray()
+        if data:
+            self._socket.sendall(data)
+
+    def _receive(self, length: int) -> bytes:
+        data = bytearray(length)
+        view, done = memoryview(data), 0
+        while done < length:
+            got = self._socket.recv_into(view[done:])
+            if not got:
+                raise ConnectionResetError(errno.ECONNRESET, "the server closed the connection")
+            done += got
+        return bytes(data)
+
+    def _lost(self, why: str) -> DiskError:
+        return DiskError(f"{self.name}: {why}", errno.EIO)
+
+    def _transact(self, parts: Sequence[_Part]) -> list[Reply]:
+        """Send requests and wait for all their replies.
+
+        Raises:
+            DiskError: the connection is broken, or the server failed one of them.
+        """
+        protocol = self._protocol
+        with self._send_lock:
+            if self._broken is not None:
+                raise self._broken
+            self.account.backend_calls += len(parts)
+            cookies = [protocol.submit(*part) for part in parts]
+            try:
+                self._send()
+            except OSError as error:
+                self._break(self._lost(f"the connection failed: {error.strerror or error}"))
+        with self._state:
+            while self._broken is None and not all(protocol.is_done(cookie) for cookie in cookies):
+                if self._someone_reads:
+                    self._state.wait()
+                else:
+                    self._read_once()
+            if self._broken is not None:
+                raise self._broken
+            replies = [protocol.take(cookie) for cookie in cookies]
+        for reply in replies:
+            if reply.error:
+                what = Command(reply.command).name.lower().replace("_", " ")
+                raise DiskError(
+                    f"{self.name}: {what} at byte {reply.offset} failed: {describe(reply)}", reply.error
+                )
+        return replies
+
+    def _read_once(self) -> None:
+        """Read the next piece for whoever it is for. Called with `_state` held, which is free while waiting."""
+        self._someone_reads = True
+        needs = self._protocol.needs
+        self._state.release()
+        failure, data = None, b""
+        try:
+            data = self._receive(needs)
+        except TimeoutError:
+            failure = self._lost("the server does not answer")
+        except OSError as error:
+            failure = self._lost(f"the connection failed: {error.strerror or error}")
+        finally:
+            self._state.acquire()
+            self._someone_reads = False
+        try:
+            if failure is None:
+                self._protocol.feed(data)
+        except RemoteProtocolError as error:
+            failure = self._lost(str(error))
+        if failure is not None:
+            self._broken = self._broken or failure
+        self._state.notify_all()
+
+    def _break(self, failure: DiskError) -> None:
+        with self._state:
+            self._broken = self._broken or failure
+            self._state.notify_all()
+
+    # The disk.
+
+    def _parts(self, offset: int, length: int) -> Iterator[tuple[int, int, int]]:
+        """The requests of a range: offset, offset in the range, length."""
+        part = max(self.sector_size, min(_PART, self._protocol.export.maximum_block))
+        part -= part % self.sector_size
+        for at in range(0, length, part):
+            yield offset + at, at, min(part, length - at)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """See `Disk.read`."""
+        self.check(offset, length)
+        replies = self._transact(
+            [(Command.READ, at, part, b"", 0) for at, _, part in self._parts(offset, length)]
+        )
+        return bytes(replies[0].data) if len(replies) == 1 else b"".join(reply.data for reply in replies)
+
+    def write(self, offset: int, data: Buffer) -> None:
+        """See `Disk.write`."""
+        self._write(offset, data, 0)
+
+    def write_through(self, offset: int, data: Buffer) -> None:
+        """See `Disk.write_through`."""
+        if self._can(TransmissionFlags.SEND_FUA):
+            self._write(offset, data, CommandFlags.FUA)
+        else:
+            super().write_through(offset, data)
+
+    def _write(self, offset: int, data: Buffer, flags: int) -> None:
+        view = memoryview(data).cast("B")
+        self.check(offset, len(view), writing=True)
+        window = 16 * _PART  # what is copied and in flight at a time
+        for start in range(0, len(view), window):
+            rest = view[start : start + window]
+            self._transact(
+                [
+                    (Command.WRITE, at, part, bytes(rest[inside : inside + part]), flags)
+                    for at, inside, part in self._parts(offset + start, len(rest))
+                ]
+            )
+
+    def flush(self) -> None:
+        """See `Disk.flush`; a server without the flush command has nothing to flush."""
+        if not self.read_only and self._can(TransmissionFlags.SEND_FLUSH):
+            self._transact([(Command.FLUSH, 0, 0, b"", 0)])
+
+    def unmap(self, offset: int, length: int) -> None:
+        """See `Disk.unmap`; asks for zeros that may be holes, since a trim would not promise zeros."""
+        self._zero(offset, length, 0)
+
+    def write_zeros(self, offset: int, length: int) -> None:
+        """See `Disk.write_zeros`."""
+        self._zero(offset, length, CommandFlags.NO_HOLE)
+
+    def _zero(self, offset: int, length: int, flags: int) -> None:
+        self.check(offset, length, writing=True)
+        if not self._can(TransmissionFlags.SEND_WRITE_ZEROES):
+            super().write_zeros(offset, length)
+            return
+        for at in range(offset, offset + length, _ZERO_PART):
+            part = min(_ZERO_PART, offset + length - at)
+            self._transact([(Command.WRITE_ZEROES, at, part, b"", flags)])
+
+    def extents(self, offset: int, length: int) -> Iterator[Extent]:
+        """See `Disk.extents`; a hole is what the server calls one and reads as zeros."""
+        self.check(offset, length)
+        last = Extent(offset, 0, True)
+        for length_here, flags in self._status(offset, length):
+            here = Extent(
+                last.offset + last.length, length_here, flags != StatusFlags.HOLE | StatusFlags.ZERO
+            )
+            if here.allocated == last.allocated:
+                last = Extent(last.offset, last.length + here.length, last.allocated)
+            else:
+                if last.length:
+                    yield last
+                last = here
+        if last.length:
+            yield last
+
+    def _status(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        """Block status of the whole range, in whole sectors: (length, flags)."""
+        if self._protocol.export.allocation_context is None:
+            yield length, 0
+            return
+        end, sector = offset + length, self.sector_size
+        while offset < end:
+            part = min(_ZERO_PART, end - offset)
+            (reply,) = self._transact([(Command.BLOCK_STATUS, offset, part, b"", 0)])
+            at = begun = offset
+            for length_here, flags in reply.status:
+                at += length_here
+                hole = flags == StatusFlags.HOLE | StatusFlags.ZERO
+                stop = min(at - at % sector if hole else at + -at % sector, end)
+                if stop > offset:
+                    yield stop - offset, flags
+                    offset = stop
+            if offset == begun:  # less than a sector was told
+                yield sector, 0
+                offset += sector
+
+    def close(self) -> None:
+        """Say goodbye and close the connection. Closing twice is allowed."""
+        with self._send_lock:
+            if self._broken is None:
+                self._protocol.disconnect()
+                try:
+                    self._send()
+                except OSError:
+                    _log.debug("%s: the connection was gone before it was closed", self.name)
+        self._break(self._lost("the disk is closed"))
+        self._socket.close()
