@@ -2,11 +2,12 @@
 
 from vmbus.storage.disk import Disk, DiskError, MemoryDisk, RawDisk
 from vmbus.storage.guest_disk import StorageDisk
-from vmbus.storage.scsi import DiskUnit, LogicalUnit
+from vmbus.storage.scsi import CdromUnit, DiskUnit, LogicalUnit
 from vmbus.storage.vsc import CommandError, StorageVsc
 from vmbus.storage.vsp import StorageVsp
 
 __all__ = [
+    "CdromUnit",
     "CommandError",
     "Disk",
     "DiskError",
