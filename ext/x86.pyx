@@ -6,7 +6,7 @@ finished by `Cpu.complete`: ports, memory that is not RAM, MSRs, CPUID, hypercal
 SSE, far branches, control registers, single-stepping) is a clear error with the bytes and the address.
 
 The sources of the rules are the Intel SDM and AMD APM, volumes 2 and 3. The parts are in `ext/x86/`:
-`flags.pxi`, `access.pxi`, `decode.pxi`, `execute.pxi`, `strings.pxi`.
+`flags.pxi`, `access.pxi`, `decode.pxi`, `arithmetic.pxi`, `execute.pxi`, `strings.pxi`.
 """
 
 cimport cython
@@ -29,6 +29,7 @@ from vmbus.errors import EngineError, GuestMemoryError, LocalProtocolError
 include "x86/flags.pxi"
 include "x86/access.pxi"
 include "x86/decode.pxi"
+include "x86/arithmetic.pxi"
 include "x86/execute.pxi"
 include "x86/strings.pxi"
 
