@@ -20,14 +20,18 @@ def assembled(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, dict[str
     at = tmp_path_factory.mktemp("as")
     subprocess.run(["as", "--64", "-o", at / "code.o", SOURCE], check=True)
     subprocess.run(["objcopy", "-O", "binary", "-j", ".text", at / "code.o", at / "code.bin"], check=True)
-    table = subprocess.run(["nm", at / "code.o"], check=True, capture_output=True, text=True).stdout.split("\n")
+    table = subprocess.run(["nm", at / "code.o"], check=True, capture_output=True, text=True).stdout.split(
+        "\n"
+    )
     symbols = [line.split() for line in table if line]
     text = {name: int(value, 16) for value, kind, name in symbols if kind in "tT"}
     absolute = {name: int(value, 16) for value, kind, name in symbols if kind in "aA"}
     return (at / "code.bin").read_bytes(), text, absolute
 
 
-def test_the_shipped_bytes_are_the_assembled_source(assembled: tuple[bytes, dict[str, int], dict[str, int]]) -> None:
+def test_the_shipped_bytes_are_the_assembled_source(
+    assembled: tuple[bytes, dict[str, int], dict[str, int]],
+) -> None:
     code, text, _ = assembled
     assert code == ata_pio.CODE
     assert text["start"] == ata_pio.START
