@@ -83,6 +83,10 @@ class Hosting(ABC):
         """Within this, an inline hosting runs nothing by itself: the caller is in the middle of something."""
         yield
 
+    @abstractmethod
+    def keep_time(self, clock: "Clock") -> None:
+        """See to it that the timers of `clock` fire while nobody waits; needed where time passes by itself."""
+
     def drop(self, task: Task) -> None:
         """Run the task never again (a run under way ends by itself)."""
         task.closed = True
@@ -111,6 +115,9 @@ class Inline(Hosting):
         self._ready: list[Task] = []
         self._depth = 0
         self.clock: Clock | None = None
+
+    def keep_time(self, clock: "Clock") -> None:
+        """Nothing to do: in the only thread, time passes when somebody waits."""
 
     def task(self, name: str, work: Callable[[], None]) -> Task:
         """Make a task."""
@@ -172,16 +179,29 @@ class Inline(Hosting):
     def wait_for(self, condition: Callable[[], bool], timeout: float = 10.0) -> bool:
         """Run tasks, and timers of a virtual clock when no task is ready, until `condition` holds or nothing is
         left."""
+        end = time.monotonic() + timeout
         self._depth += 1
         try:
             while not condition():
-                if self._step():
-                    continue
-                if not (isinstance(self.clock, VirtualClock) and self.clock.advance_to_next()):
+                if not self._step() and not self._pass_time(end):
                     return condition()
             return True
         finally:
             self._depth -= 1
+
+    def _pass_time(self, end: float) -> bool:
+        """Let time pass up to the next timer; False if there is none before the wait ends."""
+        if self.clock is None:
+            return False
+        if isinstance(self.clock, VirtualClock):
+            return self.clock.advance_to_next()
+        due = self.clock.next_deadline()
+        left = end - time.monotonic()
+        if due is None or left <= 0:
+            return False
+        time.sleep(min(max(0, due - self.clock.now()) / 1e9, left))
+        self.clock.run_due()
+        return True
 
 
 class _Worker(threading.Thread):
@@ -225,6 +245,30 @@ class _Worker(threading.Thread):
         return False
 
 
+class _Timekeeper(threading.Thread):
+    """Fires the timers of a clock whose time passes by itself."""
+
+    IDLE = 0.002
+    """Seconds between looks while no timer is set, or the next one is far off (an earlier one may be set)."""
+
+    def __init__(self, clock: "Clock") -> None:
+        super().__init__(name="vmbus-time", daemon=True)
+        self.stopping = False
+        self._clock = clock
+
+    def run(self) -> None:
+        """Sleep until the next timer is due, fire it, again."""
+        clock = self._clock
+        while not self.stopping:
+            due = clock.next_deadline()
+            pause = self.IDLE if due is None else min(max(0, due - clock.now()) / 1e9, self.IDLE)
+            time.sleep(pause)
+            try:
+                clock.run_due()
+            except Exception:
+                log.exception("a timer failed")
+
+
 class Threads(Hosting):
     """Tasks run in worker threads, each always in the same one, so that nothing that one task does needs a lock.
 
@@ -244,6 +288,7 @@ class Threads(Hosting):
         self._workers = [_Worker(f"vmbus-{n}", spin, self._progressed) for n in range(workers)]
         self._homes = count()
         self._closed = False
+        self._timekeeper: _Timekeeper | None = None
         for worker in self._workers:
             worker.start()
 
@@ -256,6 +301,12 @@ class Threads(Hosting):
     def sleeps(self) -> int:
         """Waits of workers that went to sleep."""
         return sum(w.doorbell.sleeps for w in self._workers)
+
+    def keep_time(self, clock: "Clock") -> None:
+        """Start the thread that fires the clock's timers, if there is none yet. A virtual clock is moved by others."""
+        if self._timekeeper is None and not isinstance(clock, VirtualClock) and not self._closed:
+            self._timekeeper = _Timekeeper(clock)
+            self._timekeeper.start()
 
     def task(self, name: str, work: Callable[[], None]) -> Task:
         """Make a task, at home with the worker whose turn it is."""
@@ -313,6 +364,10 @@ class Threads(Hosting):
         if self._closed:
             return
         self._closed = True
+        if self._timekeeper is not None:
+            self._timekeeper.stopping = True
+            if self._timekeeper is not threading.current_thread():
+                self._timekeeper.join()
         for worker in self._workers:
             worker.stopping = True
             worker.doorbell.ring()

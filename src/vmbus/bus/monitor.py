@@ -118,7 +118,8 @@ class HostMonitor:
             parameter = struct.pack("<IHH", connection_id, 0, 0)
             self._memory.write(self._page + PARAMETERS + 8 * monitor_id, parameter)
             self._enable_groups()
-            if self._timer is None:
+            if self._timer is None or self._timer.due > self._clock.now() + max(latency, SHORTEST):
+                self._stop()
                 self._schedule()
 
     def unwatch(self, monitor_id: int) -> None:

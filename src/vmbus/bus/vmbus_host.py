@@ -431,6 +431,7 @@ class VmbusHost:
         # were slower than that have lost its first interrupt.
         self._make_event_port(request.connection_id, lambda flag: self.hosting.ring(task))
         if known.monitor_id is not None and request.target_vp is not None:
+            self.hosting.keep_time(self.hypervisor.clock)
             self.monitor.watch(
                 known.monitor_id, offered.offer.monitor_latency or 0, request.connection_id, task.name
             )
