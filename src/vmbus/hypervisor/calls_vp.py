@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Final
 from vmbus.errors import GuestMemoryError, HypercallError
 from vmbus.hypervisor.abi import Call, RepCall, RepStep
 from vmbus.hypervisor.apic import FIRST_VALID_VECTOR, DeliveryMode
+from vmbus.hypervisor.pool import VP_PAGES
 from vmbus.hypervisor.registers import paging_state, read_register, write_register
 from vmbus.hypervisor.tlfs import (
     HV_PAGE_SIZE,
@@ -39,8 +40,6 @@ __all__ = ["CALLS"]
 
 _TRANSLATE_FLAGS: Final = int(sum(TranslateFlags))
 CACHE_TYPE_WRITE_BACK: Final = 6
-CREATE_VP_PAGES: Final = 4
-"""Deposited pages that a processor uses (a cost of this model; real ones vary by version)."""
 MAX_GPA_ACCESS: Final = 16
 """Bytes that HvCallReadGpa and HvCallWriteGpa move at most."""
 _MASK32: Final = 0xFFFF_FFFF
@@ -78,7 +77,6 @@ def _create_vp(vp: "VirtualProcessor", data: bytes) -> None:
     # Processors are numbered without holes here: only the next index can be created, only the last one deleted.
     if call.vp_index != len(child.vps) or call.vp_index >= MAX_VPS:
         raise HypercallError(Status.INVALID_VP_INDEX)
-    child.pool.take(CREATE_VP_PAGES)
     child.add_vp()
 
 
@@ -88,7 +86,7 @@ def _delete_vp(vp: "VirtualProcessor", data: bytes) -> None:
     if not child.vps or call.vp_index != len(child.vps) - 1:
         raise HypercallError(Status.INVALID_VP_INDEX)
     child.vps.pop().reset()
-    child.pool.give(CREATE_VP_PAGES)
+    child.pool.give(VP_PAGES)
 
 
 def _get_registers(vp: "VirtualProcessor", header: bytes) -> RepStep:

@@ -13,7 +13,7 @@ from vmbus.hypervisor.faults import GeneralProtectionFault
 from vmbus.hypervisor.intercepts import Intercepts
 from vmbus.hypervisor.overlay import OverlayPage
 from vmbus.hypervisor.personality import Personality
-from vmbus.hypervisor.pool import MemoryPool
+from vmbus.hypervisor.pool import VP_PAGES, MemoryPool
 from vmbus.hypervisor.ports import Connection, Port
 from vmbus.hypervisor.tlfs import HV_PAGE_SIZE, PartitionState
 from vmbus.hypervisor.vp import VirtualProcessor
@@ -135,7 +135,12 @@ class Partition:
         return 0 if self.parent is None else self.parent.depth + 1
 
     def add_vp(self) -> VirtualProcessor:
-        """Create the next virtual processor."""
+        """Create the next virtual processor.
+
+        Raises:
+            HypercallError: INSUFFICIENT_MEMORY if its parent has not deposited enough.
+        """
+        self.pool.take(VP_PAGES)
         vp = VirtualProcessor(self, len(self.vps))
         self.vps.append(vp)
         return vp

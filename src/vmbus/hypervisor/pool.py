@@ -1,10 +1,15 @@
 """The pages that a parent has deposited for the hypervisor's own use on behalf of a partition (TLFS, memory pools)."""
 
+from typing import Final
+
 from vmbus.core.memory import GuestMemory
 from vmbus.errors import GuestMemoryError, HypercallError
 from vmbus.hypervisor.tlfs import HV_PAGE_SIZE, Status
 
-__all__ = ["MemoryPool"]
+__all__ = ["VP_PAGES", "MemoryPool"]
+
+VP_PAGES: Final = 4
+"""Deposited pages that a processor uses (a cost of this model; real ones vary by version)."""
 
 
 class MemoryPool:
