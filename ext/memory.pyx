@@ -18,6 +18,7 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 
+import fcntl as fcntl_module
 import os
 from collections import namedtuple
 
@@ -98,20 +99,27 @@ cdef class GuestMemory:
         size: bytes, a multiple of 4096.
         mapped: back every page with a memfd of the space's own, with all access rights. Otherwise the space
             starts empty and is filled with `map`.
+        fd: an existing memfd to use (a duplicate of it) instead of a new one: the same memory in another process.
 
     Raises:
-        ValueError: the size is not a positive multiple of 4096 below 2**46.
+        ValueError: the size is not a positive multiple of 4096 below 2**46, or `fd` is smaller or could shrink.
         OSError: the host has no memory or address space for it.
     """
 
-    def __cinit__(self, size, *, bint mapped=True):
+    def __cinit__(self, size, *, bint mapped=True, int fd=-1):
         self.fd = -1
         self.sources = {}
         if not 0 < size < MOST_MEMORY or size % PAGE_BYTES:
             raise ValueError(f"guest memory of {size} bytes: not a positive multiple of {PAGE_BYTES} below 2**46")
         cdef uint64_t length = size, page
         cdef int flags = MAP_PRIVATE | MAP_ANONYMOUS
-        if mapped:
+        if fd >= 0:
+            if os.fstat(fd).st_size < size or not fcntl_module.fcntl(fd, fcntl_module.F_GET_SEALS) & F_SEAL_SHRINK:
+                raise ValueError("guest memory in a file that is too small or not sealed against shrinking")
+            self.fd = fcntl_module.fcntl(fd, fcntl_module.F_DUPFD_CLOEXEC, 0)
+            mapped = True
+            flags = MAP_SHARED
+        elif mapped:
             self.fd = memfd_create("vmbus-guest", MFD_CLOEXEC | MFD_ALLOW_SEALING)
             if self.fd < 0 or ftruncate(self.fd, length) < 0:
                 raise _os_error("guest memory")

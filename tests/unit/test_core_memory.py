@@ -252,3 +252,26 @@ def test_file_io_between_host_file_and_guest_pages(memory: GuestMemory) -> None:
         os.close(fd)
     with pytest.raises(OSError, match="Bad file descriptor"):
         ranges.pwritev(memory, fd, 0)
+
+
+def test_the_same_memory_through_its_descriptor(memory: GuestMemory) -> None:
+    twin = GuestMemory(1 << 20, fd=memory.fd)
+    assert twin.fd != memory.fd
+    twin.write(0x1234, b"both")
+    assert memory.read(0x1234, 4) == b"both"
+    twin.protect(0x1000, 0x1000, READ)
+    memory.write(0x1234, b"each its own rights")
+    twin.close()
+    assert memory.read(0x1234, 4) == b"each"
+
+
+def test_memory_that_could_shrink_is_refused(memory: GuestMemory) -> None:
+    with pytest.raises(ValueError, match="too small"):
+        GuestMemory(2 << 20, fd=memory.fd)
+    fd = os.memfd_create("unsealed", os.MFD_ALLOW_SEALING)
+    try:
+        os.truncate(fd, 1 << 20)
+        with pytest.raises(ValueError, match="not sealed"):
+            GuestMemory(1 << 20, fd=fd)
+    finally:
+        os.close(fd)
