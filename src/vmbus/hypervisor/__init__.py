@@ -11,10 +11,13 @@ from vmbus.hypervisor.faults import (
 from vmbus.hypervisor.hypervisor import Hypervisor
 from vmbus.hypervisor.partition import CrashReport, Partition, PartitionEvent
 from vmbus.hypervisor.personality import PERSONALITIES, Personality
+from vmbus.hypervisor.process import ChildProcess
+from vmbus.hypervisor.remote import RemotePartition, RemoteProcessor
 from vmbus.hypervisor.vp import VirtualProcessor
 
 __all__ = [
     "PERSONALITIES",
+    "ChildProcess",
     "Clock",
     "CrashReport",
     "GeneralProtectionFault",
@@ -25,6 +28,8 @@ __all__ = [
     "Partition",
     "PartitionEvent",
     "Personality",
+    "RemotePartition",
+    "RemoteProcessor",
     "UndefinedOpcodeFault",
     "VirtualClock",
     "VirtualProcessor",

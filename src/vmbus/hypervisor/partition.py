@@ -79,6 +79,7 @@ class Partition:
         on_event: the parent's callback for `PartitionEvent`.
         on_eoi: called with a vector when the guest ends it (level-triggered interrupt controllers).
         on_tlb_flush: an engine's: called with a mask of processors when the guest flushes by hypercall.
+        stop: stops whatever executes the guest; called before the partition is torn down.
         pool: pages deposited for the hypervisor's use on its behalf.
         properties: what its parent set by HvCallSetPartitionProperty.
         intercepts: what its parent intercepts.
@@ -113,6 +114,7 @@ class Partition:
         self.on_event: Callable[[PartitionEvent], None] | None = None
         self.on_eoi: Callable[[int], None] | None = None
         self.on_tlb_flush: Callable[[int], None] | None = None
+        self.stop: Callable[[], None] | None = None
         self.created_at = hypervisor.clock.now()
         self.provider_errors = 0
         """How often a provider refused what this partition sent it."""
@@ -281,6 +283,8 @@ class Partition:
         """Stop for good: children, processors, ports and connections go; only deletion is left to do."""
         for child in list(self.children.values()):
             child.destroy()
+        if self.stop is not None:
+            self.stop()
         self.reset()
         self.state = PartitionState.FINALIZED
         for port in list(self.ports.values()):

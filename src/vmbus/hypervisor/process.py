@@ -1,0 +1,287 @@
+"""A child partition in an operating system process of its own: isolation by the operating system.
+
+The process gets its partition's memory, a socket for everything that exits to the hypervisor, and one line for
+each processor's interrupts; later an eventfd for each connection that it signals. One thread of the parent serves all
+of that. Nothing that the child does to a descriptor that it shares can make this thread wait for it: replies and
+interrupts are sent without blocking, and eventfds are watched edge-triggered and never read.
+"""
+
+import array
+import contextlib
+import json
+import logging
+import os
+import select
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Final
+
+from vmbus.errors import HypercallError, LocalProtocolError, RemoteProtocolError, VmbusError
+from vmbus.hypervisor.calls_ipc import signal_event
+from vmbus.hypervisor.faults import GuestFault, VpSuspended
+from vmbus.hypervisor.partition import Partition
+from vmbus.hypervisor.remote_wire import MAX_DATAGRAM, POSTED, Answer, Operation, Reply, Request
+from vmbus.hypervisor.tlfs import CallCode, PartitionState, Status
+from vmbus.hypervisor.vp import VirtualProcessor
+
+__all__ = ["ChildProcess"]
+
+log = logging.getLogger(__name__)
+
+STOP_TIMEOUT: Final = 5.0
+"""Seconds that tearing a partition down waits for its process's thread (which a provider may be holding up)."""
+MAX_DOORBELLS: Final = 2048
+"""Connections of one child that get an eventfd; events to further ones go through the socket."""
+_FAST_SIGNAL: Final = CallCode.SIGNAL_EVENT | 1 << 16
+_MASK64: Final = 0xFFFF_FFFF_FFFF_FFFF
+_VALID_SIZES: Final = frozenset({1, 2, 4, 8})
+
+
+class ChildProcess:
+    """Runs a guest for `partition` in another process.
+
+    When the process ends, however it ends, the partition is reset - its channels close - and its parent is told
+    with the events ``"reset"`` and ``"stopped"`` (detail: the exit status, negative for a signal).
+
+    Args:
+        partition: a child with all its memory in its own memfd, not running anywhere else.
+        target: what the process calls, ``"module:function"``: ``function(partition, **arguments)`` with a
+            `vmbus.hypervisor.remote.RemotePartition`.
+        arguments: JSON-ready keyword arguments.
+        on_stopped: called once, from the serving thread, with the exit status.
+
+    Raises:
+        LocalProtocolError: the partition is not running, or has no memory of its own.
+        OSError: the process cannot be started.
+    """
+
+    def __init__(
+        self,
+        partition: Partition,
+        target: str,
+        arguments: Mapping[str, Any] | None = None,
+        *,
+        on_stopped: Callable[[int], None] | None = None,
+    ) -> None:
+        if partition.state is not PartitionState.ACTIVE or partition.memory.fd < 0:
+            raise LocalProtocolError(f"{partition!r} cannot run in a process of its own")
+        self.partition = partition
+        self.on_stopped = on_stopped
+        self.violations = 0
+        """Datagrams that were no requests."""
+        self._doorbells: dict[tuple[int, int, int], int] = {}
+        self._bells: dict[int, tuple[VirtualProcessor, int, int]] = {}
+        self._stopping = False
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        lines = [socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM) for _ in partition.vps]
+        self._socket = ours
+        self._lines = [mine for mine, _ in lines]
+        line_fds = [other.fileno() for _, other in lines]
+        task: dict[str, Any] = {
+            "target": target,
+            "arguments": dict(arguments or {}),
+            "memory": [partition.memory.fd, partition.memory.size],
+            "socket": theirs.fileno(),
+            "lines": line_fds,
+        }
+        command = [sys.executable, "-m", "vmbus.hypervisor.child_main", json.dumps(task)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        try:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                env=environment,
+                pass_fds=[partition.memory.fd, theirs.fileno(), *line_fds],
+            )
+        except BaseException:
+            self._close()
+            raise
+        finally:
+            theirs.close()
+            for _, other in lines:
+                other.close()
+        for vp, line in zip(partition.vps, self._lines, strict=True):
+            vp.on_interrupt = partial(_interrupt, line)
+        self._poll = select.epoll()
+        self._poll.register(ours, select.EPOLLIN)
+        self._server = threading.Thread(target=self._serve, name=f"{partition.name}-hypercalls", daemon=True)
+        partition.stop = partial(self.kill, STOP_TIMEOUT)
+        self._server.start()
+
+    @property
+    def pid(self) -> int:
+        """The process's id."""
+        return self._process.pid
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        """Wait until the process has ended and everything of it is cleaned up.
+
+        Returns:
+            The exit status, negative for a signal; None after `timeout` seconds.
+        """
+        if threading.current_thread() is not self._server:
+            self._server.join(timeout)
+            if self._server.is_alive():
+                return None
+        return self._process.returncode
+
+    def kill(self, timeout: float | None = None) -> None:
+        """End the process at once (SIGKILL) and wait, at most `timeout` seconds, until all of it is cleaned up."""
+        self._stopping = True
+        self._process.kill()
+        self.wait(timeout)
+
+    # The serving thread
+
+    def _serve(self) -> None:
+        try:
+            while self._serve_round():
+                pass
+        except (OSError, RemoteProtocolError) as error:
+            if not self._stopping:
+                log.warning("%s: its process broke the connection: %s", self.partition.name, error)
+        finally:
+            self._ended()
+
+    def _serve_round(self) -> bool:
+        for fd, _ in self._poll.poll():
+            bell = self._bells.get(fd)
+            if bell is not None:
+                vp, connection_id, flag = bell
+                vp.account.exits["doorbell"] += 1
+                with contextlib.suppress(HypercallError):  # the connection is gone; the guest was told so
+                    signal_event(vp, connection_id, flag, 0)
+                continue
+            data = self._socket.recv(MAX_DATAGRAM + 1)
+            if not data:
+                return False
+            self._answer(data)
+        return True
+
+    def _answer(self, data: bytes) -> None:
+        if len(data) != Request.SIZE:
+            self.violations += 1
+            raise RemoteProtocolError(f"a request of {len(data)} bytes")
+        request = Request.unpack(data)
+        output, descriptor = b"", -1
+        try:
+            if request.vp_index >= len(self.partition.vps):
+                raise RemoteProtocolError(f"a request of processor {request.vp_index}")
+            vp = self.partition.vps[request.vp_index]
+            reply = self._perform(vp, request)
+            if request.operation == Operation.HYPERCALL:
+                output = vp.fast_output if request.a & 1 << 16 else b""
+                if request.a == _FAST_SIGNAL and reply.a == Status.SUCCESS:
+                    descriptor = self._doorbell(vp, request.b)
+        except GuestFault as fault:
+            reply = Reply(Answer.FAULT, 0, 0, 0, fault.vector, 0, 0, 0)
+        except VpSuspended:
+            reply = Reply(Answer.SUSPENDED, 0, 0, 0, 0, 0, 0, 0)
+        except RemoteProtocolError:
+            self.violations += 1
+            raise
+        except VmbusError as error:
+            # A device model refused the access: for the guest that is a device which answers nothing.
+            self.partition.provider_failed(error)
+            reply = Reply(Answer.DONE, 0, 0, 0, _MASK64, 0, 0, 0)
+        if request.flags & POSTED:
+            return
+        reply.output_size = len(output)
+        self._send(reply.pack() + output, descriptor)
+
+    def _send(self, datagram: bytes, descriptor: int) -> None:
+        ancillary = []
+        if descriptor >= 0:
+            ancillary.append((socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [descriptor])))
+        try:
+            self._socket.sendmsg([datagram], ancillary, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        except BlockingIOError:
+            raise RemoteProtocolError("it asks and does not read the answers") from None
+
+    def _perform(self, vp: VirtualProcessor, request: Request) -> Reply:
+        a, b, size = request.a, request.b, request.size
+        if request.operation == Operation.HYPERCALL:
+            return _done(vp.hypercall(a, b, request.c, request.xmm[: min(size, 96)]))
+        if request.operation == Operation.RDMSR:
+            return _done(vp.rdmsr(a))
+        if request.operation == Operation.WRMSR:
+            vp.wrmsr(a, b)
+            return _done(0)
+        if request.operation == Operation.CPUID:
+            return Reply(Answer.DONE, 0, 0, 0, *vp.cpuid(a, b))
+        if request.operation == Operation.POP_INTERRUPT:
+            vector = vp.pop_interrupt()
+            return Reply(Answer.DONE, vp.interrupt_pending, 0, 0, vector or 0, 0, 0, 0)
+        if size not in _VALID_SIZES:
+            raise RemoteProtocolError(f"operation {request.operation} of {size} bytes")
+        value = b & (1 << 8 * size) - 1
+        if request.operation == Operation.IO_READ:
+            return _done(vp.io_read(a & 0xFFFF, size))
+        if request.operation == Operation.IO_WRITE:
+            vp.io_write(a & 0xFFFF, size, value)
+            return _done(0)
+        if request.operation == Operation.MMIO_READ:
+            return _done(vp.mmio_read(a, size))
+        if request.operation == Operation.MMIO_WRITE:
+            vp.mmio_write(a, size, value)
+            return _done(0)
+        raise RemoteProtocolError(f"operation {request.operation}")
+
+    def _doorbell(self, vp: VirtualProcessor, signal_input: int) -> int:
+        """The eventfd for events with this input, made when the first one has succeeded; -1 for none."""
+        connection_id, flag = signal_input & 0xFFFF_FFFF, signal_input >> 32 & 0xFFFF
+        key = (vp.index, connection_id, flag)
+        fd = self._doorbells.get(key)
+        if fd is None:
+            if len(self._doorbells) >= MAX_DOORBELLS:
+                return -1
+            try:
+                fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            except OSError:
+                return -1  # the socket serves as well
+            self._doorbells[key] = fd
+            self._bells[fd] = (vp, connection_id, flag)
+            self._poll.register(fd, select.EPOLLIN | select.EPOLLET)
+        return fd
+
+    def _ended(self) -> None:
+        if self._process.poll() is None:
+            self._process.kill()  # it closed its socket, or broke the protocol, and still runs
+        status = self._process.wait()
+        partition = self.partition
+        for vp in partition.vps:
+            vp.on_interrupt = None
+        partition.stop = None
+        self._close()
+        if partition.state is PartitionState.ACTIVE:
+            partition.reset()
+            partition.notify("reset", 0)
+            partition.notify("stopped", status)
+        if self.on_stopped is not None:
+            self.on_stopped(status)
+
+    def _close(self) -> None:
+        self._socket.close()
+        for line in self._lines:
+            line.close()
+        for fd in self._bells:
+            os.close(fd)
+        self._bells.clear()
+        self._doorbells.clear()
+        poll = getattr(self, "_poll", None)
+        if poll is not None:
+            poll.close()
+
+
+def _done(value: int) -> Reply:
+    return Reply(Answer.DONE, 0, 0, 0, value & _MASK64, 0, 0, 0)
+
+
+def _interrupt(line: socket.socket) -> None:
+    # A full line means that a wake-up is on its way already; a broken one that the process is ending.
+    with contextlib.suppress(OSError):
+        line.send(b"!", socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
