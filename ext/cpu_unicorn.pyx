@@ -102,6 +102,8 @@ cdef struct cpu_t:
     uint64_t next_event         # in ticks: when Python wants to be called
     uint64_t tsc_offset
     uint64_t blocks
+    uint64_t block_address      # of the block that was counted last
+    uint64_t block_size
     uint64_t exceptions
     uint64_t interrupts
     uint64_t syscalls
@@ -548,6 +550,8 @@ cdef void _on_block(void *uc, uint64_t address, uint32_t size, void *user) noexc
         return                                      # the library leaves before it runs this block
     m.ticks += size
     m.blocks += 1
+    m.block_address = address
+    m.block_size = size
     if m.ticks >= m.next_event:
         if m.code[m.memory_size >> 12]:
             _forget_written(m)
@@ -559,6 +563,7 @@ cdef void _on_block(void *uc, uint64_t address, uint32_t size, void *user) noexc
         if m.stopping:
             m.ticks -= size                         # the block will come again
             m.blocks -= 1
+            m.block_size = 0
             return
     if m.interrupt and _flags(m) & FLAG_INTERRUPT:
         m.lib.context_save(uc, m.context)
@@ -1016,6 +1021,12 @@ cdef class Cpu:
                 code = m.lib.emu_start(m.uc, rip, 0, 0, 0)
         finally:
             self.running = False
+        # Stopped inside a block, behind a port access for instance: its rest will be counted when it runs.
+        m.lib.reg_read(m.uc, UC_X86_REG_RIP, &rip)
+        if m.block_address < rip < m.block_address + m.block_size:
+            m.ticks -= m.block_address + m.block_size - rip
+            m.blocks -= 1
+        m.block_size = 0
         if self.error is not None:
             error, self.error = self.error, None
             raise error

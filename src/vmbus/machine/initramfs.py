@@ -103,7 +103,7 @@ def module_info(data: bytes) -> dict[str, str]:
             if data[names + name : names + name + 9] == b".modinfo\0":
                 fields = data[offset : offset + length].split(b"\0")
                 return dict(field.decode().split("=", 1) for field in fields if b"=" in field)
-    except (ValueError, IndexError, struct.error):
+    except (ValueError, IndexError, OverflowError, struct.error):
         pass
     raise BootError("not a kernel module (no .modinfo section)")
 

@@ -1,0 +1,95 @@
+"""Guests for the tests: the prepared kernel, root disks, and a shell on a machine's console.
+
+On a developer's machine without apt or the unicorn package these tests skip; in CI (the environment variable CI
+is set) a missing kernel or engine is a failure.
+"""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from vmbus.engine.unicorn import find_library
+from vmbus.errors import EngineError
+from vmbus.machine.guest import Machine, Outcome
+from vmbus.machine.linux import BootError
+from vmbus.machine.packages import Guest, prepare_guest
+
+QUIET = "console=ttyS0 quiet panic=-1"
+WALL_LIMIT = 300.0
+
+
+def _unavailable(reason: str) -> None:
+    if os.environ.get("CI"):
+        pytest.fail(f"CI has to run the guest tests: {reason}")
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def guest() -> Guest:
+    """The distribution's kernel and our initramfs; VMBUS_GUEST_CACHE names another cache folder."""
+    cache = os.environ.get("VMBUS_GUEST_CACHE")
+    try:
+        find_library()
+        return prepare_guest(Path(cache) if cache else None)
+    except (BootError, EngineError) as error:
+        _unavailable(str(error))
+        raise
+
+
+class Shell:
+    """A busybox shell on the console."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        result = machine.run(until="# ", wall_seconds=WALL_LIMIT)
+        assert result.outcome is Outcome.MATCHED, machine.console.text[-2000:]
+
+    def __call__(self, command: str, *, check: bool = True) -> str:
+        """What `command` prints; its exit status must be 0 if `check`."""
+        console = self.machine.console
+        start = len(console.output)
+        # The line editor echoes the command, wrapped anyhow: the quotes keep the marks out of the echo.
+        console.send(f"echo BE''GIN; ({command}) 2>&1; echo EN''D=$?.\n")
+        result = self.machine.run(until=re.compile(rb"END=(\d+)\."), wall_seconds=WALL_LIMIT)
+        text = console.output[start:].decode(errors="replace").replace("\r\n", "\n")
+        assert result.outcome is Outcome.MATCHED, f"{command}: {result.outcome}\n{text[-2000:]}"
+        printed, _, status = text.partition("BEGIN\n")[2].rpartition("END=")
+        if check:
+            assert status.split(".")[0] == "0", printed
+        return printed
+
+    def power_off(self) -> None:
+        self.machine.console.send("sync; poweroff -f\n")
+        result = self.machine.run(wall_seconds=WALL_LIMIT)
+        assert result.outcome is Outcome.POWER_OFF, self.machine.console.text[-2000:]
+
+
+@pytest.fixture
+def boot(guest: Guest):
+    """Start machines with the prepared guest; they are closed afterwards."""
+    machines: list[Machine] = []
+
+    def start(**options: object) -> Machine:
+        settings: dict[str, object] = {"initrd": guest.initramfs, "append": QUIET, **options}
+        machine = Machine(guest.kernel, **settings)  # type: ignore[arg-type]
+        machines.append(machine)
+        return machine
+
+    yield start
+    for machine in machines:
+        machine.close()
+
+
+@pytest.fixture
+def shell():
+    return Shell
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    """A small disk of known, incompressible contents."""
+    path = tmp_path / "disk.img"
+    path.write_bytes(os.urandom(1 << 16) * 128)
+    return path
