@@ -180,6 +180,8 @@ def test_every_call_that_names_a_partition_is_covered():
     unnamed = {
         CallCode.CREATE_PARTITION, CallCode.GET_PARTITION_ID, CallCode.POST_MESSAGE, CallCode.SIGNAL_EVENT,
         CallCode.SEND_SYNTHETIC_CLUSTER_IPI, CallCode.FLUSH_VIRTUAL_ADDRESS_SPACE,
+        CallCode.SEND_SYNTHETIC_CLUSTER_IPI_EX, CallCode.FLUSH_VIRTUAL_ADDRESS_SPACE_EX,
+        CallCode.FLUSH_VIRTUAL_ADDRESS_LIST_EX,
         CallCode.FLUSH_VIRTUAL_ADDRESS_LIST, CallCode.NOTIFY_LONG_SPIN_WAIT, CallCode.EXT_QUERY_CAPABILITIES,
     }  # fmt: skip
     assert {code for code, _ in _naming(0)} == set(CALLS) - unnamed

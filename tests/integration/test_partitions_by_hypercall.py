@@ -319,7 +319,10 @@ def test_intercepts_answered_in_place(root):
     vp.io_write(0x1F7, 1, 0x20)
     assert vp.io_read(0x1F7, 1) == 0x50
     assert vp.io_read(0x1F6, 1) == 0xFF  # not intercepted, no device
-    assert seen == [(1, 0x1F7, 1, 0x20), (0, 0x1F7, 1, 0x50)]
+    assert vp.io_read_string(0x1F7, 1, 2) == b"\x50\x50"  # nor does a string instruction go around it
+    vp.io_write_string(0x1F7, 1, b"\x20")
+    written, read = (1, 0x1F7, 1, 0x20), (0, 0x1F7, 1, 0x50)
+    assert seen == [written, read, read, read, written]
 
 
 def test_an_unanswered_intercept_suspends_the_processor(root):

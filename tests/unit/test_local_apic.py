@@ -1,13 +1,15 @@
 """The local APIC: priorities, in-service, IPIs, logical destinations."""
 
 import random
+import struct
 
 import pytest
 from reference.raw_guest import RawGuest
 
 from vmbus.hypervisor import GeneralProtectionFault, Hypervisor, VirtualClock
+from vmbus.hypervisor.abi import control
 from vmbus.hypervisor.apic import APIC_BASE, DeliveryMode
-from vmbus.hypervisor.tlfs import Msr
+from vmbus.hypervisor.tlfs import CallCode, Msr, Status
 
 ID, VERSION, TPR, PPR, EOI, LDR, DFR, SPURIOUS = 0x20, 0x30, 0x80, 0xA0, 0xB0, 0xD0, 0xE0, 0xF0
 ISR, IRR, ICR_LOW, ICR_HIGH = 0x100, 0x200, 0x300, 0x310
@@ -145,10 +147,6 @@ def test_starting_other_processors(vps):
 
 
 def test_cluster_ipi_hypercall(vps):
-    import struct
-
-    from vmbus.hypervisor.tlfs import CallCode, Status
-
     guest = RawGuest(vps[0], sints=())
     assert (
         guest.fast(CallCode.SEND_SYNTHETIC_CLUSTER_IPI, struct.pack("<IIQ", 0x80, 0, 0b1101))[0]
@@ -157,3 +155,57 @@ def test_cluster_ipi_hypercall(vps):
     assert pending(vps) == [0x80, None, 0x80, 0x80]
     bad = guest.fast(CallCode.SEND_SYNTHETIC_CLUSTER_IPI, struct.pack("<IIQ", 0x0F, 0, 1))[0]
     assert bad == Status.INVALID_PARAMETER
+
+
+def test_cluster_ipi_to_a_sparse_set(vps):
+    """The processor set is a variable-sized header: as many banks as its mask has bits."""
+    guest = RawGuest(vps[0], sints=())
+    code = CallCode.SEND_SYNTHETIC_CLUSTER_IPI_EX
+
+    def send(banks, *, format=0, mask=1):
+        data = struct.pack("<IIQQ", 0x80, 0, format, mask) + b"".join(
+            bank.to_bytes(8, "little") for bank in banks
+        )
+        return guest.raw(control(code, variable=len(banks)), data)[0]
+
+    assert send([0b0110]) == Status.SUCCESS
+    assert pending(vps) == [None, 0x80, 0x80, None]
+    for vp in vps[1:3]:
+        vp.wrmsr(Msr.EOI, 0)
+    assert send([0b1001, 0xFFFF], mask=0b101) == Status.SUCCESS
+    assert pending(vps) == [0x80, None, None, 0x80]
+    for vp in vps:
+        vp.wrmsr(Msr.EOI, 0)
+    assert send([], format=1, mask=0) == Status.SUCCESS
+    assert pending(vps) == [0x80] * 4
+    assert send([1], mask=0b11) == Status.INVALID_PARAMETER
+    assert send([1], format=2) == Status.INVALID_PARAMETER
+    assert guest.raw(control(code, variable=0x3FF), b"")[0] == Status.INVALID_ALIGNMENT
+    assert (
+        guest.raw(control(CallCode.SEND_SYNTHETIC_CLUSTER_IPI, variable=1), b"")[0]
+        == Status.INVALID_HYPERCALL_INPUT
+    )
+
+
+def test_tlb_flushes_reach_the_engine(vps):
+    guest = RawGuest(vps[0], sints=())
+    flushed = []
+    vps[0].partition.on_tlb_flush = flushed.append
+    assert (
+        guest.call(CallCode.FLUSH_VIRTUAL_ADDRESS_SPACE, struct.pack("<QQQ", 0, 0, 0b0101))[0]
+        == Status.SUCCESS
+    )
+    assert guest.call(CallCode.FLUSH_VIRTUAL_ADDRESS_SPACE, struct.pack("<QQQ", 0, 1, 0))[0] == Status.SUCCESS
+    pages = [struct.pack("<Q", n << 12) for n in range(5)]
+    header = struct.pack("<QQQ", 0, 0, 0b1000)
+    assert guest.rep(CallCode.FLUSH_VIRTUAL_ADDRESS_LIST, header, pages)[:2] == (Status.SUCCESS, 5)
+    sparse = struct.pack("<QQQQQ", 0, 0, 0, 1, 0b0011)
+    word = control(CallCode.FLUSH_VIRTUAL_ADDRESS_SPACE_EX, variable=1)
+    assert guest.raw(word, sparse)[0] == Status.SUCCESS
+    word = control(CallCode.FLUSH_VIRTUAL_ADDRESS_LIST_EX, variable=1, rep_count=2)
+    assert guest.raw(word, sparse + pages[0] + pages[1])[0] == Status.SUCCESS | 2 << 32
+    assert flushed == [0b0101, 0b1111, 0b1000, 0b0011, 0b0011]
+    assert (
+        guest.call(CallCode.FLUSH_VIRTUAL_ADDRESS_SPACE, struct.pack("<QQQ", 0, 0x10, 0))[0]
+        == Status.INVALID_PARAMETER
+    )

@@ -16,7 +16,7 @@ VARIABLE_SHIFT: Final = 17
 REP_COUNT_SHIFT: Final = 32
 REP_START_SHIFT: Final = 48
 RESERVED: Final = 0xF000_F000_F800_0000
-"""Bits of the control word that must be zero: 31:27, 47:44, 63:60 (TLFS 4.7)."""
+"""Bits of the control word that must be zero: 31:27, 47:44, 63:60 (TLFS, hypercall interface)."""
 
 SimpleHandler: TypeAlias = "Callable[[VirtualProcessor, bytes], bytes | None]"
 """``handler(vp, input) -> output``; raises `HypercallError`."""

@@ -1,8 +1,8 @@
 """The local APIC of one virtual processor: interrupt requests, priorities, IPIs and the local timer.
 
 Registers and behaviour are those of the xAPIC (Intel SDM volume 3, chapter 11), at 0xFEE00000, as far as
-an unmodified guest kernel uses them; Hyper-V's EOI, ICR and TPR MSRs (TLFS 10.2) are shortcuts to the same state.
-The model holds no lock: its virtual processor calls it under its own.
+an unmodified guest kernel uses them; Hyper-V's EOI, ICR and TPR MSRs (TLFS, virtual interrupts) are
+shortcuts to the same state. The model holds no lock: its virtual processor calls it under its own.
 """
 
 from collections.abc import Callable

@@ -22,8 +22,10 @@ from vmbus.hypervisor.translate import Access, walk
 from vmbus.hypervisor.wire import (
     AssertVirtualInterrupt,
     ClusterIpi,
+    ClusterIpiEx,
     CreateVp,
     FlushVirtualAddressSpace,
+    FlushVirtualAddressSpaceEx,
     InstallIntercept,
     ReadGpa,
     SetVpRegister,
@@ -39,6 +41,9 @@ if TYPE_CHECKING:
 __all__ = ["CALLS"]
 
 _TRANSLATE_FLAGS: Final = int(sum(TranslateFlags))
+SET_SPARSE: Final = 0
+SET_ALL: Final = 1
+"""HV_GENERIC_SET_FORMAT."""
 CACHE_TYPE_WRITE_BACK: Final = 6
 MAX_GPA_ACCESS: Final = 16
 """Bytes that HvCallReadGpa and HvCallWriteGpa move at most."""
@@ -207,6 +212,30 @@ def _cluster_ipi(vp: "VirtualProcessor", data: bytes) -> None:
             target.request_interrupt(call.vector)
 
 
+def _processor_set(format: int, valid_bank_mask: int, banks: bytes) -> int:
+    """The mask that an HV_VP_SET describes: all processors, or 64-bit banks for the set bits of its bank mask."""
+    if format == SET_ALL:
+        return (1 << MAX_VPS) - 1
+    if format != SET_SPARSE or valid_bank_mask.bit_count() * 8 != len(banks):
+        raise HypercallError(Status.INVALID_PARAMETER)
+    mask, at = 0, 0
+    for bank in range(64):
+        if valid_bank_mask >> bank & 1:
+            mask |= int.from_bytes(banks[at : at + 8], "little") << 64 * bank
+            at += 8
+    return mask
+
+
+def _cluster_ipi_ex(vp: "VirtualProcessor", data: bytes) -> None:
+    call = ClusterIpiEx.unpack(data)
+    if not FIRST_VALID_VECTOR <= call.vector <= 255 or call.target_vtl or any(call.reserved):
+        raise HypercallError(Status.INVALID_PARAMETER)
+    mask = _processor_set(call.set_format, call.valid_bank_mask, data[ClusterIpiEx.SIZE :])
+    for target in vp.partition.vps:
+        if mask >> target.index & 1:
+            target.request_interrupt(call.vector)
+
+
 def _apic_ids(vp: "VirtualProcessor", header: bytes) -> RepStep:
     call = VpReference.unpack(header[:8].ljust(VpReference.SIZE, b"\0"))
     target = vp.partition.hypervisor.controlled(vp.partition, call.partition_id)
@@ -249,6 +278,26 @@ def _flush_list(vp: "VirtualProcessor", header: bytes) -> RepStep:
     return lambda index, element: None
 
 
+def _flush_target_ex(vp: "VirtualProcessor", data: bytes) -> int:
+    call = FlushVirtualAddressSpaceEx.unpack(data)
+    if call.flags & ~0xF:
+        raise HypercallError(Status.INVALID_PARAMETER)
+    everybody = (1 << len(vp.partition.vps)) - 1
+    if call.flags & FLUSH_ALL_PROCESSORS:
+        return everybody
+    banks = data[FlushVirtualAddressSpaceEx.SIZE :]
+    return _processor_set(call.set_format, call.valid_bank_mask, banks) & everybody
+
+
+def _flush_space_ex(vp: "VirtualProcessor", data: bytes) -> None:
+    vp.partition.flush_tlb(_flush_target_ex(vp, data))
+
+
+def _flush_list_ex(vp: "VirtualProcessor", header: bytes) -> RepStep:
+    vp.partition.flush_tlb(_flush_target_ex(vp, header))
+    return lambda index, element: None
+
+
 def _spin_wait(vp: "VirtualProcessor", data: bytes) -> None:
     """HvCallNotifyLongSpinWait: a hint; the processors here are not scheduled against each other."""
 
@@ -278,6 +327,20 @@ CALLS: Final = (
     Call(CallCode.INSTALL_INTERCEPT, _install_intercept, InstallIntercept.SIZE, privilege=_MANAGE),
     Call(CallCode.FLUSH_VIRTUAL_ADDRESS_SPACE, _flush_space, FlushVirtualAddressSpace.SIZE),
     RepCall(CallCode.FLUSH_VIRTUAL_ADDRESS_LIST, _flush_list, FlushVirtualAddressSpace.SIZE, 8),
+    Call(CallCode.SEND_SYNTHETIC_CLUSTER_IPI_EX, _cluster_ipi_ex, ClusterIpiEx.SIZE, variable=True),
+    Call(
+        CallCode.FLUSH_VIRTUAL_ADDRESS_SPACE_EX,
+        _flush_space_ex,
+        FlushVirtualAddressSpaceEx.SIZE,
+        variable=True,
+    ),
+    RepCall(
+        CallCode.FLUSH_VIRTUAL_ADDRESS_LIST_EX,
+        _flush_list_ex,
+        FlushVirtualAddressSpaceEx.SIZE,
+        8,
+        variable=True,
+    ),
     Call(CallCode.NOTIFY_LONG_SPIN_WAIT, _spin_wait, 8),
     Call(CallCode.EXT_QUERY_CAPABILITIES, _query_extended, 0, 8, Privilege.EXTENDED_HYPERCALLS),
 )

@@ -2,7 +2,7 @@
 
 All times are integer nanoseconds since the clock was made. Timers (`schedule`) fire from inside `run_due`, in the
 order of their due times, ties in the order in which they were set, so that a run on a `VirtualClock`
-repeats exactly. The guest's clocks derive from this one: reference time counts 100 ns units (TLFS 12.1).
+repeats exactly. The guest's clocks derive from this one: reference time counts 100 ns units (TLFS, timers).
 """
 
 import heapq
@@ -15,7 +15,7 @@ from typing import Final
 __all__ = ["Clock", "HostClock", "Timer", "VirtualClock"]
 
 REFERENCE_UNIT: Final = 100
-"""Nanoseconds of one unit of partition reference time (TLFS 12.1)."""
+"""Nanoseconds of one unit of partition reference time (TLFS, timers)."""
 
 
 class Timer:

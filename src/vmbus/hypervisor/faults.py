@@ -18,7 +18,7 @@ class GuestFault(VmbusError):
 
 
 class UndefinedOpcodeFault(GuestFault):
-    """#UD: for instance a hypercall before the hypercall page is enabled (TLFS 3.13)."""
+    """#UD: for instance a hypercall before the hypercall page is enabled (TLFS, hypercall page)."""
 
     vector = 6
 
@@ -46,4 +46,4 @@ class PageFault(GuestFault):
 
 
 class VpSuspended(VmbusError):
-    """The processor stopped for an intercept that its parent has not answered yet (TLFS 9.3)."""
+    """The processor stopped for an intercept that its parent has not answered yet (TLFS, intercepts)."""

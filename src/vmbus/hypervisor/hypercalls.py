@@ -1,4 +1,4 @@
-"""Taking a hypercall apart, checking it, and calling what it names (TLFS 4.7-4.9).
+"""Taking a hypercall apart, checking it, and calling what it names (TLFS, hypercall interface).
 
 All checks are on copies: input is copied out of the guest's page once, before anything looks at it.
 """
@@ -100,7 +100,7 @@ def _input(
     Raises:
         HypercallError: INVALID_HYPERCALL_INPUT if the parameters do not fit into registers, INVALID_ALIGNMENT
             if a parameter list is not 8-byte aligned, crosses a page, or lies where the partition has no such
-            memory (TLFS 4.9).
+            memory (TLFS, hypercall interface).
     """
     if control & FAST:
         features = vp.partition.personality.features

@@ -24,7 +24,7 @@ APIC_BASE_BSP: Final = 1 << 8
 CRASH_CTL_NOTIFY: Final = 1 << 63
 CRASH_CTL_MESSAGE: Final = 1 << 62
 CRASH_CAPABILITIES: Final = CRASH_CTL_NOTIFY | CRASH_CTL_MESSAGE
-"""What HV_X64_MSR_CRASH_CTL reads as: notification and a message by guest physical address (TLFS 3.12)."""
+"""What HV_X64_MSR_CRASH_CTL reads as: notification, and a message by its address (TLFS, guest crash registers)."""
 CRASH_PARAMETERS: Final = 5
 
 

@@ -1,4 +1,4 @@
-"""Overlay pages: the hypervisor's pages that a guest places over its own physical memory (TLFS 3.? "overlay pages").
+"""Overlay pages: the hypervisor's pages that a guest places over its own physical memory (TLFS, overlay pages).
 
 An enabled overlay hides the guest's page; when it is moved or disabled the guest's page shows again. Guest memory
 here is one mapping shared with providers and engines, so the overlay swaps contents: the page

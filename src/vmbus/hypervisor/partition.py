@@ -36,7 +36,8 @@ class PartitionEvent(NamedTuple):
 
     Attributes:
         kind: ``"crash"`` (detail: `CrashReport`), ``"reset"`` (the processor's index), ``"provider-error"`` (the
-            exception that the child's input caused in a provider), ``"destroyed"`` (None).
+            exception that the child's input caused in a provider), ``"stopped"`` (the exit status of the process
+            that it ran in, after ``"reset"``), ``"destroyed"`` (None).
         partition: whom it is about.
         detail: see kind.
     """
@@ -47,7 +48,7 @@ class PartitionEvent(NamedTuple):
 
 
 class CrashReport(NamedTuple):
-    """What a guest left in its crash registers (TLFS 3.12).
+    """What a guest left in its crash registers (TLFS, guest crash registers).
 
     Attributes:
         parameters: the five crash parameters.
@@ -192,7 +193,7 @@ class Partition:
         return self._hypercall_page.gpa
 
     def set_guest_os_id(self, value: int) -> None:
-        """HV_X64_MSR_GUEST_OS_ID: identifies the guest; zero takes the hypercall page away (TLFS 3.13)."""
+        """HV_X64_MSR_GUEST_OS_ID: identifies the guest; zero takes the hypercall page away (TLFS, hypercall page)."""
         self.guest_os_id = value
         if not value:
             self._hypercall_page.remove()
@@ -214,7 +215,7 @@ class Partition:
         self.hypercalls_enabled = bool(value & 1)
 
     def set_reference_tsc(self, value: int) -> None:
-        """HV_X64_MSR_REFERENCE_TSC: places the reference TSC page (TLFS 12.7).
+        """HV_X64_MSR_REFERENCE_TSC: places the reference TSC page (TLFS, timers).
 
         Raises:
             GeneralProtectionFault: the page lies outside the partition.

@@ -48,12 +48,12 @@ XMM_INPUT_AVAILABLE: Final = 1 << 4
 CRASH_MSRS_AVAILABLE: Final = 1 << 10
 XMM_OUTPUT_AVAILABLE: Final = 1 << 15
 DIRECT_TIMERS_AVAILABLE: Final = 1 << 19
-"""Bits of CPUID 0x40000003 EDX (TLFS 2.4.4)."""
+"""Bits of CPUID 0x40000003 EDX (TLFS, feature discovery)."""
 
 USE_APIC_MSRS: Final = 1 << 3
 RELAXED_TIMING: Final = 1 << 5
 DEPRECATE_AUTO_EOI: Final = 1 << 9
-"""Bits of CPUID 0x40000004 EAX (TLFS 2.4.5)."""
+"""Bits of CPUID 0x40000004 EAX (TLFS, feature discovery)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ class Personality:
 
 
 def _windows(version: int, build: int) -> int:
-    # TLFS 2.6: vendor 1 (Microsoft) << 48, OS 4 (NT) << 40, major << 32, minor << 24, service << 16, build.
+    # TLFS, guest OS identity: vendor 1 (Microsoft), OS 4 (NT), major, minor, service pack, build number.
     return 1 << 48 | 4 << 40 | (version >> 8) << 32 | (version & 0xFF) << 24 | build
 
 

@@ -95,6 +95,15 @@ class RemoteProcessor:
         """OUT."""
         self._ask(Operation.IO_WRITE, port, value, size=size)
 
+    def io_read_string(self, port: int, size: int, count: int) -> bytes:
+        """INS, one request for each element."""
+        return b"".join(self.io_read(port, size).to_bytes(size, "little") for _ in range(count))
+
+    def io_write_string(self, port: int, size: int, data: bytes) -> None:
+        """OUTS, one request for each element."""
+        for at in range(0, len(data), size):
+            self.io_write(port, size, int.from_bytes(data[at : at + size], "little"))
+
     def mmio_read(self, gpa: int, size: int) -> int:
         """A load from a device."""
         return self._ask(Operation.MMIO_READ, gpa, size=size).a

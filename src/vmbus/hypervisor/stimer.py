@@ -1,4 +1,4 @@
-"""The four synthetic timers of one virtual processor (TLFS 12.3), on the instance's clock."""
+"""The four synthetic timers of one virtual processor (TLFS, timers), on the instance's clock."""
 
 from collections.abc import Callable
 from functools import partial
@@ -81,7 +81,7 @@ class SyntheticTimers:
             raise GeneralProtectionFault(f"STIMER{index} direct mode vector {value >> 4 & 0xFF} is below 16")
         timer = self._timers[index]
         self._disarm(timer)
-        # SINT0 carries intercepts: a message-mode timer on it stays disabled (TLFS 12.3.2).
+        # SINT0 carries intercepts: a message-mode timer on it stays disabled (TLFS, timers).
         if not value & DIRECT_MODE and not value >> 16 & 15:
             value &= ~ENABLED
         timer.config = value

@@ -1,4 +1,4 @@
-"""The synthetic interrupt controller of one virtual processor (TLFS 11.8).
+"""The synthetic interrupt controller of one virtual processor (TLFS, SynIC).
 
 Sixteen synthetic interrupt sources (SINTs); each has a message slot in the SIM page and 2048 event flags in the SIEF
 page, both placed by the guest. A message for a full slot waits in a bounded queue; the slot's
@@ -218,7 +218,7 @@ class Synic:
             self.slot_free(-1)
 
     def end_of_interrupt(self, vector: int) -> None:
-        """The guest ended `vector`: an EOI also makes the hypervisor look at the queues (TLFS 11.8.4)."""
+        """The guest ended `vector`: an EOI also makes the hypervisor look at the queues (TLFS, SynIC)."""
         if self._queued:
             for index in range(SINT_COUNT):
                 if self._queued >> index & 1 and self._sint[index] & 0xFF == vector:

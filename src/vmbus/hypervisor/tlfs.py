@@ -1,6 +1,7 @@
 """Constants of the Hypervisor Top-Level Functional Specification (TLFS v6.0b), named as the TLFS names them.
 
-Sections are given at each table. Where the public TLFS leaves a value out, the peer that uses it is named
+The part of it that each table comes from is named there (section numbers change between editions).
+Where the public TLFS leaves a value out, the peer that uses it is named
 (Linux: ``include/asm-generic/hyperv-tlfs.h`` and ``hvhdk.h``; OpenVMM: ``hvdef``). All enumerations are
 `IntEnum`/`IntFlag`, so they compare with the plain integers that come off the wire.
 """
@@ -37,32 +38,32 @@ __all__ = [
 
 HV_PAGE_SIZE: Final = 4096
 PARTITION_ID_SELF: Final = 0xFFFF_FFFF_FFFF_FFFF
-"""HV_PARTITION_ID_SELF: the caller's own partition (TLFS 4.2.2)."""
+"""HV_PARTITION_ID_SELF: the caller's own partition (TLFS, partition identifiers)."""
 VP_INDEX_SELF: Final = 0xFFFF_FFFE
-"""HV_VP_INDEX_SELF: the calling virtual processor (TLFS 7.1)."""
+"""HV_VP_INDEX_SELF: the calling virtual processor (TLFS, virtual processors)."""
 ANY_VP: Final = 0xFFFF_FFFF
-"""HV_ANY_VP: a port's target may be any processor of the partition (TLFS 11.5)."""
+"""HV_ANY_VP: a port's target may be any processor of the partition (TLFS, inter-partition communication)."""
 MAX_CONNECTION_ID: Final = 0x00FF_FFFF
-"""Port and connection ids have 24 bits; the upper 8 are reserved and zero (TLFS 11.4)."""
+"""Port and connection ids have 24 bits; the upper 8 are reserved and zero (TLFS, inter-partition communication)."""
 
 SINT_COUNT: Final = 16
-"""Synthetic interrupt sources of one virtual processor (TLFS 11.8)."""
+"""Synthetic interrupt sources of one virtual processor (TLFS, SynIC)."""
 STIMER_COUNT: Final = 4
-"""Synthetic timers of one virtual processor (TLFS 12.3)."""
+"""Synthetic timers of one virtual processor (TLFS, timers)."""
 MESSAGE_SIZE: Final = 256
-"""Bytes of one SIM message slot (TLFS 11.8.4)."""
+"""Bytes of one SIM message slot (TLFS, SynIC)."""
 MESSAGE_PAYLOAD_SIZE: Final = 240
-"""Payload bytes of one message (TLFS 11.2)."""
+"""Payload bytes of one message (TLFS, inter-partition communication)."""
 EVENT_FLAGS_PER_SINT: Final = 2048
-"""Event flags of one SINT: 256 bytes of the SIEF page (TLFS 11.8.5)."""
+"""Event flags of one SINT: 256 bytes of the SIEF page (TLFS, SynIC)."""
 MAX_VPS: Final = 64
 """Virtual processors of one partition (CPUID 0x40000005 EAX)."""
 FIRST_VALID_SINT_VECTOR: Final = 16
-"""SINT vectors 0-15 are illegal (TLFS 11.8.3)."""
+"""SINT vectors 0-15 are illegal (TLFS, SynIC)."""
 XMM_INPUT_SIZE: Final = 96
-"""Six XMM registers extend the input of a fast hypercall (TLFS 4.7.1)."""
+"""Six XMM registers extend the input of a fast hypercall (TLFS, hypercall interface)."""
 LINUX_GUEST_OS_ID: Final = 0x8100_0000_0000_0000
-"""Top bits of the guest OS id of every Linux guest: open source, OS type 1 (TLFS 3.? "guest OS identity")."""
+"""Top bits of the guest OS id of every Linux guest: open source, OS type 1 (TLFS, guest OS identity)."""
 
 
 class Status(IntEnum):
@@ -150,7 +151,7 @@ class CallCode(IntEnum):
 
 
 class Privilege(IntFlag):
-    """HV_PARTITION_PRIVILEGE_MASK; also CPUID 0x40000003 EAX (low half) and EBX (high half) (TLFS 4.2.2)."""
+    """HV_PARTITION_PRIVILEGE_MASK; also CPUID 0x40000003 EAX (low half) and EBX (high half)."""
 
     ACCESS_VP_RUNTIME_MSR = 1 << 0
     ACCESS_PARTITION_REFERENCE_COUNTER = 1 << 1
@@ -224,7 +225,7 @@ class Msr(IntEnum):
 
 
 class MessageType(IntEnum):
-    """HV_MESSAGE_TYPE; bit 31 is set in messages from the hypervisor, clear in those of partitions (TLFS 11.2)."""
+    """HV_MESSAGE_TYPE; bit 31 is set in messages from the hypervisor, clear in those of partitions."""
 
     NONE = 0x0000_0000
     UNMAPPED_GPA = 0x8000_0000
@@ -245,7 +246,7 @@ HYPERVISOR_MESSAGE: Final = 0x8000_0000
 
 
 class PortType(IntEnum):
-    """HV_PORT_TYPE (TLFS 11.5)."""
+    """HV_PORT_TYPE (TLFS, inter-partition communication)."""
 
     MESSAGE = 1
     EVENT = 2
@@ -253,7 +254,7 @@ class PortType(IntEnum):
 
 
 class PartitionState(IntEnum):
-    """The life of a partition (TLFS 5.2): created, initialised (running), finalised (being torn down)."""
+    """The life of a partition: created, initialised (running), finalised (only deletion is left), deleted."""
 
     CREATED = 0
     ACTIVE = 1
@@ -262,7 +263,7 @@ class PartitionState(IntEnum):
 
 
 class PartitionProperty(IntEnum):
-    """HV_PARTITION_PROPERTY_CODE (TLFS 5.4)."""
+    """HV_PARTITION_PROPERTY_CODE (TLFS, partition management)."""
 
     PRIVILEGE_FLAGS = 0x0001_0000
     SUSPEND = 0x0002_0000
@@ -280,7 +281,7 @@ class PartitionProperty(IntEnum):
 
 
 class MapFlags(IntFlag):
-    """HV_MAP_GPA_FLAGS: the access rights with which a GPA page is mapped (TLFS 6.4)."""
+    """HV_MAP_GPA_FLAGS: the access rights with which a GPA page is mapped (TLFS, guest physical memory)."""
 
     NONE = 0
     READABLE = 1
@@ -291,7 +292,7 @@ class MapFlags(IntFlag):
 
 
 class InterceptType(IntEnum):
-    """HV_INTERCEPT_TYPE (TLFS 9.3)."""
+    """HV_INTERCEPT_TYPE (TLFS, intercepts)."""
 
     X64_IO_PORT = 0
     X64_MSR = 1
@@ -301,7 +302,7 @@ class InterceptType(IntEnum):
 
 
 class InterceptAccess(IntFlag):
-    """HV_INTERCEPT_ACCESS_TYPE_MASK (TLFS 9.3)."""
+    """HV_INTERCEPT_ACCESS_TYPE_MASK (TLFS, intercepts)."""
 
     NONE = 0
     READ = 1
@@ -310,7 +311,7 @@ class InterceptAccess(IntFlag):
 
 
 class TranslateFlags(IntFlag):
-    """HV_TRANSLATE_GVA_CONTROL_FLAGS (TLFS 7.9)."""
+    """HV_TRANSLATE_GVA_CONTROL_FLAGS (TLFS, HvCallTranslateVirtualAddress)."""
 
     VALIDATE_READ = 1 << 0
     VALIDATE_WRITE = 1 << 1
@@ -323,7 +324,7 @@ class TranslateFlags(IntFlag):
 
 
 class TranslateResult(IntEnum):
-    """HV_TRANSLATE_GVA_RESULT_CODE (TLFS 7.9)."""
+    """HV_TRANSLATE_GVA_RESULT_CODE (TLFS, HvCallTranslateVirtualAddress)."""
 
     SUCCESS = 0
     PAGE_NOT_PRESENT = 1
@@ -337,7 +338,7 @@ class TranslateResult(IntEnum):
 
 
 class RegisterName(IntEnum):
-    """HV_REGISTER_NAME (TLFS 7.7; values as in OpenVMM's `hvdef`)."""
+    """HV_REGISTER_NAME (TLFS, virtual processors; values as in OpenVMM's `hvdef`)."""
 
     EXPLICIT_SUSPEND = 0x0000_0000
     INTERCEPT_SUSPEND = 0x0000_0001

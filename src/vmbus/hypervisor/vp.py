@@ -86,7 +86,7 @@ class VirtualProcessor:
         self.intercept_suspended = False
         self.explicitly_suspended = False
         self.fast_output = b""
-        """What the last fast hypercall returns in registers, after those that carried its input (TLFS 4.7.2)."""
+        """What the last fast hypercall returns in registers, after those that carried its input."""
 
     # Time
 
@@ -111,13 +111,13 @@ class VirtualProcessor:
 
     @property
     def reference_time(self) -> int:
-        """Partition reference time in 100 ns units (TLFS 12.1)."""
+        """Partition reference time in 100 ns units (TLFS, timers)."""
         return self.partition.reference_time
 
     # Exits
 
     def hypercall(self, control: int, input: int, output: int, xmm: bytes = b"") -> int:
-        """A hypercall in the 64-bit convention (TLFS 4.7).
+        """A hypercall in the 64-bit convention (TLFS, hypercall interface).
 
         Args:
             control: RCX: code, fast bit 16, variable header size, rep count and rep start.
@@ -211,14 +211,22 @@ class VirtualProcessor:
         """An intercepted INS of `count` elements: one exit.
 
         The intercept message of a string instruction (HV_X64_IO_PORT_INTERCEPT_MESSAGE with StringOp and RepPrefix,
-        TLFS 11.10) tells its receiver the whole repetition, and it emulates as many elements as it can before it
-        resumes.
+        TLFS, intercepts) tells its receiver the whole repetition, and it emulates as many elements as it can before it
+        resumes. A port that the parent intercepts by hypercall takes an exit for every element: `io_read`.
         """
+        watched = self.partition.intercepts.ports
+        if watched and port in watched:
+            return b"".join(self.io_read(port, size).to_bytes(size, "little") for _ in range(count))
         self.account.exits["io_port"] += 1
         return self.partition.devices.io_read_string(port, size, count)
 
     def io_write_string(self, port: int, size: int, data: bytes) -> None:
         """An intercepted OUTS: one exit, see `io_read_string`."""
+        watched = self.partition.intercepts.ports
+        if watched and port in watched:
+            for at in range(0, len(data), size):
+                self.io_write(port, size, int.from_bytes(data[at : at + size], "little"))
+            return
         self.account.exits["io_port"] += 1
         self.partition.devices.io_write_string(port, size, data)
 

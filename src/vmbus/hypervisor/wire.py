@@ -10,12 +10,14 @@ from vmbus.wire import I64, U8, U16, U32, U64, Fixed, Structure, wire
 __all__ = [
     "AssertVirtualInterrupt",
     "ClusterIpi",
+    "ClusterIpiEx",
     "ConnectPort",
     "CpuidInterceptMessage",
     "CreatePartition",
     "CreatePort",
     "CreateVp",
     "FlushVirtualAddressSpace",
+    "FlushVirtualAddressSpaceEx",
     "InstallIntercept",
     "InterceptMessageHeader",
     "IoPortInterceptMessage",
@@ -281,6 +283,27 @@ class ClusterIpi(Structure):
     target_vtl: U8
     reserved: Annotated[bytes, Fixed(3)]
     processor_mask: U64
+
+
+@wire(size=24)
+class ClusterIpiEx(Structure):
+    """HvCallSendSyntheticClusterIpiEx; the variable header holds the banks of the processor set (HV_VP_SET)."""
+
+    vector: U32
+    target_vtl: U8
+    reserved: Annotated[bytes, Fixed(3)]
+    set_format: U64
+    valid_bank_mask: U64
+
+
+@wire(size=32)
+class FlushVirtualAddressSpaceEx(Structure):
+    """HvCallFlushVirtualAddressSpaceEx; the variable header holds the banks of the processor set (HV_VP_SET)."""
+
+    address_space: U64
+    flags: U64
+    set_format: U64
+    valid_bank_mask: U64
 
 
 @wire(size=24)
