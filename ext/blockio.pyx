@@ -16,10 +16,13 @@ from cpython.buffer cimport PyBUF_CONTIG, PyBUF_CONTIG_RO, PyBuffer_Release, PyO
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.errno cimport EINTR, errno
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free
+from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
 
+from cpython cimport array
+
 import os
+from array import array as _array
 
 from vmbus.core.atomic cimport exchange32, load_acquire32, store_release32, unlikely
 from vmbus.core.memory cimport (ACCESS_READ, ACCESS_WRITE, GuestMemory, gpa_cursor_iov, gpa_cursor_start,
@@ -30,6 +33,8 @@ from vmbus.core.ring cimport (DESCRIPTOR_BYTES, EXTERNAL_HEADER_BYTES, FLAG_COMP
                               ring_peek, ring_publish, ring_reader_t, ring_release, ring_reserve, ring_writer_t)
 
 from vmbus.errors import DeviceError, GuestMemoryError, RingCorrupt
+
+cdef array.array _QUADS = _array("Q")
 
 cdef extern from "<unistd.h>" nogil:
     ssize_t pread(int fd, void *data, size_t count, int64_t offset)
@@ -56,6 +61,9 @@ cdef enum:
     WRITE_10 = 0x2a
     READ_16 = 0x88
     WRITE_16 = 0x8a
+
+cdef enum:
+    MOST_BATCH = 64             # requests that a Python backend gets at once
 
 cdef enum:
     MOST_UNITS = 64             # units served here; more are served by the Python provider
@@ -365,6 +373,122 @@ cdef class Request:
 
 
 @cython.final
+cdef class Requests:
+    """Consecutive READs, or consecutive WRITEs, of one length for a Python backend that takes many at once.
+
+    Checked against the unit's size, in the guest's order; good until the handler returns.
+
+    Attributes:
+        write: data go to the disk.
+        length: bytes of each request.
+        offsets: where on the disk, bytes; an array of 64-bit integers.
+    """
+
+    cdef GuestMemory memory
+    cdef block_request_t *items
+    cdef uint32_t *places       # the ring's read index of each
+    cdef uint32_t count
+
+    def __cinit__(self):
+        self.items = <block_request_t *>malloc(MOST_BATCH * sizeof(block_request_t))
+        self.places = <uint32_t *>malloc(MOST_BATCH * sizeof(uint32_t))
+        if self.items == NULL or self.places == NULL:
+            raise MemoryError()
+
+    def __dealloc__(self):
+        free(self.items)
+        free(self.places)
+
+    def __len__(self) -> int:
+        return self.count
+
+    @property
+    def write(self) -> bool:
+        return self.items[0].write
+
+    @property
+    def length(self) -> int:
+        return self.items[0].length
+
+    @property
+    def offsets(self):
+        cdef array.array made = array.clone(_QUADS, self.count, False)
+        cdef uint32_t index
+        for index in range(self.count):
+            made.data.as_ulonglongs[index] = self.items[index].offset
+        return made
+
+    def transfer(self, GuestMemory memory not None, pfns, int first=0, int count=-1) -> None:
+        """Copy the data of requests between the guest's pages and pages of another partition, without the GIL.
+
+        Args:
+            memory: the other partition's memory: the source for reads, the destination for writes.
+            pfns: its page numbers, 64-bit integers, for each of the requests as many as `length` needs. Data begin at
+                the start of each request's first page.
+            first: the first request to copy.
+            count: how many requests, -1 for all from `first` on.
+
+        Raises:
+            ValueError: too few pages, or no such requests.
+            GuestMemoryError: a page is outside its memory.
+        """
+        cdef _Mapped numbers = _Mapped(pfns, False)
+        cdef uint32_t index, each = (self.items[0].length + 4095) >> 12
+        cdef uint32_t most = self.count - first if count < 0 else count
+        cdef int code = 0
+        if first < 0 or first + most > self.count:
+            raise ValueError(f"requests {first} to {first + most} of {self.count}")
+        if numbers.view.itemsize != 8 or <uint64_t>numbers.view.len // 8 < <uint64_t>most * each:
+            raise ValueError(f"{numbers.view.len // 8} pages for {most} requests of {each}")
+        with nogil:
+            for index in range(most):
+                code = _relay(&self.memory.c, &self.items[first + index], &memory.c,
+                              <uint64_t *>numbers.view.buf + <uint64_t>index * each)
+                if code:
+                    break
+        if code:
+            raise GuestMemoryError("a page of a buffer is outside the partition")
+
+
+cdef inline int _relay(const guest_memory_t *guest, block_request_t *request, const guest_memory_t *other,
+                       const uint64_t *pfns) noexcept nogil:
+    """Copy the data of one request between two memories; LEFT if a page is not there."""
+    cdef uint32_t access = ACCESS_READ if request.write else ACCESS_WRITE
+    cdef uint32_t other_access = ACCESS_WRITE if request.write else ACCESS_READ
+    cdef gpa_cursor_t cursor
+    cdef iovec vectors[VECTORS]
+    cdef uint64_t covered, done = 0, part, left
+    cdef uint8_t *ours
+    cdef uint8_t *theirs
+    cdef int used, index
+    gpa_cursor_start(&cursor, request.ranges, request.range_count)
+    while done < request.length:
+        used = gpa_cursor_iov(&cursor, guest, access, request.length - done, vectors, VECTORS, &covered)
+        if used <= 0:
+            return LEFT
+        for index in range(used):
+            theirs = <uint8_t *>vectors[index].iov_base
+            left = vectors[index].iov_len
+            while left:
+                part = 4096 - (done & 4095)
+                if part > left:
+                    part = left
+                if pfns[done >> 12] >= other.size >> 12:
+                    return LEFT
+                ours = guest_pointer(other, (pfns[done >> 12] << 12) + (done & 4095), part, other_access)
+                if ours == NULL:
+                    return LEFT
+                if request.write:
+                    memcpy(ours, theirs, part)
+                else:
+                    memcpy(theirs, ours, part)
+                theirs += part
+                done += part
+                left -= part
+    return SERVED
+
+
+@cython.final
 cdef class BlockServer:
     """Serves the plain reads and writes of one storage channel.
 
@@ -390,6 +514,7 @@ cdef class BlockServer:
     cdef unit_t units[MOST_UNITS]
     cdef int unit_count
     cdef list handlers
+    cdef list batches
     cdef list buffers
     cdef bint serving
     cdef int python_units
@@ -407,6 +532,7 @@ cdef class BlockServer:
         memory.exports += 1
         self.path = path
         self.handlers = [None] * MOST_UNITS
+        self.batches = [None] * MOST_UNITS
         self.buffers = [None] * MOST_UNITS
         for index in range(MOST_UNITS):
             self.units[index].fd = -1
@@ -419,7 +545,7 @@ cdef class BlockServer:
                 os.close(self.units[index].fd)
 
     def enable(self, int target, int lun, int sector_size, uint64_t sectors, bint writable, *, int fd=-1,
-               mapping=None, handler=None) -> bool:
+               mapping=None, handler=None, batch=None) -> bool:
         """Serve a unit from now on, by `mapping`, `fd` or `handler`, whichever is given first.
 
         Args:
@@ -431,6 +557,8 @@ cdef class BlockServer:
             fd: a file that holds the disk's bytes; it is duplicated.
             mapping: the disk's bytes as a buffer.
             handler: called with each `Request`; an exception lets the provider carry the request out again.
+            batch: called with `Requests` where several follow each other; returns how many of them, from the first
+                on, were carried out. The provider carries out the next one. Needs a `handler`, too.
 
         Returns:
             False if it cannot be served here now: `serve` is running, or there are too many units.
@@ -460,6 +588,7 @@ cdef class BlockServer:
             unit.fd = os.dup(fd)
         elif handler is not None:
             self.handlers[index] = handler
+            self.batches[index] = batch
             unit.python = True
             self.python_units += 1
         else:
@@ -496,6 +625,7 @@ cdef class BlockServer:
         memset(unit, 0, sizeof(unit_t))
         unit.fd = -1
         self.handlers[index] = None
+        self.batches[index] = None
         self.buffers[index] = None
         if fd >= 0:
             os.close(fd)
@@ -569,7 +699,7 @@ cdef class BlockServer:
         cdef uint8_t *start = NULL
         cdef unit_t *unit
         cdef Request request
-        cdef int code
+        cdef int code, taken
         while limit > 0:
             code = self._next(&packet, &start)
             if code:
@@ -578,6 +708,12 @@ cdef class BlockServer:
             if not _enter(unit):
                 return SERVE_DEFERRED
             try:
+                if unit.python and self.batches[self.request.index] is not None and limit > 1:
+                    taken = self._serve_batch(&packet, limit)
+                    if taken < 0:
+                        return -taken
+                    limit -= taken
+                    continue
                 if unit.python:
                     request = Request.__new__(Request)
                     request.memory = self.memory
@@ -596,6 +732,53 @@ cdef class BlockServer:
             self._done(&packet, start)
             limit -= 1
         return SERVE_MORE
+
+    cdef int _serve_batch(self, ring_packet_t *packet, int limit) except? -99:
+        """Collect the requests that follow `self.request` and are like it, hand them over, complete them.
+
+        Returns how many were completed, or a negative `SERVE_DEFERRED` or `SERVE_FULL`. What was not completed is in
+        the ring as if it had never been looked at.
+        """
+        cdef Requests batch = Requests.__new__(Requests)
+        cdef uint8_t *start = NULL
+        cdef unit_t *unit = self.request.unit
+        cdef bint write = self.request.write
+        cdef uint64_t length = self.request.length
+        cdef uint32_t most = MOST_BATCH if limit > MOST_BATCH else limit, index = 0, done
+        cdef int unit_index = self.request.index, code = SERVED
+        batch.memory = self.memory
+        with nogil:
+            while True:
+                memcpy(&batch.items[batch.count], &self.request, sizeof(block_request_t) - MOST_RANGE_BYTES
+                       + (packet.offset - EXTERNAL_HEADER_BYTES))
+                batch.places[batch.count] = self.incoming.c.read
+                batch.count += 1
+                ring_advance(&self.incoming.c, packet)
+                if (batch.count == most or ring_peek(&self.incoming.c, packet)
+                        or _parse(packet, self.units, self.unit_count, self.path, &self.request)
+                        or self.request.unit != unit or self.request.write != write
+                        or self.request.length != length):
+                    break
+        try:
+            done = self.batches[unit_index](batch)
+        except Exception:   # the provider carries the first one out again and finds out what to tell the guest
+            done = 0
+        if done > batch.count:
+            done = batch.count
+        for index in range(done):
+            code = _reserve_completion(&self.outgoing.c, &batch.items[index], &start)
+            if code:
+                done = index
+                break
+            _complete(&self.outgoing.c, start, &batch.items[index])
+        self.packets += done
+        self.backend_calls += done
+        self.bytes_copied += done * length
+        if done == batch.count:
+            return done
+        self.incoming.c.read = batch.places[done]
+        self.incoming.c.packets -= batch.count - done
+        return -SERVE_FULL if code == RING_FULL else -SERVE_DEFERRED    # the provider meets a corrupt ring, too
 
     cdef inline void _done(self, const ring_packet_t *packet, uint8_t *start) noexcept nogil:
         _complete(&self.outgoing.c, start, &self.request)

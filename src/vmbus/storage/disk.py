@@ -12,12 +12,15 @@ import mmap
 import os
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple, Self, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, Self, TypeAlias
 from uuid import UUID
 
 from vmbus.errors import DeviceError
+
+if TYPE_CHECKING:
+    from vmbus.core.blockio import Requests
 
 __all__ = ["Buffer", "Disk", "DiskError", "Extent", "MemoryDisk", "RawDisk"]
 
@@ -69,6 +72,8 @@ class Disk(ABC):
         mapping: the disk's content as mapped host memory, else None; it cannot shrink while the disk is open.
         identifier: 16 bytes that name this disk for good, or None if it has no such name.
         unmap_granularity: bytes of the smallest aligned stretch that `unmap` gives back; 0 if it never does.
+        serve_batch: carries out many reads or writes at once, straight from and to a guest's pages; returns how many
+            of them, from the first on, went well. None if the disk has nothing better than one after the other.
     """
 
     sector_size: int
@@ -79,6 +84,7 @@ class Disk(ABC):
     mapping: memoryview | None = None
     identifier: UUID | None = None
     unmap_granularity: int = 0
+    serve_batch: "Callable[[Requests], int] | None" = None
 
     @property
     def size(self) -> int:

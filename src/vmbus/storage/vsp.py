@@ -368,6 +368,7 @@ class StorageVsp:
                 fd=disk.fd,
                 mapping=disk.mapping,
                 handler=unit.block.serve,
+                batch=unit.block.serve_batch if disk.serve_batch is not None else None,
             )
 
     def _unit_changed(self, address: Address) -> None:

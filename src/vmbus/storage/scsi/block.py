@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 
-from vmbus.core.blockio import Request
+from vmbus.core.blockio import Request, Requests
 from vmbus.errors import GuestMemoryError
 from vmbus.storage.disk import Disk, DiskError
 from vmbus.storage.scsi.cdb import BlockFields, allocation_length, block_fields
@@ -91,6 +91,16 @@ class BlockAccess:
                 self.disk.write(request.offset, request.fetch())
         else:
             request.store(self.disk.read(request.offset, request.length))
+
+    def serve_batch(self, requests: Requests) -> int:
+        """Carry out as many of the requests as go well, from the first on; returns how many."""
+        serve = self.disk.serve_batch
+        if serve is None:
+            return 0
+        if not requests.write:
+            return serve(requests)
+        with self._gate.shared():
+            return serve(requests)
 
     def read(self, task: Task) -> int:
         """READ (6), (10), (12) and (16)."""
