@@ -1,0 +1,195 @@
+"""A disk that is itself virtual: the backend of a provider in a partition that owns no disk.
+
+The partition got a virtual disk from its own parent. What its children ask of the disk it gives them is sent on, as
+new requests of its own, through the client in that partition; hop by hop, until a partition is reached that owns
+the physical device. Nothing in a hop knows how many follow.
+
+    child = StorageVsp({(0, 0): RedirectDisk(vsc.disk(), pages)})      # in the partition in the middle
+"""
+
+import errno
+import threading
+from array import array
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from vmbus.core.memory import PAGE_SIZE
+from vmbus.errors import DeviceError, LocalProtocolError, RingError, VmbusError
+from vmbus.storage.disk import Buffer, Disk, DiskError
+from vmbus.storage.scsi.codes import AdditionalSense, SenseKey
+from vmbus.trace.ledger import Account
+
+if TYPE_CHECKING:
+    from vmbus.core.blockio import Requests
+    from vmbus.storage.guest_disk import StorageDisk
+
+__all__ = ["BlockDevice", "RedirectDisk"]
+
+
+@runtime_checkable
+class BlockDevice(Protocol):
+    """A guest's block device, whatever it is reached through: enlightened storage or an emulated controller.
+
+    A device may also have ``unmap(offset, length)`` and ``physical_sector_size``.
+    """
+
+    sector_size: int
+    size: int
+
+    def read(self, offset: int, length: int) -> bytes:
+        """`length` bytes at `offset`."""
+
+    def write(self, offset: int, data: Buffer) -> None:
+        """Write all of `data` at `offset`."""
+
+    def flush(self) -> None:
+        """Return when everything written before is durable."""
+
+
+class RedirectDisk(Disk):
+    """A block device of this partition as the disk of a child of it.
+
+    When the way to the physical disk is gone (a host that does not answer, a closed channel), the request that
+    notices fails after the client's timeout, and all later ones fail at once: a chain never hangs.
+
+    Args:
+        device: a block device of this partition, usually a `vmbus.storage.StorageDisk`.
+        pages: page numbers of this partition's own memory, used by nobody else, that a `StorageDisk` may move data
+            through. With them a child's requests are sent on as batches in compiled code, with data copied once
+            a hop; without them each is sent on by itself.
+        read_only: refuse writes here already.
+        account: counts the requests sent on as backend calls.
+
+    Raises:
+        LocalProtocolError: the device's geometry is not one that a disk can have.
+    """
+
+    def __init__(
+        self,
+        device: "BlockDevice | StorageDisk",
+        pages: Sequence[int] = (),
+        *,
+        read_only: bool = False,
+        account: Account | None = None,
+    ) -> None:
+        if (
+            device.sector_size not in (512, 2048, 4096)
+            or device.size <= 0
+            or device.size % device.sector_size
+        ):
+            raise LocalProtocolError(f"a device of {device.size} bytes in sectors of {device.sector_size}")
+        self.device = device
+        self.account = Account() if account is None else account
+        self.sector_size = device.sector_size
+        self.physical_sector_size = getattr(device, "physical_sector_size", device.sector_size)
+        self.sector_count = device.size // device.sector_size
+        self.read_only = read_only
+        self._unmap = getattr(device, "unmap", None)
+        if self._unmap is not None and getattr(device, "thin", True):
+            self.unmap_granularity = max(PAGE_SIZE, self.physical_sector_size)
+        self._failure: DiskError | None = None
+        self._pages = array("Q", pages)
+        self._pages_lock = threading.Lock()
+        if pages and hasattr(device, "transfer_batch"):
+            self.serve_batch = self._serve_batch
+
+    def read(self, offset: int, length: int) -> bytes:
+        """See `Disk.read`."""
+        self.check(offset, length)
+        with _Hop(self, "read", offset):
+            data = self.device.read(offset, length)
+        if len(data) != length:
+            raise DiskError(f"the device behind gave {len(data)} of {length} bytes", errno.EIO)
+        return data
+
+    def write(self, offset: int, data: Buffer) -> None:
+        """See `Disk.write`."""
+        self.check(offset, len(data), writing=True)
+        with _Hop(self, "write", offset):
+            self.device.write(offset, data)
+
+    def flush(self) -> None:
+        """See `Disk.flush`; it is the physical disk that is flushed."""
+        with _Hop(self, "flush", 0):
+            self.device.flush()
+
+    def unmap(self, offset: int, length: int) -> None:
+        """See `Disk.unmap`."""
+        if self._unmap is None:
+            self.write_zeros(offset, length)
+            return
+        self.check(offset, length, writing=True)
+        if length:
+            with _Hop(self, "unmap", offset):
+                self._unmap(offset, length)
+
+    def close(self) -> None:
+        """Refuse all further requests; the device belongs to the partition and stays open."""
+        self._failure = self._failure or DiskError("the redirected disk is closed", errno.EBADF)
+
+    def _serve_batch(self, requests: "Requests") -> int:
+        """See `Disk.serve_batch`."""
+        device: StorageDisk = self.device  # type: ignore[assignment]  # it has `transfer_batch`
+        if self._failure is not None:
+            raise self._failure
+        length, count = requests.length, len(requests)
+        each = -(-length // PAGE_SIZE)
+        most = len(self._pages) // each
+        if length > device.vsc.max_transfer or not most:
+            return 0
+        offsets, done = requests.offsets, 0
+        memory = device.vsc.channels[0].memory
+        with self._pages_lock, _Hop(self, "batch", offsets[0]) as hop:
+            while done < count:
+                part = min(most, count - done)
+                pfns = self._pages[: part * each]
+                if requests.write:
+                    requests.transfer(memory, pfns, done, part)
+                hop.requests = part
+                failed = device.transfer_batch(
+                    offsets[done : done + part], pfns, length, write=requests.write
+                )
+                good = failed[0] if failed else part
+                if good and not requests.write:
+                    requests.transfer(memory, pfns, done, good)
+                done += good
+                if failed:
+                    break
+        return done
+
+
+class _Hop:
+    """Around a use of the device behind: counts it, and turns every failure into a `DiskError`."""
+
+    def __init__(self, disk: RedirectDisk, what: str, offset: int) -> None:
+        self._disk = disk
+        self._what = what
+        self._offset = offset
+        self.requests = 1
+
+    def __enter__(self) -> "_Hop":
+        if self._disk._failure is not None:
+            raise self._disk._failure
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self._disk.account.backend_calls += self.requests
+        if error is None or not isinstance(error, VmbusError) or isinstance(error, DiskError):
+            return
+        number = _error_number(error)
+        failure = DiskError(f"redirected {self._what} at byte {self._offset} failed: {error}", number)
+        if isinstance(error, RingError) or (isinstance(error, DeviceError) and not hasattr(error, "sense")):
+            self._disk._failure = failure  # not this request failed, but the way to the disk
+        raise failure from error
+
+
+def _error_number(error: VmbusError) -> int:
+    """The host error number that leads to the sense data which the hop behind reported."""
+    sense = getattr(error, "sense", None)
+    if sense is None:
+        return errno.EIO
+    if sense.key == SenseKey.DATA_PROTECT:
+        if sense.additional == AdditionalSense.SPACE_ALLOCATION_FAILED:
+            return errno.ENOSPC
+        return errno.EROFS
+    return errno.EIO
