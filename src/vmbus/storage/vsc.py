@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from vmbus.bus.channel import Channel
 from vmbus.core.blockio import DONE, PROGRESS, RING, STRAY, BlockClient
 from vmbus.core.memory import PAGE_SIZE, GpaRanges
-from vmbus.core.ring import COMPLETION, COMPLETION_REQUESTED, IN_BAND, Packet, RingReader
+from vmbus.core.ring import COMPLETION, COMPLETION_REQUESTED, IN_BAND, Packet
 from vmbus.errors import DeviceError, LocalProtocolError, RemoteProtocolError, RingFull
 from vmbus.storage.disk import Buffer
 from vmbus.storage.guest_disk import StorageDisk
@@ -137,6 +137,7 @@ class StorageVsc:
         self._next_id = 1
         self._turn = 0
         self._changed = False
+        self._batch_runs = False
         self._failed = ""
         self._rang = threading.Event()
         self._lock = threading.RLock()
@@ -182,6 +183,8 @@ class StorageVsc:
         """
         length = len(data_out) or data_in
         with self._lock:
+            if self._batch_runs:  # only from inside of a wait, on the same thread
+                raise LocalProtocolError("the storage client is in the middle of a batch")
             pages = self._take(length)
             ranges = self._ranges(pages, length) if length else None
             if data_out and ranges is not None:
@@ -264,9 +267,15 @@ class StorageVsc:
         with self._lock:
             if self._failed:
                 raise DeviceError(self._failed)
+            if self._batch_runs:  # only from inside of a wait, on the same thread
+                raise LocalProtocolError("the storage client is in the middle of a batch")
+            self._batch_runs = True
             channel = self.channels[self._turn % len(self.channels)]
             self._turn += 1
-            yield channel
+            try:
+                yield channel
+            finally:
+                self._batch_runs = False
         self._tell()
 
     @contextmanager
@@ -306,7 +315,10 @@ class StorageVsc:
                     for packet in incoming.recv_packets(1):
                         self._packet(packet)
                 elif not state & (PROGRESS | RING):
-                    deadline = self._sleep(incoming, deadline)
+                    self._rang.clear()
+                    if not incoming.unmask():
+                        deadline = self._sleep(channel, deadline)
+                    incoming.mask()
                     continue
                 deadline = 0.0
         except DeviceError:
@@ -319,15 +331,18 @@ class StorageVsc:
             account.packets_received += client.received - received
             self.stale_completions += client.stale - stale
 
-    def _sleep(self, incoming: RingReader, deadline: float) -> float:
-        """Wait for the host; returns the time at which to give up."""
+    def _sleep(self, channel: Channel, deadline: float) -> float:
+        """Let the host work until it rings; returns the time at which to give up.
+
+        Raises:
+            DeviceError: that time is over, or a channel is closed.
+        """
         now = time.monotonic()
         deadline = deadline or now + self.timeout
-        self._rang.clear()
-        if not incoming.unmask():
-            self._give_up_after(deadline, now)
-            self._rang.wait(deadline - now)
-        incoming.mask()
+        self._give_up_after(deadline, now)
+        # On one thread the first wait ends when nobody has anything to do; other threads may, so wait for those.
+        if not channel.wait(self._rang.is_set, deadline - now):
+            self._rang.wait(deadline - time.monotonic())
         return deadline
 
     def _give_up_after(self, deadline: float, now: float) -> None:
@@ -437,10 +452,7 @@ class StorageVsc:
             self._rang.clear()
             if self._collect():
                 continue
-            now = time.monotonic()
-            deadline = deadline or now + self.timeout
-            self._give_up_after(deadline, now)
-            self._rang.wait(deadline - now)
+            deadline = self._sleep(self.channels[0], deadline)
 
     def _collect(self) -> int:
         """Take all packets there are; returns their number."""

@@ -16,6 +16,7 @@ from uuid import UUID, uuid4, uuid5
 
 from vmbus.bus.channel import Channel
 from vmbus.bus.offer import Offer
+from vmbus.bus.vmbus_host import Offered, VmbusHost
 from vmbus.core.blockio import FULL, MORE, BlockServer
 from vmbus.core.ring import COMPLETION, COMPLETION_REQUESTED, GPA_DIRECT, IN_BAND, Packet
 from vmbus.errors import GuestMemoryError, LocalProtocolError, RemoteProtocolError, RingCorrupt, RingFull
@@ -135,7 +136,7 @@ class StorageVsp:
         versions: protocol versions that are accepted.
 
     Attributes:
-        offer: what to offer on the bus, with `open` and `close` as its callbacks.
+        offer: what to offer on the bus, with `open` and `close` as its callbacks; `offer_on` does it.
         create_sub_channels: called with a number when the guest asks for sub-channels; whoever offers
             `offer` sets it to offer ``offer.subchannel(1)`` to ``offer.subchannel(number)``.
     """
@@ -264,6 +265,32 @@ class StorageVsp:
             for unit in self._units.values():
                 unit.detach(self.offer.instance_id)
                 unit.attach(self.offer.instance_id)
+
+    def offer_on(self, host: VmbusHost, *, name: str = "storage") -> Offered:
+        """Offer the controller on a child's bus, and its sub-channels when the guest asks for them.
+
+        Args:
+            host: the child's bus.
+            name: of the device, in the ledger.
+
+        Returns:
+            the primary channel's offer; rescind it to take the controller away.
+        """
+        subs: list[Offered] = []
+
+        def create(count: int) -> None:
+            wanted = range(len(subs) + 1, count + 1)
+            subs.extend(
+                host.offer(self.offer.subchannel(index), self.open, self.close, name=name) for index in wanted
+            )
+
+        def closed(channel: Channel) -> None:
+            self.close(channel)
+            while subs:  # a guest that opens the controller again asks for them again
+                subs.pop().rescind()
+
+        self.create_sub_channels = create
+        return host.offer(self.offer, self.open, closed, name=name)
 
     def shutdown(self) -> None:
         """Close all channels' service and end the worker threads. The disks stay open."""
