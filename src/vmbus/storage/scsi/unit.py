@@ -90,6 +90,8 @@ class LogicalUnit:
 
     def reset(self, what: AdditionalSense = AdditionalSense.DEVICE_RESET_OCCURRED) -> None:
         """A logical unit or bus reset: settings go back to their defaults (SAM-5 6.3.3)."""
+        with self._lock:
+            self._attentions.clear()  # a reset outranks whatever was to be told before (SAM-5 table 49)
         self.attention(what)
 
     def changed(self) -> None:

@@ -1,0 +1,300 @@
+"""Hostile hosts against the storage client: an error or a skipped packet, never a crash, a hang or wrong data."""
+
+import os
+import random
+import struct
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+from reference.storage_attacker import COMPLETION, IN_BAND
+
+from vmbus.bus.channel import loopback
+from vmbus.core.memory import GuestMemory
+from vmbus.core.ring import Packet
+from vmbus.errors import DeviceError, RemoteProtocolError, RingFull, VmbusError
+from vmbus.storage.vsc import StorageVsc
+
+SECONDS = float(os.environ.get("VMBUS_FUZZ_SECONDS", "2"))
+MIB = 1 << 20
+
+
+def completion(
+    status: int = 0,
+    srb_status: int = 1,
+    scsi_status: int = 0,
+    moved: int = 0,
+    payload: bytes = b"",
+    sense: int = 0,
+) -> bytes:
+    body = struct.pack("<III", 1, 0, status)
+    body += struct.pack("<HBBBBBBBBBBI", 52, srb_status, scsi_status, 0, 0, 0, 0, 16, sense, 1, 0, moved)
+    return (body + payload.ljust(20, b"\0")).ljust(64, b"\0")
+
+
+class Host:
+    """Answers the negotiation and READ CAPACITY honestly; everything else is up to `answer`."""
+
+    def __init__(self) -> None:
+        self.memory = GuestMemory(4 * MIB)
+        self.guest, self.host = loopback(self.memory, 16, 16)
+        self.answer: Callable[[Packet], list[tuple[int, bytes]]] = self.honest
+        self.taken: list[Packet] = []
+        self.host.on_signal = self.serve
+        self.client = StorageVsc(self.guest, range(64, 320), timeout=0.3)
+
+    def serve(self) -> None:
+        while self.host.is_open and (packets := self.host.incoming.recv_packets(64)):
+            for packet in packets:
+                self.taken.append(packet)
+                for tid, payload in self.answer(packet):
+                    self.send(tid, payload)
+
+    def send(self, tid: int, payload: bytes, kind: int = COMPLETION) -> None:
+        try:
+            if self.host.outgoing.send(payload, tid, kind):
+                self.host.signal()
+        except RingFull:
+            pass
+
+    def honest(self, packet: Packet) -> list[tuple[int, bytes]]:
+        operation = struct.unpack_from("<I", packet.payload)[0]
+        tid = packet.transaction_id
+        if operation == 10:
+            properties = struct.pack("<IHHIIQ", 0, 0, 0, 0, 1 << 18, 0)
+            return [(tid, (struct.pack("<III", 1, 0, 0) + properties).ljust(64, b"\0"))]
+        if operation != 3:
+            return [(tid, struct.pack("<III", 1, 0, 0).ljust(64, b"\0"))]
+        cdb = packet.payload[28:44]
+        wanted = struct.unpack_from("<I", packet.payload, 24)[0]
+        if cdb[0] == 0x9E and packet.ranges is not None:
+            packet.ranges.write(self.memory, struct.pack(">QI20x", 2 * MIB // 512 - 1, 512))
+            return [(tid, completion(moved=32))]
+        if cdb[0] == 0x88 and packet.ranges is not None:
+            lba = int.from_bytes(cdb[2:10], "big")
+            packet.ranges.write(self.memory, bytes([lba % 251]) * wanted)
+        return [(tid, completion(moved=wanted))]
+
+
+@pytest.fixture
+def host() -> Iterator[Host]:
+    made = Host()
+    made.client.connect()
+    yield made
+    made.guest.close()
+
+
+def content(offset: int, length: int) -> bytes:
+    return bytes([offset // 512 % 251]) * length
+
+
+def test_completions_twice_and_of_strangers_are_counted_and_dropped(host: Host) -> None:
+    disk = host.client.disk()
+
+    def twice(packet: Packet) -> list[tuple[int, bytes]]:
+        answers = host.honest(packet)
+        strangers = [
+            (tid, completion(moved=4096)) for tid in (0x77777, packet.transaction_id + 1000, 1 << 63)
+        ]
+        return strangers + answers + answers
+
+    host.answer = twice
+    assert disk.read(512, 4096) == content(512, 4096)
+    host.answer = host.honest
+    assert disk.read(1024, 4096) == content(1024, 4096)
+    assert host.client.stale_completions == 4
+    host.answer = twice
+    offsets = list(range(0, 64 * 4096, 4096))
+    assert disk.read_batch(offsets, 4096) == [content(offset, 4096) for offset in offsets]
+    assert host.client.stale_completions >= 4 + 64
+
+
+def test_a_completion_of_the_batch_before_is_not_taken_for_one_of_this(host: Host) -> None:
+    disk = host.client.disk()
+    disk.read_batch([0, 512, 1024], 512)
+    old = [packet.transaction_id for packet in host.taken[-3:]]
+    honest = host.honest
+    host.answer = lambda packet: [*((tid, completion(moved=512)) for tid in old), *honest(packet)]
+    assert disk.read_batch([512 * n for n in range(40)], 512) == [content(512 * n, 512) for n in range(40)]
+
+
+def test_a_request_that_is_never_completed_is_an_error(host: Host) -> None:
+    disk = host.client.disk()
+    host.answer = lambda packet: []
+    started = time.monotonic()
+    with pytest.raises(DeviceError, match="did not complete"):
+        disk.read(0, 4096)
+    assert time.monotonic() - started < 5
+    host.answer = host.honest
+    # Its pages may still be written to: the client does not go on as if nothing had been.
+    with pytest.raises(DeviceError, match="did not complete"):
+        disk.read(0, 4096)
+
+
+def test_a_batch_that_is_never_finished_is_an_error(host: Host) -> None:
+    disk = host.client.disk()
+    seen = []
+
+    def forgetful(packet: Packet) -> list[tuple[int, bytes]]:
+        seen.append(packet)
+        return [] if len(seen) == 20 else host.honest(packet)
+
+    host.answer = forgetful
+    with pytest.raises(DeviceError, match="did not complete"):
+        disk.read_batch(range(0, 64 * 512, 512), 512)
+    with pytest.raises(DeviceError):
+        disk.write_batch([0], [bytes(512)])
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        b"",
+        bytes(4),
+        bytes(11),
+        struct.pack("<III", 1, 0, 0),
+        struct.pack("<III", 3, 0, 0).ljust(64, b"\0"),
+        struct.pack("<III", 1, 0, 0xC0000001).ljust(64, b"\1"),
+        completion(moved=0xFFFFFFFF),
+        completion(srb_status=0x84, scsi_status=2, sense=255, payload=b"\xff" * 20),
+        completion(srb_status=0x84, scsi_status=2, sense=0),
+        completion(
+            srb_status=0x84, scsi_status=2, sense=20, payload=b"\x72\x05\x20\0\0\0\0\xff" + b"\xff" * 12
+        ),
+        completion(srb_status=0xFF, scsi_status=0xFF),
+        completion(srb_status=0),
+        completion(moved=100),
+    ],
+)
+def test_nonsense_in_a_completion_is_an_error_of_that_request(host: Host, bad: bytes) -> None:
+    disk = host.client.disk()
+    host.answer = lambda packet: [(packet.transaction_id, bad)]
+    for attempt in (lambda: disk.read(0, 4096), lambda: disk.read_batch([0, 4096], 4096)):
+        try:
+            data = attempt()
+        except (DeviceError, RemoteProtocolError):
+            continue
+        assert len(data) in (2, 4096)  # a lie about the length does not change what was asked for
+    host.answer = host.honest
+    assert disk.read(512, 512) == content(512, 512)
+
+
+@pytest.mark.parametrize(
+    "capacity",
+    [
+        bytes(32),
+        b"\xff" * 32,
+        struct.pack(">QI20x", 100, 0),
+        struct.pack(">QI20x", 100, 513),
+        struct.pack(">QI20x", 100, 1 << 31),
+        struct.pack(">QI20x", 100, 8192),
+    ],
+)
+def test_impossible_capacities_are_refused(host: Host, capacity: bytes) -> None:
+    def lying(packet: Packet) -> list[tuple[int, bytes]]:
+        answers = host.honest(packet)
+        if packet.payload[28] == 0x9E and packet.ranges is not None:
+            packet.ranges.write(host.memory, capacity)
+        return answers
+
+    host.answer = lying
+    with pytest.raises(RemoteProtocolError):
+        host.client.disk()
+
+
+def test_notices_of_any_kind_and_length(host: Host) -> None:
+    told: list[bool] = []
+    host.client.on_change = lambda: told.append(True)
+    for payload in (
+        b"",
+        b"\x0b",
+        struct.pack("<I", 11),
+        struct.pack("<I", 2),
+        struct.pack("<I", 99),
+        bytes(64),
+    ):
+        host.send(0, payload, IN_BAND)
+        host.client.poll()
+    assert len(told) == 3  # one byte is padded to eight on the ring, and then is a whole notice
+    assert host.client.disk().read(0, 512) == content(0, 512)
+
+
+def test_a_host_that_never_reads(host: Host) -> None:
+    disk = host.client.disk()
+    host.host.on_signal = None
+    with pytest.raises(DeviceError, match="did not complete"):
+        disk.read_batch(range(0, 2 * MIB - 65536, 512), 512)
+
+
+def test_a_channel_closed_under_a_batch(host: Host) -> None:
+    disk = host.client.disk()
+
+    def closing(packet: Packet) -> list[tuple[int, bytes]]:
+        if len(host.taken) % 10 == 9:
+            host.host.close()
+            return []
+        return host.honest(packet)
+
+    host.answer = closing
+    with pytest.raises(VmbusError):
+        disk.read_batch(range(0, 100 * 512, 512), 512)
+
+
+def test_fuzzed_answers() -> None:
+    seed = int(os.environ.get("VMBUS_FUZZ_SEED", "0")) or random.SystemRandom().getrandbits(32)
+    print(f"VMBUS_FUZZ_SEED={seed}")
+    numbers = random.Random(seed)
+    deadline = time.monotonic() + SECONDS
+    requests = 0
+    while time.monotonic() < deadline:
+        host = Host()
+        host.client.timeout = 0.02
+
+        def wild(packet: Packet, host: Host = host) -> list[tuple[int, bytes]]:
+            answers = []
+            for tid, payload in host.honest(packet):
+                if numbers.random() < 0.1:
+                    continue
+                changed = bytearray(payload)
+                while numbers.random() < 0.2:
+                    changed[numbers.randrange(len(changed))] = numbers.getrandbits(8)
+                if numbers.random() < 0.1:
+                    del changed[numbers.randrange(len(changed)) :]
+                if numbers.random() < 0.05:
+                    tid = numbers.choice([0, tid + 1, tid - 1, numbers.getrandbits(64)]) % 2**64
+                answers += [(tid, bytes(changed))] * numbers.choice([1, 1, 1, 2])
+            return answers
+
+        try:
+            host.client.connect()
+            disk = host.client.disk()
+            host.answer = wild
+            for _ in range(50):
+                requests += 1
+                choice = numbers.randrange(4)
+                if choice == 0:
+                    assert len(disk.read(numbers.randrange(100) * 512, 512)) == 512
+                elif choice == 1:
+                    disk.write(0, bytes(1024))
+                elif choice == 2:
+                    data = disk.read_batch([512 * n for n in range(20)], 512)
+                    assert [len(each) for each in data] == [512] * 20
+                else:
+                    host.client.poll()
+        except (VmbusError, RemoteProtocolError):
+            pass
+        host.guest.close()
+    assert requests > 20
+
+
+def test_a_hostile_negotiation_ends_with_an_error() -> None:
+    numbers = random.Random(4)
+    for _ in range(200):
+        host = Host()
+        host.client.timeout = 0.02
+        host.answer = lambda packet: [
+            (packet.transaction_id, numbers.randbytes(numbers.choice([0, 12, 40, 64])))
+        ]
+        with pytest.raises(VmbusError):
+            host.client.connect()
+        host.guest.close()
