@@ -8,10 +8,11 @@ is in the frame. Frames of one call of `Port.send` that go to the same port are 
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Final, Protocol
 
+from vmbus.core.netswitch import MacTable
 from vmbus.errors import LocalProtocolError
 
 __all__ = [
@@ -130,75 +131,6 @@ class PortCounters:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
-class MacTable:
-    """Which port an address was last seen on, by (VLAN, address), bounded and ageing.
-
-    When the table or a port's share of it is full, further addresses are not learned and frames to them are
-    flooded: a guest that invents addresses costs bandwidth, never memory, and cannot push others out.
-    """
-
-    def __init__(self, *, max_age: float = 300.0, capacity: int = 8192, per_port: int = 1024) -> None:
-        """`max_age` in seconds (300 is IEEE 802.1D's default); the other two are numbers of addresses."""
-        self.max_age = max_age
-        self.capacity = capacity
-        self.per_port = per_port
-        self._entries: dict[tuple[int, bytes], tuple[Port, float]] = {}
-        self._share: dict[Port, int] = {}
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def learn(self, vlan: int, address: bytes, port: "Port", now: float) -> bool:
-        """Note that `address` was seen on `port`; False if there was no room."""
-        key = (vlan, address)
-        known = self._entries.get(key)
-        if known is not None:
-            if known[0] is not port:
-                if self._share.get(port, 0) >= self.per_port:
-                    return False
-                self._share[known[0]] -= 1
-                self._share[port] = self._share.get(port, 0) + 1
-            self._entries[key] = (port, now)
-            return True
-        if len(self._entries) >= self.capacity or self._share.get(port, 0) >= self.per_port:
-            return False
-        self._entries[key] = (port, now)
-        self._share[port] = self._share.get(port, 0) + 1
-        return True
-
-    def find(self, vlan: int, address: bytes, now: float) -> "Port | None":
-        """The port of an address; None if it is unknown or has not been seen for `max_age`."""
-        entry = self._entries.get((vlan, address))
-        if entry is None:
-            return None
-        if now - entry[1] > self.max_age:
-            self._remove((vlan, address))
-            return None
-        return entry[0]
-
-    def age(self, now: float) -> int:
-        """Remove all entries that are too old; how many."""
-        old = [key for key, (_, seen) in self._entries.items() if now - seen > self.max_age]
-        for key in old:
-            self._remove(key)
-        return len(old)
-
-    def forget(self, port: "Port") -> None:
-        """Remove all entries of a port."""
-        for key in [key for key, (owner, _) in self._entries.items() if owner is port]:
-            del self._entries[key]
-        self._share.pop(port, None)
-
-    def entries(self) -> list[tuple[int, bytes, "Port", float]]:
-        """(VLAN, address, port, last seen) of all entries."""
-        return [(vlan, address, port, seen) for (vlan, address), (port, seen) in self._entries.items()]
-
-    def _remove(self, key: tuple[int, bytes]) -> None:
-        port, _ = self._entries.pop(key)
-        self._share[port] -= 1
-
-
-@dataclass(eq=False, slots=True)
 class Port:
     """A port of a switch.
 
@@ -206,25 +138,76 @@ class Port:
         switch: the switch it belongs to.
         name: unique in the switch.
         kind: what is behind it.
-        vlan: `Access` or `Trunk`.
-        addresses: if not None, the spoof guard: the only source addresses that the owner may use.
-        mirror: its part in port mirroring.
-        max_frame: longest frame in bytes, tag not counted.
+        index: its number in the switch's table of addresses.
+        mirror: its part in port mirroring; see `Switch.set_mirror`.
         receiver: gets frames that leave through this port; the owner sets it.
         counters: what happened.
         connected: a port that is not connected neither sends nor receives.
     """
 
-    switch: "Switch"
-    name: str
-    kind: PortKind
-    vlan: Vlan = field(default_factory=Access)
-    addresses: frozenset[bytes] | None = None
-    mirror: Mirror = Mirror.NONE
-    max_frame: int = 9216
-    receiver: Receiver = _discard
-    counters: PortCounters = field(default_factory=PortCounters)
-    connected: bool = True
+    def __init__(
+        self,
+        switch: "Switch",
+        name: str,
+        kind: PortKind,
+        index: int,
+        *,
+        vlan: Vlan,
+        addresses: frozenset[bytes] | None,
+        mirror: Mirror,
+        max_frame: int,
+        receiver: Receiver,
+    ) -> None:
+        """Made by `Switch.connect`."""
+        self.switch = switch
+        self.name = name
+        self.kind = kind
+        self.index = index
+        self.mirror = mirror
+        self.receiver = receiver
+        self.counters = PortCounters()
+        self.connected = True
+        self._vlan = vlan
+        self._addresses = addresses
+        self._max_frame = max_frame
+        self._update()
+
+    @property
+    def vlan(self) -> Vlan:
+        """`Access` or `Trunk`."""
+        return self._vlan
+
+    @vlan.setter
+    def vlan(self, vlan: Vlan) -> None:
+        self._vlan = vlan
+        self._update()
+
+    @property
+    def addresses(self) -> frozenset[bytes] | None:
+        """If not None, the spoof guard: the only source addresses that the owner may use."""
+        return self._addresses
+
+    @addresses.setter
+    def addresses(self, addresses: frozenset[bytes] | None) -> None:
+        self._addresses = addresses
+        self._update()
+
+    @property
+    def max_frame(self) -> int:
+        """Longest frame in bytes, tag not counted."""
+        return self._max_frame
+
+    @max_frame.setter
+    def max_frame(self, size: int) -> None:
+        self._max_frame = size
+        self._update()
+
+    def _update(self) -> None:
+        """What the compiled path may do: untagged frames of one VLAN, from any or from one address."""
+        vlan = self._vlan.vlan if isinstance(self._vlan, Access) else -1
+        self.plain_vlan = vlan if self._addresses is None or len(self._addresses) == 1 else -1
+        self.guard = int.from_bytes(next(iter(self._addresses)), "big") if self._addresses else None
+        self.switch.table.set_port(self.index, vlan, self._max_frame)
 
     def send(self, frames: Sequence[bytes]) -> None:
         """Frames from the owner of this port into the switch."""
@@ -270,6 +253,7 @@ class Switch:
         self.table = MacTable() if table is None else table
         self.max_ports = max_ports
         self._ports: dict[str, Port] = {}
+        self._by_index: dict[int, Port] = {}
         self._mirrors: tuple[Port, ...] = ()
         self._mirrored = False
         self._last_ageing = clock()
@@ -307,9 +291,18 @@ class Switch:
                 raise LocalProtocolError(f"an {self.kind.value} switch has no uplink")
             if kind is PortKind.UPLINK and any(p.kind is PortKind.UPLINK for p in self._ports.values()):
                 raise LocalProtocolError("an external switch has one uplink")
-            guard = None if addresses is None else frozenset(addresses)
-            port = Port(self, name, kind, vlan or Access(), guard, mirror, max_frame, receiver)
-            self._ports[name] = port
+            port = Port(
+                self,
+                name,
+                kind,
+                next(index for index in range(self.max_ports) if index not in self._by_index),
+                vlan=vlan or Access(),
+                addresses=None if addresses is None else frozenset(addresses),
+                mirror=mirror,
+                max_frame=max_frame,
+                receiver=receiver,
+            )
+            self._ports[name] = self._by_index[port.index] = port
             self._update_mirrors()
             return port
 
@@ -318,8 +311,8 @@ class Switch:
         with self._lock:
             port.connected = False
             if self._ports.get(port.name) is port:
-                del self._ports[port.name]
-                self.table.forget(port)
+                del self._ports[port.name], self._by_index[port.index]
+                self.table.forget(port.index)
                 self._update_mirrors()
 
     def set_mirror(self, port: Port, mirror: Mirror) -> None:
@@ -334,7 +327,8 @@ class Switch:
 
     def forward(self, source: Port, frames: Sequence[bytes]) -> None:
         """Take frames from the owner of `source` and deliver them where they belong."""
-        outgoing: dict[Port, list[bytes]] = {}
+        outgoing: dict[int, list[bytes]] = {}
+        batch = frames if type(frames) is list else list(frames)
         with self._lock:
             if not source.connected:
                 return
@@ -342,12 +336,33 @@ class Switch:
             if now - self._last_ageing > self.table.max_age:
                 self.table.age(now)
                 self._last_ageing = now
-            for frame in frames:
-                self._forward_one(source, frame, now, outgoing)
-        for port, batch in outgoing.items():
-            port.receiver(batch)
+            at = 0
+            while at < len(batch):
+                if not self._mirrored:
+                    at = self._forward_plain(source, batch, at, now, outgoing)
+                    if at == len(batch):
+                        break
+                self._forward_one(source, batch[at], now, outgoing)
+                at += 1
+            deliveries = [(self._by_index[index], out) for index, out in outgoing.items()]
+        for port, out in deliveries:
+            port.receiver(out)
 
-    def _forward_one(self, source: Port, frame: bytes, now: float, outgoing: dict[Port, list[bytes]]) -> None:
+    def _forward_plain(
+        self, source: Port, frames: list[bytes], at: int, now: float, outgoing: dict[int, list[bytes]]
+    ) -> int:
+        """Forward the frames that the compiled path can, from `at` on; where it stopped."""
+        first = at
+        at, size = self.table.plan(frames, at, source.index, source.plain_vlan, source.guard, now, outgoing)
+        source.counters.received_frames += at - first
+        source.counters.received_bytes += size
+        for index, count, octets in self.table.collect():
+            counters = self._by_index[index].counters
+            counters.sent_frames += count
+            counters.sent_bytes += octets
+        return at
+
+    def _forward_one(self, source: Port, frame: bytes, now: float, outgoing: dict[int, list[bytes]]) -> None:
         counters = source.counters
         counters.received_frames += 1
         counters.received_bytes += len(frame)
@@ -375,10 +390,10 @@ class Switch:
                 if address[:5] == RESERVED_PREFIX and address[5] < 16:
                     counters.dropped_reserved += 1
                     return
-        self.table.learn(vlan, sender, source, now)
-        known = None if address[0] & 1 else self.table.find(vlan, address, now)
-        if known is not None:
-            targets = [known] if known is not source else []
+        self.table.learn(vlan, sender, source.index, now)
+        known = -1 if address[0] & 1 else self.table.find(vlan, address, now)
+        if known >= 0:
+            targets = [self._by_index[known]] if known != source.index else []
         else:
             targets = [
                 p for p in self._ports.values() if p is not source and p.mirror is not Mirror.DESTINATION
@@ -391,14 +406,14 @@ class Switch:
             delivered = True
             port.counters.sent_frames += 1
             port.counters.sent_bytes += len(out)
-            outgoing.setdefault(port, []).append(out)
+            outgoing.setdefault(port.index, []).append(out)
         if not delivered:
             counters.dropped_no_target += 1
         if self._mirrored:
             self._copy(source, targets, frame, outgoing)
 
     def _copy(
-        self, source: Port, targets: list[Port], frame: bytes, outgoing: dict[Port, list[bytes]]
+        self, source: Port, targets: list[Port], frame: bytes, outgoing: dict[int, list[bytes]]
     ) -> None:
         """Mirror destinations get the frame as it came in, once, whatever their VLAN."""
         if source.mirror is not Mirror.SOURCE and all(p.mirror is not Mirror.SOURCE for p in targets):
@@ -406,7 +421,7 @@ class Switch:
         for port in self._mirrors:
             if port is not source:
                 port.counters.mirrored_frames += 1
-                outgoing.setdefault(port, []).append(frame)
+                outgoing.setdefault(port.index, []).append(frame)
 
 
 def _ingress_vlan(vlan: Vlan, tci: int | None) -> int | None:

@@ -16,8 +16,16 @@ from typing import Final, TypeVar
 
 from vmbus.bus.channel import Channel
 from vmbus.core.memory import GpaRanges, Window
+from vmbus.core.netio import DONE, SLOW, GuestQueue, SendPool
 from vmbus.core.ring import COMPLETION, COMPLETION_REQUESTED, IN_BAND, TRANSFER_PAGES, Packet
-from vmbus.errors import DeviceError, LocalProtocolError, RemoteProtocolError, RingError, RingFull
+from vmbus.errors import (
+    DeviceError,
+    LocalProtocolError,
+    RemoteProtocolError,
+    RingCorrupt,
+    RingError,
+    RingFull,
+)
 from vmbus.network import rndis
 from vmbus.network.offload import complete, parse
 from vmbus.network.oid import HashTypes, Offloads, PacketFilter
@@ -32,6 +40,7 @@ from vmbus.network.wire import (
     ChannelType,
     MessageType,
     NvspStatus,
+    packet_size,
     receive_section_size,
 )
 
@@ -42,6 +51,10 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 PAGE: Final = 4096
 BATCH: Final = 64
+SLOW_BATCH: Final = 16
+"""Packets taken in Python before the compiled path gets its turn again."""
+MAX_COMPLETIONS: Final = 8192
+"""Completions that wait for ring space; more than a receive buffer can have packets is the host's doing."""
 CONTROL_PAGES: Final = 4
 LARGE_PAGES: Final = 18
 """Pages of one large frame: 64 KiB, and its headers."""
@@ -86,9 +99,6 @@ class NetworkVsc:
 
     Attributes:
         protocol: the control state; read-only for others.
-        sent_frames: frames that the host completed.
-        sent_bytes: of those.
-        failed_frames: frames that the host completed with an error.
         dropped_frames: received frames that nobody took in time.
     """
 
@@ -116,10 +126,12 @@ class NetworkVsc:
         """
         self.protocol = GuestProtocol(config or GuestConfig())
         self.timeout = timeout
-        self.sent_frames = 0
-        self.sent_bytes = 0
-        self.failed_frames = 0
         self.dropped_frames = 0
+        self._sent_frames = 0
+        self._sent_bytes = 0
+        self._failed_frames = 0
+        self._plain: GuestQueue | None = None
+        self._sections: SendPool | None = None
         self._channels: dict[int, Channel] = {0: channel}
         self._sent: dict[tuple[int, int], _Sent] = {}
         self._next_id = 0
@@ -145,11 +157,27 @@ class NetworkVsc:
                     )
                 )
             )
-            self._free_sections.extend(range(self.protocol.send_section[1]))
+            self._prepare()
         except BaseException:
             channel.on_signal = None
             self._release()
             raise
+
+    def _prepare(self) -> None:
+        """Make ready to send and receive, now that the host said how."""
+        protocol, channel = self.protocol, self._channels[0]
+        self._sections = SendPool(self._send.window, *protocol.send_section)
+        self._plain = GuestQueue(
+            channel.incoming,
+            channel.outgoing,
+            self._sections,
+            self._receive.window,
+            *protocol.receive_section,
+            RECEIVE_BUFFER_ID,
+            packet_size(protocol.version),
+            protocol.packets_per_message,
+            protocol.alignment,
+        )
 
     def _lay_out(self, pages: list[int]) -> None:
         fixed = CONTROL_PAGES + LARGE_BUFFERS * LARGE_PAGES
@@ -165,7 +193,6 @@ class NetworkVsc:
         self._receive = self._area(pages[fixed + send :])
         self._free_control = deque(range(CONTROL_PAGES))
         self._free_large = deque(range(LARGE_BUFFERS))
-        self._free_sections: deque[int] = deque()
 
     def _area(self, pfns: Sequence[int]) -> _Area:
         window = self._channels[0].memory.window(pfns, mirrored=False)
@@ -189,6 +216,21 @@ class NetworkVsc:
         return self.protocol.link_up
 
     @property
+    def sent_frames(self) -> int:
+        """Frames that the host completed with success."""
+        return self._sent_frames + (self._plain.sent_frames if self._plain else 0)
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes of those frames."""
+        return self._sent_bytes + (self._plain.sent_bytes if self._plain else 0)
+
+    @property
+    def failed_frames(self) -> int:
+        """Frames that the host completed with an error."""
+        return self._failed_frames + (self._plain.failed_frames if self._plain else 0)
+
+    @property
     def is_open(self) -> bool:
         """Whether the adapter still works."""
         return 0 in self._channels
@@ -208,8 +250,8 @@ class NetworkVsc:
         """
         with self._lock:
             self._check()
-            if len(self._channels) == 1:
-                return self._send_on(0, [_as_frame(frame) for frame in frames])
+            if len(self._channels) == 1 and self._plain is not None:
+                return self._send_plain(self._plain, frames)
             done = 0
             for index, batch in self._spread(frames):
                 count = self._send_on(index, batch)
@@ -224,7 +266,12 @@ class NetworkVsc:
             for index in list(self._channels):
                 self._drain(index)
         with self._lock:
-            return [self._received.popleft() for _ in range(min(limit, len(self._received)))]
+            waiting = self._received
+            if limit >= len(waiting):
+                frames = list(waiting)
+                waiting.clear()
+                return frames
+            return [waiting.popleft() for _ in range(limit)]
 
     def query(self, oid: int, data: bytes = b"") -> bytes:
         """The answer to an OID query; raises DeviceError if the host does not answer with success."""
@@ -387,6 +434,34 @@ class NetworkVsc:
                 runs.append((index, [frame]))
         return runs
 
+    def _send_plain(self, plain: GuestQueue, frames: Sequence[bytes | Frame]) -> int:
+        """Send by the compiled path as far as it can, other frames one by one; how many found room."""
+        channel, at, retried = self._channels[0], 0, False
+        account = channel.account
+        items = frames if type(frames) is list else list(frames)
+        while at < len(items):
+            before, copied, packets = at, plain.bytes_copied, channel.outgoing.packets
+            at, reason, ring = plain.send(items, at)
+            account.packets_sent += channel.outgoing.packets - packets
+            account.bytes_copied += plain.bytes_copied - copied
+            if ring:
+                channel.signal()
+            elif at > before:
+                account.doorbells_suppressed += 1
+            if reason == SLOW:
+                if not self._send_on(0, [_as_frame(items[at])]):
+                    break
+                at += 1
+            elif at < len(items):
+                # No room: let the host catch up, take its completions, and try again while that helps.
+                if at == before and retried:
+                    break
+                retried = at == before
+                self._drain(0)
+                if 0 not in self._channels:
+                    break
+        return at
+
     def _send_on(self, index: int, frames: Sequence[Frame]) -> int:
         channel = self._channels[index]
         done = 0
@@ -424,7 +499,8 @@ class NetworkVsc:
         first = rndis.pack_packet(frames[start], alignment=self.protocol.alignment)
         if not size or len(first) > size:
             return self._send_large(index, frames[start], first)
-        if not self._free_sections:
+        pool = self._sections
+        if pool is None or not pool.available:
             return 0, False
         messages, total, count = [first], len(first), 1
         while start + count < len(frames) and count < self.protocol.packets_per_message:
@@ -434,12 +510,15 @@ class NetworkVsc:
             messages.append(following)
             total += len(following)
             count += 1
-        section = self._free_sections[0]
-        self._send.view[section * size : section * size + total] = b"".join(messages)
-        self._next_id += 1
+        section = pool.take()
+        pool.write(section, b"".join(messages))
+        self._next_id = self._next_id + 1 & 0xFFFFFFFF or 1
         payload = self.protocol.rndis_packet(ChannelType.DATA, section, total)
-        needed = self._put(index, payload, self._next_id, IN_BAND, COMPLETION_REQUESTED)
-        self._free_sections.popleft()
+        try:
+            needed = self._put(index, payload, self._next_id, IN_BAND, COMPLETION_REQUESTED)
+        except RingFull:
+            pool.give(section)
+            raise
         octets = sum(len(frame.data) for frame in frames[start : start + count])
         self._sent[index, self._next_id] = _Sent(section=section, frames=count, size=octets)
         self._channels[index].account.bytes_copied += total
@@ -480,10 +559,9 @@ class NetworkVsc:
                     if not channel.is_open:
                         return
                     channel.incoming.mask()
-                    packets = channel.incoming.recv_packets(BATCH)
-                    channel.account.packets_received += len(packets)
-                    for packet in packets:
-                        self._receive_packet(index, packet)
+                    taken, ring = self._take_packets(index, channel)
+                    channel.account.packets_received += taken
+                    needed |= ring
                     needed |= channel.incoming.take_signal()
                     try:
                         needed |= self._flush_completions(index)
@@ -491,7 +569,7 @@ class NetworkVsc:
                         channel.outgoing.stop_waiting()
                     except RingFull:
                         channel.outgoing.want_space(64)
-                    more = bool(packets) or channel.incoming.unmask()
+                    more = taken > 0 or channel.incoming.unmask()
             except RingError as error:
                 self._failure = error
                 log.warning("network adapter closed: %s", error)
@@ -501,6 +579,30 @@ class NetworkVsc:
                 channel.signal()
             if not more:
                 return
+
+    def _take_packets(self, index: int, channel: Channel) -> tuple[int, bool]:
+        """Take packets from a ring: how many, and whether to ring the host."""
+        taken, ring, plain = 0, False, self._plain
+        if index == 0 and plain is not None:
+            frames: list[bytes] = []
+            packets, copied = channel.outgoing.packets, plain.bytes_copied
+            taken, reason, ring = plain.drain(frames, BATCH)
+            channel.account.packets_sent += channel.outgoing.packets - packets
+            channel.account.bytes_copied += plain.bytes_copied - copied
+            room = max(0, MAX_RECEIVED - len(self._received))
+            if len(frames) > room:
+                self.dropped_frames += len(frames) - room
+                del frames[room:]
+            self._received.extend(frames)
+            if reason == DONE:
+                return taken, ring
+            # Also when there is no room for completions: what is taken here waits for it.
+        received = channel.incoming.recv_packets(BATCH if plain is None else SLOW_BATCH)
+        if len(self._completions[index]) > MAX_COMPLETIONS:
+            raise RingCorrupt("the host sends packets but takes no completions")
+        for packet in received:
+            self._receive_packet(index, packet)
+        return taken + len(received), ring
 
     def _receive_packet(self, index: int, packet: Packet) -> None:
         try:
@@ -527,20 +629,20 @@ class NetworkVsc:
             self.protocol.receive_completion(sent.task, packet.payload)
             return
         # Whatever the host says: what the packet held is ours again.
-        if sent.section >= 0:
-            self._free_sections.append(sent.section)
+        if sent.section >= 0 and self._sections is not None:
+            self._sections.give(sent.section)
         if sent.control >= 0:
             self._free_control.append(sent.control)
         if sent.large >= 0:
             self._free_large.append(sent.large)
         if packet.payload[:4] != _RNDIS_COMPLETE or len(packet.payload) < 8:
-            self.failed_frames += sent.frames
+            self._failed_frames += sent.frames
             raise RemoteProtocolError("completion of an RNDIS packet without status")
         if int.from_bytes(packet.payload[4:8], "little") == NvspStatus.SUCCESS:
-            self.sent_frames += sent.frames
-            self.sent_bytes += sent.size
+            self._sent_frames += sent.frames
+            self._sent_bytes += sent.size
         else:
-            self.failed_frames += sent.frames
+            self._failed_frames += sent.frames
 
     def _receive_ranges(self, packet: Packet) -> None:
         """The ranges of a transfer-page packet: each holds one RNDIS message."""
@@ -616,8 +718,8 @@ class NetworkVsc:
             self._completions.pop(index, None)
             for key in [key for key in self._sent if key[0] == index]:
                 sent = self._sent.pop(key)
-                if sent.section >= 0:
-                    self._free_sections.append(sent.section)
+                if sent.section >= 0 and self._sections is not None:
+                    self._sections.give(sent.section)
                 if sent.large >= 0:
                     self._free_large.append(sent.large)
 
@@ -632,6 +734,14 @@ class NetworkVsc:
     def _release(self) -> None:
         self._channels.pop(0, None)
         self.protocol.link_up = False
+        if self._plain is not None:
+            self._sent_frames, self._sent_bytes = self.sent_frames, self.sent_bytes
+            self._failed_frames = self.failed_frames
+            self._plain.close()
+            self._plain = None
+        if self._sections is not None:
+            self._sections.close()
+            self._sections = None
         for area in (self._control, self._large, self._send, self._receive):
             area.close()
 

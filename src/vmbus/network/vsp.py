@@ -22,6 +22,7 @@ from typing import Final
 
 from vmbus.bus.channel import Channel
 from vmbus.core.memory import Window
+from vmbus.core.netio import DONE, FULL, HostQueue, ReceivePool
 from vmbus.core.ring import COMPLETION, COMPLETION_REQUESTED, GPA_DIRECT, IN_BAND, Packet
 from vmbus.errors import GuestMemoryError, RemoteProtocolError, RingError, RingFull
 from vmbus.network import rndis
@@ -59,6 +60,8 @@ log = logging.getLogger(__name__)
 
 BATCH: Final = 64
 """Ring packets taken at once, and frames announced in one transfer-page packet."""
+SLOW_BATCH: Final = 16
+"""Packets taken in Python before the compiled path gets its turn again."""
 MAX_MESSAGE: Final = 128 << 10
 """Longest RNDIS message: 64 KiB of an LSO frame, headers, and room for several packets in one message."""
 MAX_BACKLOG: Final = 2048
@@ -73,14 +76,15 @@ class _Queue:
     Attributes:
         completions: (transaction id, payload); without an id it is a message of our own.
         backlog: packets for the guest, each a list of one RNDIS message a fragment.
-        in_flight: receive sections by the transaction id of the packet that named them.
+        plain: the compiled path, once there is a receive buffer.
         wanted: payload size of the packet that did not fit into the ring.
     """
 
     channel: Channel
+    index: int
     completions: deque[tuple[int | None, bytes]] = field(default_factory=deque)
     backlog: deque[list[bytes]] = field(default_factory=deque)
-    in_flight: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    plain: HostQueue | None = None
     wanted: int = 0
 
 
@@ -90,16 +94,6 @@ class _SendBuffer:
     view: memoryview
     section_size: int
     section_count: int
-
-
-@dataclass(slots=True)
-class _ReceiveBuffer:
-    window: Window
-    view: memoryview
-    set_id: int
-    section_size: int
-    count: int
-    free: deque[int]
 
 
 class NetworkVsp:
@@ -136,12 +130,13 @@ class NetworkVsp:
         self.port = port
         self.on_data_path: Callable[[bool], None] | None = None
         self._offer_subchannels = offer_subchannels
-        self._queues: dict[int, _Queue] = {0: _Queue(channel)}
+        self._queues: dict[int, _Queue] = {0: _Queue(channel, 0)}
         self._send: _SendBuffer | None = None
-        self._receive: _ReceiveBuffer | None = None
+        self._receive_window: Window | None = None
+        self._receive: ReceivePool | None = None
+        self._set_id = 0
         self._candidate: Window | None = None
         self._control: deque[bytes] = deque()
-        self._next_id = 0
         self._next_packet_id = 0
         self._deferred: list[Callable[[], None]] = []
         self._lock = threading.RLock()
@@ -163,7 +158,8 @@ class NetworkVsp:
         with self._lock:
             if not 0 < index <= self.protocol.subchannels or index in self._queues:
                 raise RemoteProtocolError(f"sub-channel {index} of {self.protocol.subchannels}")
-            self._queues[index] = _Queue(channel)
+            self._queues[index] = _Queue(channel, index)
+            self._make_plain(self._queues[index])
             channel.on_signal = lambda: self._drain(index)
             channel.on_closed = lambda: self._drop_queue(index)
             all_open = len(self._queues) == self.protocol.subchannels + 1
@@ -214,24 +210,20 @@ class NetworkVsp:
     def _drain(self, index: int) -> None:
         """Read a channel's ring until it is empty, or until its completions find no room."""
         while (queue := self._queues.get(index)) is not None:
-            channel, needed, more = queue.channel, False, True
+            channel, needed, more = queue.channel, False, False
             frames: list[bytes] = []
             try:
                 with self._lock:
                     if not channel.is_open:
                         return
                     needed = self._flush(queue)
-                    if queue.completions:
-                        more = False  # the guest does not read: it gets no further until it does
-                    else:
+                    # A guest that does not read its completions gets no further until it does.
+                    if not queue.completions:
                         channel.incoming.mask()
-                        packets = channel.incoming.recv_packets(BATCH)
-                        channel.account.packets_received += len(packets)
-                        for packet in packets:
-                            self._receive_packet(index, queue, packet, frames)
-                        needed |= channel.incoming.take_signal()
-                        if not packets:
-                            more = channel.incoming.unmask()
+                        taken, ring, blocked = self._take(queue, frames)
+                        channel.account.packets_received += taken
+                        needed |= ring | channel.incoming.take_signal()
+                        more = not blocked and (taken > 0 or channel.incoming.unmask())
                         needed |= self._flush(queue)
             except RingError as error:
                 self._fail(index, error)
@@ -244,6 +236,26 @@ class NetworkVsp:
                 self.port.send(frames)
             if not more:
                 return
+
+    def _take(self, queue: _Queue, frames: list[bytes]) -> tuple[int, bool, bool]:
+        """Take packets from the ring: how many, whether to ring the guest, whether to wait for it."""
+        taken, ring, plain = 0, False, queue.plain
+        if plain is not None and self.protocol.oids.link_up:
+            violations, copied = plain.violations, plain.bytes_copied
+            taken, reason, ring = plain.drain(frames, BATCH)
+            self.statistics.violations += plain.violations - violations
+            queue.channel.account.bytes_copied += plain.bytes_copied - copied
+            queue.channel.account.packets_sent += taken
+            self.statistics.add_sent(plain.take_sent())
+            if reason == FULL:
+                # Not even room for completions: the guest rings when there is, unless there is by now.
+                return taken, ring, not queue.channel.outgoing.want_space(40)
+            if reason == DONE:
+                return taken, ring, False
+        packets = queue.channel.incoming.recv_packets(BATCH if plain is None else SLOW_BATCH)
+        for packet in packets:
+            self._receive_packet(queue.index, queue, packet, frames)
+        return taken + len(packets), ring, False
 
     def _receive_packet(self, index: int, queue: _Queue, packet: Packet, frames: list[bytes]) -> None:
         payload = packet.payload
@@ -381,8 +393,7 @@ class NetworkVsp:
                 case ReceiveBufferGranted():
                     self._grant_receive(action)
                 case SendBufferGranted():
-                    window = self._take_candidate()
-                    self._send = _SendBuffer(window, window.view(), action.section_size, action.section_count)
+                    self._grant_send(action)
                 case BuffersRevoked(receive):
                     self._revoke(receive)
                 case OfferSubchannels(count):
@@ -399,20 +410,51 @@ class NetworkVsp:
 
     def _grant_receive(self, granted: ReceiveBufferGranted) -> None:
         window = self._take_candidate()
-        free = deque(range(granted.section_count))
-        self._receive = _ReceiveBuffer(
-            window, window.view(), granted.set_id, granted.section_size, len(free), free
+        self._receive = ReceivePool(window, granted.section_size, granted.section_count)
+        self._receive_window = window
+        self._set_id = granted.set_id
+        for queue in self._queues.values():
+            self._make_plain(queue)
+
+    def _make_plain(self, queue: _Queue) -> None:
+        """Let the compiled path serve a channel."""
+        if self._receive is None:
+            return
+        protocol = self.protocol
+        plain = queue.plain = HostQueue(
+            queue.channel.incoming,
+            queue.channel.outgoing,
+            self._receive,
+            queue.index,
+            self._set_id,
+            protocol.rndis_completion(NvspStatus.SUCCESS),
+            protocol.rndis_packet(ChannelType.DATA),
         )
+        plain.frame_limit = protocol.frame_size
+        plain.reserve = CONTROL_SECTIONS
+        if self._send is not None:
+            plain.use_send_buffer(self._send.window, self._send.section_size, self._send.section_count)
+
+    def _grant_send(self, granted: SendBufferGranted) -> None:
+        window = self._take_candidate()
+        self._send = _SendBuffer(window, window.view(), granted.section_size, granted.section_count)
+        for queue in self._queues.values():
+            if queue.plain is not None:
+                queue.plain.use_send_buffer(window, granted.section_size, granted.section_count)
 
     def _revoke(self, receive: bool) -> None:
-        if receive and self._receive is not None:
-            self._receive.view.release()
-            self._receive.window.close()
-            self._receive = None
-            self._control.clear()
-            for queue in self._queues.values():
-                queue.in_flight.clear()
+        for queue in self._queues.values():
+            if queue.plain is not None:
+                queue.plain.use_send_buffer(None, 0, 0)
+            if receive:
                 queue.backlog.clear()
+                queue.plain = None
+        if receive and self._receive is not None:
+            self._receive.close()
+            self._receive = None
+            if self._receive_window is not None:
+                self._receive_window.close()
+            self._control.clear()
         elif not receive and self._send is not None:
             self._send.view.release()
             self._send.window.close()
@@ -426,20 +468,67 @@ class NetworkVsp:
             if not self.protocol.can_receive or self._receive is None:
                 self.statistics.received_filtered += len(frames)
                 return
-            signals = []
-            for index, batch in self._spread(frames).items():
-                queue = self._queues.get(index) or self._queues[0]
-                self._enqueue(queue, batch)
-                try:
-                    if self._flush(queue):
-                        signals.append(queue.channel)
-                except RingError as error:
-                    self._deferred.append(partial(self._fail, index, error))
+            signals: list[Channel] = []
+            at = 0
+            while at < len(frames):
+                at = self._deliver_plain(frames, at, signals)
+                if at < len(frames):
+                    # One at a time as long as the compiled path may go on behind it, else all of them.
+                    end = at + 1 if self._can_deliver_plain() else len(frames)
+                    self._deliver_slowly(frames[at:end], signals)
+                    at = end
         if self._deferred:
             self._run_deferred()
         for channel in signals:
             if channel.is_open:
                 channel.signal()
+
+    def _can_deliver_plain(self) -> bool:
+        oids, queue = self.protocol.oids, self._queues.get(0)
+        wanted = oids.offloads.receive
+        return (
+            queue is not None
+            and queue.plain is not None
+            and oids.rss is None
+            and not (queue.backlog or queue.completions or self._control)
+            and not any(self.protocol.rsc)
+            and not (wanted.tcp4 or wanted.tcp6 or wanted.udp4 or wanted.udp6 or wanted.ipv4_header)
+        )
+
+    def _deliver_plain(self, frames: list[bytes], at: int, signals: list[Channel]) -> int:
+        """Deliver the frames that the compiled path can, from `at` on; where it stopped."""
+        if not self._can_deliver_plain():
+            return at
+        queue, oids = self._queues[0], self.protocol.oids
+        plain = queue.plain
+        assert plain is not None
+        filtered, copied, packets = plain.filtered, plain.bytes_copied, queue.channel.outgoing.packets
+        mac = int.from_bytes(oids.current_mac, "big")
+        try:
+            at, _, ring = plain.deliver(frames, at, mac, oids.packet_filter)
+        except RingError as error:
+            self._deferred.append(partial(self._fail, 0, error))
+            return len(frames)
+        self.statistics.received_filtered += plain.filtered - filtered
+        self.statistics.add_received(plain.take_received())
+        account = queue.channel.account
+        account.bytes_copied += plain.bytes_copied - copied
+        account.packets_sent += queue.channel.outgoing.packets - packets
+        if ring:
+            signals.append(queue.channel)
+        else:
+            account.doorbells_suppressed += 1
+        return at
+
+    def _deliver_slowly(self, frames: list[bytes], signals: list[Channel]) -> None:
+        for index, batch in self._spread(frames).items():
+            queue = self._queues.get(index) or self._queues[0]
+            self._enqueue(queue, batch)
+            try:
+                if self._flush(queue):
+                    signals.append(queue.channel)
+            except RingError as error:
+                self._deferred.append(partial(self._fail, index, error))
 
     def _spread(self, frames: list[bytes]) -> dict[int, list[tuple[bytes, int | None]]]:
         """Frames that pass the filter, by queue, with their hashes."""
@@ -539,7 +628,7 @@ class NetworkVsp:
     def _flush_sections(self, queue: _Queue) -> bool:
         needed = False
         while self._receive is not None and self._control and queue is self._queues.get(0):
-            if not self._receive.free:
+            if not self._receive.available:
                 return needed
             needed |= self._send_sections(queue, [self._control[0]], ChannelType.CONTROL)
             self._control.popleft()
@@ -556,7 +645,7 @@ class NetworkVsp:
     def _next_batch(self, queue: _Queue) -> list[list[bytes]]:
         """Packets from the backlog that fit into free sections now; fragments of a packet stay together."""
         assert self._receive is not None
-        room = len(self._receive.free) - CONTROL_SECTIONS
+        room = self._receive.available - CONTROL_SECTIONS
         result: list[list[bytes]] = []
         count = 0
         for group in queue.backlog:
@@ -567,44 +656,43 @@ class NetworkVsp:
         return result
 
     def _send_sections(self, queue: _Queue, messages: list[bytes], kind: int) -> bool:
-        buffer = self._receive
-        assert buffer is not None
-        sections = [buffer.free.popleft() for _ in messages]
-        ranges = []
-        for section, message in zip(sections, messages, strict=True):
-            start = section * buffer.section_size
-            buffer.view[start : start + len(message)] = message
-            ranges.append((len(message), start))
-        self._next_id += 1
+        """Announce messages with one packet; the caller made sure that there are sections for them."""
+        pool = self._receive
+        assert pool is not None
+        sections = [pool.take() for _ in messages]
+        ranges = [
+            (len(message), pool.write(section, message))
+            for section, message in zip(sections, messages, strict=True)
+        ]
+        transaction_id = pool.commit(sections, queue.index)
         queue.wanted = 8 + 8 * len(ranges) + 40  # rest of the header, ranges, NVSP message
         try:
             needed = queue.channel.outgoing.send_transfer_pages(
-                self.protocol.rndis_packet(kind), buffer.set_id, ranges, self._next_id
+                self.protocol.rndis_packet(kind), self._set_id, ranges, transaction_id
             )
         except RingError:
-            buffer.free.extendleft(reversed(sections))
+            pool.release(transaction_id, queue.index)
             raise
-        queue.in_flight[self._next_id] = tuple(sections)
         queue.channel.account.packets_sent += 1
         queue.channel.account.bytes_copied += sum(map(len, messages))
         return needed
 
     def _release(self, queue: _Queue, transaction_id: int) -> None:
         """The guest completed one of our packets; of others it is told nothing, they are counted."""
-        sections = queue.in_flight.pop(transaction_id, None)
-        if sections is None:
+        if self._receive is None or not self._receive.release(transaction_id, queue.index):
             self.statistics.violations += 1
-        elif self._receive is not None:
-            self._receive.free.extend(sections)
 
     # ---- the end
 
     def _drop_queue(self, index: int) -> None:
         with self._lock:
             queue = self._queues.pop(index, None)
-            if queue is not None and self._receive is not None:
-                for sections in queue.in_flight.values():
-                    self._receive.free.extend(sections)
+            if queue is None:
+                return
+            if queue.plain is not None:
+                queue.plain.use_send_buffer(None, 0, 0)
+            if self._receive is not None:
+                self._receive.drop(index)
 
     def _fail(self, index: int, error: RingError) -> None:
         """A ring cannot be trusted any more: close that channel."""
@@ -616,7 +704,6 @@ class NetworkVsp:
 
     def _close(self) -> None:
         with self._lock:
-            self._queues.pop(0, None)
             self._revoke(True)
             self._revoke(False)
             self._queues.clear()

@@ -38,6 +38,7 @@ from vmbus.network.wire import DEFAULT_FRAME, ETHERNET_HEADER, MAX_FRAME, Versio
 
 __all__ = ["AdapterConfig", "AdapterStatistics", "OidServer"]
 
+Counts = tuple[int, int, int, int, int, int]
 MAX_MULTICAST: Final = 64
 MAX_NAME: Final = 255
 SUPPORTED_HASHES: Final = (
@@ -128,6 +129,24 @@ class AdapterStatistics:
         else:
             self.received_multicast += 1
             self.received_multicast_bytes += len(frame)
+
+    def add_sent(self, counts: Counts) -> None:
+        """Many frames from the guest: directed, multicast, broadcast, and their bytes."""
+        self.sent_directed += counts[0]
+        self.sent_multicast += counts[1]
+        self.sent_broadcast += counts[2]
+        self.sent_directed_bytes += counts[3]
+        self.sent_multicast_bytes += counts[4]
+        self.sent_broadcast_bytes += counts[5]
+
+    def add_received(self, counts: Counts) -> None:
+        """Many frames to the guest."""
+        self.received_directed += counts[0]
+        self.received_multicast += counts[1]
+        self.received_broadcast += counts[2]
+        self.received_directed_bytes += counts[3]
+        self.received_multicast_bytes += counts[4]
+        self.received_broadcast_bytes += counts[5]
 
     @property
     def sent(self) -> int:
