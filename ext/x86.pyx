@@ -261,12 +261,17 @@ cdef class Cpu:
 
         Raises:
             EngineError: an instruction that is unknown, that is not in executable RAM, or that faults without a handler.
+            LocalProtocolError: the last exit is not completed, or another thread runs this processor.
         """
         cdef uint32_t reason
         if self.c.pending:
             raise LocalProtocolError("the last exit is not completed")
+        if self.running:
+            raise LocalProtocolError("the processor runs already, in another thread")
+        self.running = True
         with nogil:
             reason = x86_run(&self.c, limit)
+        self.running = False
         if X86_IO <= reason <= X86_HYPERCALL:
             self.c.pending = 1
         elif reason >= X86_UNKNOWN:

@@ -1,5 +1,8 @@
 """How machine code leaves the interpreter, and how it goes on."""
 
+import threading
+import time
+
 import pytest
 
 from vmbus.core import x86
@@ -316,3 +319,17 @@ def test_memory_stays_while_a_processor_uses_it() -> None:
     with pytest.raises(BufferError):
         cpu.memory.close()
     assert cpu.run() == x86.HALT
+
+
+def test_a_processor_runs_in_one_thread_at_a_time() -> None:
+    cpu = machine("80 3c 25 00 40 00 00 00 74 f6 f4")  # until the byte at 0x4000 is not 0
+    worker = threading.Thread(target=cpu.run)
+    worker.start()
+    while not cpu.instructions:
+        time.sleep(0.001)
+    with pytest.raises(LocalProtocolError):
+        cpu.run()
+    cpu.memory.write(0x4000, b"\1")
+    worker.join(30)
+    assert not worker.is_alive()
+    assert cpu.run(0) == x86.LIMIT

@@ -85,6 +85,7 @@ cdef uint32_t x86_run(x86_state_t *c, uint64_t limit) noexcept nogil
 cdef class Cpu:
     cdef x86_state_t c
     cdef readonly GuestMemory memory
+    cdef bint running
     cdef int _failed(self) except -1
     cdef int _retire(self) except -1
     cdef int _string_done(self) except -1
