@@ -15,11 +15,14 @@ from reference.image_readers import read_vhd, read_vhdx
 from vmbus.storage.images import create_vhd, create_vhdx, open_disk
 
 MIB = 1 << 20
-QUICK = settings(
-    max_examples=int(os.environ.get("VMBUS_EXAMPLES", "12")),
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
+
+
+def examples(number: int) -> settings:
+    number = int(os.environ.get("VMBUS_EXAMPLES", str(number)))
+    calm = [HealthCheck.too_slow, HealthCheck.data_too_large]
+    return settings(max_examples=number, deadline=None, suppress_health_check=calm)
+
+
 KINDS = {
     "vhd-fixed": {"variant": "fixed"},
     "vhd-dynamic": {"block_size": 64 << 10},
@@ -59,10 +62,7 @@ def judge(kind: str, chain: Sequence[Path], model: bytes) -> None:
         qemu_img("check", "-f", "vhdx", chain[0])
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@given(data=st.data())
-@QUICK
-def test_an_image_is_a_disk(kind: str, data: st.DataObject) -> None:
+def random_work_on_one_image(kind: str, data: st.DataObject) -> None:
     size, sector, block = geometry(kind)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, f"image.{kind.split('-', maxsplit=1)[0]}")
@@ -80,10 +80,7 @@ def test_an_image_is_a_disk(kind: str, data: st.DataObject) -> None:
         judge(kind, [path], bytes(model))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@given(data=st.data())
-@QUICK
-def test_a_chain_of_differencing_images_is_a_disk(kind: str, data: st.DataObject) -> None:
+def random_work_on_a_chain(kind: str, data: st.DataObject) -> None:
     size, sector, block = geometry(kind)
     with tempfile.TemporaryDirectory() as folder:
         chain: list[Path] = []
@@ -102,6 +99,36 @@ def test_a_chain_of_differencing_images_is_a_disk(kind: str, data: st.DataObject
             disk.close()
             chain.insert(0, path)
             judge(kind, chain, bytes(model))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(data=st.data())
+@examples(3)
+def test_an_image_is_a_disk(kind: str, data: st.DataObject) -> None:
+    random_work_on_one_image(kind, data)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@given(data=st.data())
+@examples(40)
+def test_an_image_is_a_disk_for_long(kind: str, data: st.DataObject) -> None:
+    random_work_on_one_image(kind, data)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(data=st.data())
+@examples(1)
+def test_a_chain_of_differencing_images_is_a_disk(kind: str, data: st.DataObject) -> None:
+    random_work_on_a_chain(kind, data)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@given(data=st.data())
+@examples(15)
+def test_a_chain_of_differencing_images_is_a_disk_for_long(kind: str, data: st.DataObject) -> None:
+    random_work_on_a_chain(kind, data)
 
 
 @pytest.mark.parametrize("kind", KINDS)
