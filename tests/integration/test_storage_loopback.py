@@ -206,6 +206,32 @@ def test_requests_before_the_negotiation_are_refused() -> None:
     guest.close()
 
 
+def test_a_flush_is_an_fsync_before_its_completion(
+    connect: Connect, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    fsync, pwritev = os.fsync, os.pwritev
+    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append("fsync"), fsync(fd))[1])
+    monkeypatch.setattr(
+        os, "pwritev", lambda *a: (calls.append(f"pwritev {a[3] == os.RWF_DSYNC}"), pwritev(*a))[1]
+    )
+    disk = RawDisk.create(tmp_path / "disk", MIB)
+    _, vsc = connect({(0, 0): disk})
+    device = vsc.disk()
+    device.write(0, b"1" * 4096)
+    assert calls == []  # written by compiled code, to the page cache
+    device.flush()
+    assert calls == ["fsync"]
+    device.write(0, b"2" * 4096, fua=True)
+    assert calls == ["fsync", "pwritev True"]
+    page = bytearray(vsc.check(0, 0, bytes([0x1A, 8, 8, 0, 255]), data_in=255)[4:])
+    page[2] &= ~4  # write cache off
+    vsc.check(0, 0, bytes([0x15, 0x10, 0, 0, 4 + len(page)]), data_out=bytes(4) + page)
+    del calls[:]
+    device.write_batch([0, 4096], [b"3" * 4096] * 2)
+    assert calls == ["pwritev True"] * 2
+
+
 @pytest.mark.parametrize("kind", ["file", "memory", "python"])
 def test_ledger_counts_are_exact(connect: Connect, tmp_path: Path, kind: str) -> None:
     disk = RawDisk.create(tmp_path / "disk", MIB) if kind == "file" else MemoryDisk(MIB)
