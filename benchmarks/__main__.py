@@ -27,6 +27,7 @@ TOPICS = {
     "roundtrip": "Round trips between two processes",
     "storage": "Disk reads over the storage channel",
     "redirect": "The redirect chain: a disk through several partitions",
+    "messages": "Messages and events between partitions",
 }
 
 

@@ -156,3 +156,60 @@ def abuse_doorbells(partition):
         os.write(bell, (1).to_bytes(8, "little"))
     partition.memory.write(REPORT, b"done")
     time.sleep(30)
+
+
+def crowd(partition, rounds, seed):
+    """Open every echo channel there is and keep all of them busy; stop using one when it is taken back.
+
+    Reports for each channel, by the number in its instance id: how many answers came (all in order and equal to what
+    was sent, or the process dies of an assertion), 0xFFFF added if the channel was rescinded.
+    """
+    import random
+
+    from vmbus.bus import VmbusGuest
+    from vmbus.bus.hosting import Threads
+    from vmbus.errors import ProtocolError
+
+    generator = random.Random(seed)
+    hosting = Threads(workers=1)
+    guest = VmbusGuest(partition.vps, partition.memory, hosting=hosting)
+    guest.connect()
+    got, sent, channels, gone = {}, {}, {}, set()
+    guest.on_rescind = lambda offer: gone.add(offer.instance_id.int & 0xFF)
+    for offer in guest.offers:
+        number = offer.instance_id.int & 0xFF
+        try:
+            channel = guest.open(offer, 2, 2)
+        except ProtocolError:
+            gone.add(number)
+            continue
+        got[number], sent[number], channels[number] = 0, 0, channel
+
+        def take(packets, number=number):
+            for packet in packets:
+                assert packet.payload[:8] == got[number].to_bytes(8, "little")
+                got[number] += 1
+
+        channel.serve(take)
+    partition.memory.write(REPORT, b"busy")
+    while busy := [n for n in channels if n not in gone and sent[n] < rounds]:
+        number = generator.choice(busy)
+        channel = channels[number]
+        for _ in range(generator.randrange(1, 8)):
+            if sent[number] == rounds:
+                break
+            if sent[number] - got[number] >= 16:  # what the two pages of the way back hold
+                channel.wait(lambda n=number: got[n] == sent[n] or n in gone)
+            try:
+                channel.send(sent[number].to_bytes(8, "little") * generator.randrange(1, 40))
+            except ProtocolError:
+                gone.add(number)  # closed between our look and our send
+                break
+            sent[number] += 1
+    for number, channel in channels.items():
+        assert channel.wait(lambda n=number: got[n] == sent[n] or n in gone)
+    for number in range(8):
+        result = got.get(number, 0) | (1 << 16 if number in gone else 0)
+        partition.memory.write(REPORT + 16 + 4 * number, result.to_bytes(4, "little"))
+    guest.close()
+    hosting.close()
