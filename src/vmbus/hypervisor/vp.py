@@ -291,10 +291,18 @@ class VirtualProcessor:
 
     def request_interrupt(self, vector: int, auto_eoi: bool = False) -> None:
         """Request a fixed interrupt of this processor and deliver it if its priority allows it now."""
+        handler = self.interrupt_handler
         with self._lock:
             if not self.apic.request(vector, auto_eoi):
                 return
-        self._deliver()
+            if handler is not None:
+                if self._delivering or not self._interrupts_enabled:
+                    return
+                self._delivering = True
+        if handler is not None:
+            self._run(handler)
+        elif self.on_interrupt is not None and self.apic.deliverable:
+            self.on_interrupt()
 
     def pop_interrupt(self) -> int | None:
         """Take the next interrupt that can be delivered into service (an INTA cycle); None if there is none."""
@@ -343,20 +351,27 @@ class VirtualProcessor:
                 wake()
             return
         with self._lock:
-            # A handler that runs already picks up what was requested meanwhile, after it returns: like
-            # real ones, it runs with interrupts disabled.
             if self._delivering or not self._interrupts_enabled:
                 return
             self._delivering = True
+        self._run(handler)
+
+    def _run(self, handler: Callable[[int], None]) -> None:
+        """Hand interrupts to the handler while there are any; `_delivering` is ours.
+
+        A handler that runs already picks up what is requested meanwhile, after it returns: like real ones, it runs
+        with interrupts disabled.
+        """
+        lock, accept, counts = self._lock, self.apic.accept, self.account.interrupts
         try:
             while True:
-                with self._lock:
-                    vector = self.apic.accept() if self._interrupts_enabled else None
+                with lock:
+                    vector = accept() if self._interrupts_enabled else None
                     if vector is None:
                         self._delivering = False
                         return
                 self.halted = False
-                self.account.interrupts[vector] += 1
+                counts[vector] += 1
                 handler(vector)
         except BaseException:
             self._delivering = False
