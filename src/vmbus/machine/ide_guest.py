@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from vmbus.core import x86
 from vmbus.emulated.ata import SECTOR, IdentifyDevice, Status
-from vmbus.emulated.guest import TIMEOUT, Flag, Operation, Request, ata_pio
+from vmbus.emulated.guest import TIMEOUT, Flag, Operation, Request, ata_pio, interrupt_table
 from vmbus.emulated.ide import PRIMARY_IRQ
 from vmbus.engine import Halt
 from vmbus.engine.x86 import X86Engine
@@ -21,9 +21,6 @@ __all__ = ["IdeDisk"]
 
 RSP, RSI, RDI = 4, 6, 7
 PAGE = 4096
-CODE_SELECTOR = 0x10
-GATE_SIZE = 16
-INTERRUPT_GATE = 0x8E
 MOST_SECTORS = 256
 """Sectors of one command: the most of a 28-bit command, and what Linux asks of a PIO disk."""
 LBA28_END = 0x0FFFFFFF
@@ -95,9 +92,9 @@ class IdeDisk:
         self.engine = X86Engine(vp, string_elements=string_elements)
         self._code = base
         self._memory.write(base, ata_pio.CODE)
-        gate = _gate(base + ata_pio.ISR)
         vector = vp.partition.devices.irq_base + PRIMARY_IRQ
-        self._memory.write(self._idt + vector * GATE_SIZE, gate)
+        table = interrupt_table(base, ata_pio.SPURIOUS, {vector: ata_pio.ISR})
+        self._memory.write(self._idt, table)
         self.engine.cpu.idt = (self._idt, PAGE - 1)
         self.identity = self._start()
         self.size = (self.identity.lba48_sectors or self.identity.lba28_sectors) * SECTOR
@@ -255,12 +252,6 @@ class IdeDisk:
             done = Request.unpack(raw, at)
             if done.result:
                 raise DeviceError(_explain(done))
-
-
-def _gate(handler: int) -> bytes:
-    """A 64-bit interrupt gate (SDM volume 3, figure 6-8)."""
-    low = handler & 0xFFFF | CODE_SELECTOR << 16 | INTERRUPT_GATE << 40 | (handler >> 16 & 0xFFFF) << 48
-    return low.to_bytes(8, "little") + (handler >> 32).to_bytes(8, "little")
 
 
 def _explain(request: Request) -> str:

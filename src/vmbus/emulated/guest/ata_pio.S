@@ -51,7 +51,7 @@
         .set    BAD_REQUEST, 0x40000
         .set    APIC_EOI, 0xfee000b0
 
-        .globl  start, isr
+        .globl  start, isr, spurious
 start:
         cld
         mov     r12, rdi
@@ -315,6 +315,15 @@ isr:
         mov     eax, APIC_EOI
         mov     dword ptr [rax], 0
         pop     rdx
+        pop     rax
+        iretq
+
+# Any other line: nobody here is interested
+
+spurious:
+        push    rax
+        mov     eax, APIC_EOI
+        mov     dword ptr [rax], 0
         pop     rax
         iretq
 
