@@ -11,6 +11,7 @@ from vmbus.hypervisor import GeneralProtectionFault, UndefinedOpcodeFault
 from vmbus.hypervisor.abi import RepCall, control
 from vmbus.hypervisor.hypercalls import CALLS
 from vmbus.hypervisor.personality import ROOT_PRIVILEGES
+from vmbus.hypervisor.synic import PORT_BUFFERS
 from vmbus.hypervisor.tlfs import (
     PARTITION_ID_SELF,
     CallCode,
@@ -259,6 +260,29 @@ def test_a_message_port_takes_no_events_and_the_reverse(hv, guest):
     hv.create_event_port(guest.vp.partition, 2, lambda flag: pytest.fail("delivered"))
     assert guest.signal(1) == Status.INVALID_PORT_ID
     assert guest.post(2, 1, b"") == Status.INVALID_PORT_ID
+
+
+def test_a_flood_through_one_port_leaves_the_others_their_way(hv, root, family):
+    """Two children send to the same SINT of their parent, which takes nothing: one floods, the other is heard."""
+    guest, sibling, _ = family
+    for number, sender in ((1, guest), (2, sibling)):
+        partition_id = sender.vp.partition.id
+        port = CreatePort(PARTITION_ID_SELF, number, 0, 0, 0, partition_id, PortType.MESSAGE, 0, 2, 0, 0)
+        assert root.call(CallCode.CREATE_PORT, port.pack())[0] == Status.SUCCESS
+        link = ConnectPort(PARTITION_ID_SELF, 5, 0, 0, 0, hv.root.id, number, 0, PortType.MESSAGE, 0, b"", 0)
+        assert sender.call(CallCode.CONNECT_PORT, link.pack())[0] == Status.SUCCESS
+    flood = [guest.post(5, 1, b"flood") for _ in range(3 * PORT_BUFFERS)]
+    assert flood == [Status.SUCCESS] * (PORT_BUFFERS + 1) + [Status.INSUFFICIENT_BUFFERS] * (
+        2 * PORT_BUFFERS - 1
+    )
+    assert sibling.post(5, 1, b"heard") == Status.SUCCESS
+    hv.post_message(hv.root, 0, 2, 1, 0, b"the hypervisor")
+    taken = []
+    while (message := root.take_message(2)) is not None:
+        taken.append(message)
+    assert taken == [(1, 1, b"flood")] * (PORT_BUFFERS + 1) + [(1, 2, b"heard"), (1, 0, b"the hypervisor")]
+    assert guest.post(5, 1, b"again") == Status.SUCCESS
+    assert all(port.waiting == 0 for port in hv.root.ports.values())
 
 
 def test_nobody_speaks_with_the_hypervisors_voice(hv, guest):

@@ -67,7 +67,7 @@ def _post_message(vp: "VirtualProcessor", data: bytes) -> None:
     port = _port(vp.partition, connection_id, _MESSAGE)
     payload = data[_POST.size : _POST.size + size]
     if port.on_message is None:
-        _target(port).synic.post_message(port.target_sint, message_type, port.port_id, payload)
+        _target(port).synic.post_message(port.target_sint, message_type, port.port_id, payload, port)
         return
     try:
         port.on_message(vp.index, message_type, payload)

@@ -37,6 +37,7 @@ class Port:
         on_message: a provider in this process that takes the messages instead of a SynIC.
         on_event: a provider in this process that takes the events instead of a SynIC.
         monitor_gpa: the monitor page in the owner's memory (monitor ports).
+        waiting: messages through this port that wait for their slot.
         deleted: the port is gone; connections to it stay until their owner disconnects them.
     """
 
@@ -51,6 +52,7 @@ class Port:
     on_message: MessageHandler | None = None
     on_event: EventHandler | None = None
     monitor_gpa: int = 0
+    waiting: int = 0
     deleted: bool = False
 
 

@@ -8,7 +8,7 @@ message-pending flag tells the guest to write EOM, which brings the next one.
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from vmbus.core.dispatch import EventFlags, MessageSlot
 from vmbus.core.memory import GuestMemory
@@ -23,16 +23,22 @@ from vmbus.hypervisor.tlfs import (
     Status,
 )
 
-__all__ = ["MESSAGE_QUEUE_LIMIT", "Synic"]
+if TYPE_CHECKING:
+    from vmbus.hypervisor.ports import Port
+
+__all__ = ["MESSAGE_QUEUE_LIMIT", "PORT_BUFFERS", "Synic"]
 
 MESSAGE_QUEUE_LIMIT: Final = 1024
-"""Messages that may wait for one SINT (256 KiB at most); beyond, HV_STATUS_INSUFFICIENT_BUFFERS."""
+"""Messages of the hypervisor and of providers that may wait for one SINT; beyond, HV_STATUS_INSUFFICIENT_BUFFERS."""
+PORT_BUFFERS: Final = 64
+"""Messages of one port that may wait. Each port has buffers of its own, so that no sender can fill up another's way."""
 
 SINT_MASKED: Final = 1 << 16
 SINT_AUTO_EOI: Final = 1 << 17
 SINT_POLLING: Final = 1 << 18
 
-QueuedMessage = tuple[int, int, bytes]
+QueuedMessage: TypeAlias = "tuple[int, int, bytes, Port | None]"
+"""Type, sender, payload, and the port that it came through (None: from the hypervisor or a provider)."""
 
 
 class Synic:
@@ -49,6 +55,7 @@ class Synic:
         self._lock = threading.RLock()
         self._sint = [SINT_MASKED] * SINT_COUNT
         self._queues: list[deque[QueuedMessage]] = [deque() for _ in range(SINT_COUNT)]
+        self._unported = [0] * SINT_COUNT  # how many of them did not come through a port
         self._queued = 0  # bit n: messages wait for SINT n
         self._unraised = 0  # bit n: something arrived while SINT n was masked
         self.scontrol = 1
@@ -73,7 +80,11 @@ class Synic:
             self._sief_page = OverlayPage(self._memory)
             self._sint = [SINT_MASKED] * SINT_COUNT
             for queue in self._queues:
+                for _, _, _, port in queue:
+                    if port is not None:
+                        port.waiting -= 1
                 queue.clear()
+            self._unported = [0] * SINT_COUNT
             self._queued = self._unraised = 0
             self.scontrol = 1
 
@@ -151,13 +162,23 @@ class Synic:
 
     # What arrives
 
-    def post_message(self, sint: int, message_type: int, sender: int, payload: bytes) -> None:
+    def post_message(
+        self, sint: int, message_type: int, sender: int, payload: bytes, port: "Port | None" = None
+    ) -> None:
         """Deliver a message to the slot of `sint`, or queue it while the slot is occupied.
+
+        Args:
+            sint: the SINT.
+            message_type: not 0.
+            sender: what the header says: the port's id.
+            payload: at most 240 bytes.
+            port: the port that it came through, whose buffers it takes while it waits.
 
         Raises:
             HypercallError: INVALID_PARAMETER for a SINT above 15, a payload above 240 bytes or type 0,
                 INVALID_SYNIC_STATE if the guest has disabled the SynIC or its message page,
-                INSUFFICIENT_BUFFERS if `MESSAGE_QUEUE_LIMIT` messages wait already.
+                INSUFFICIENT_BUFFERS if `PORT_BUFFERS` messages of the port, or `MESSAGE_QUEUE_LIMIT` of others,
+                wait already.
         """
         if not 0 <= sint < SINT_COUNT or len(payload) > MESSAGE_PAYLOAD_SIZE or not message_type:
             raise HypercallError(Status.INVALID_PARAMETER)
@@ -165,13 +186,16 @@ class Synic:
             if self._slots is None or not self.scontrol & 1:
                 raise HypercallError(Status.INVALID_SYNIC_STATE)
             queue = self._queues[sint]
-            if queue:
-                if len(queue) >= MESSAGE_QUEUE_LIMIT:
+            if queue or not self._post(sint, message_type, sender, payload):
+                if port is not None:
+                    if port.waiting >= PORT_BUFFERS:
+                        raise HypercallError(Status.INSUFFICIENT_BUFFERS)
+                    port.waiting += 1
+                elif self._unported[sint] >= MESSAGE_QUEUE_LIMIT:
                     raise HypercallError(Status.INSUFFICIENT_BUFFERS)
-                queue.append((message_type, sender, payload))
-                return
-            if not self._post(sint, message_type, sender, payload):
-                queue.append((message_type, sender, payload))
+                else:
+                    self._unported[sint] += 1
+                queue.append((message_type, sender, payload, port))
                 self._queued |= 1 << sint
                 return
             register = self._note(sint)
@@ -242,9 +266,13 @@ class Synic:
             queue = self._queues[sint]
             if not queue or self._slots is None or not self.scontrol & 1:
                 return
-            while queue and self._post(sint, *queue[0]):
+            while queue and self._post(sint, *queue[0][:3]):
                 # The next round, when messages remain, fails and so sets message-pending in the slot just filled.
-                queue.popleft()
+                port = queue.popleft()[3]
+                if port is not None:
+                    port.waiting -= 1
+                else:
+                    self._unported[sint] -= 1
                 register = self._note(sint)
             if not queue:
                 self._queued &= ~(1 << sint)
