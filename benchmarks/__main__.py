@@ -26,6 +26,7 @@ TOPICS = {
     "processes": "Throughput between two processes",
     "roundtrip": "Round trips between two processes",
     "storage": "Disk reads over the storage channel",
+    "network": "Ethernet frames between two guests",
     "redirect": "The redirect chain: a disk through several partitions",
     "messages": "Messages and events between partitions",
 }

@@ -304,7 +304,6 @@ cdef class HostQueue:
     cdef uint8_t *send_base
     cdef uint32_t send_section_size
     cdef uint32_t send_section_count
-    cdef uint8_t *scratch
     cdef public uint32_t frame_limit
     cdef public uint32_t reserve
     cdef readonly uint64_t violations
@@ -331,8 +330,6 @@ cdef class HostQueue:
         if self.send_base != NULL:
             self.send_base = NULL
             self.send_window.exports -= 1
-        free(self.scratch)
-        self.scratch = NULL
 
     def use_send_buffer(self, Window window, uint32_t section_size, uint32_t count) -> None:
         """Read frames from sections of this buffer; with None, no longer."""
@@ -341,9 +338,6 @@ cdef class HostQueue:
             return
         if window.base == NULL or <uint64_t>section_size * count > <uint64_t>window.size:
             raise ValueError("the sections do not fit the window")
-        self.scratch = <uint8_t *>malloc(section_size)
-        if self.scratch == NULL:
-            raise MemoryError
         self.send_window = window
         self.send_base = window.base
         self.send_section_size = section_size
@@ -396,21 +390,21 @@ cdef class HostQueue:
                     or message.size > self.send_section_size):
                 reason = R_SLOW
                 break
-            code = ring_reserve(&self.writer.c, room, &start)
+            code = ring_reserve(&self.writer.c, room, &start)   # for the completion, which is written last
             if code:
                 if code != RING_FULL:
                     raise RingCorrupt("the guest broke its ring")
                 reason = R_FULL
                 break
-            memcpy(self.scratch, self.send_base + <size_t>message.section * self.send_section_size, message.size)
-            found = self._parse(message.size, starts, sizes)
+            start = self.send_base + <size_t>message.section * self.send_section_size
+            found = self._parse(start, message.size, starts, sizes)
             if found == 0:
                 reason = R_SLOW
                 break
             for index in range(found):
-                frame = PyBytes_FromStringAndSize(<char *>self.scratch + starts[index], sizes[index])
+                frame = PyBytes_FromStringAndSize(<char *>start + starts[index], sizes[index])
                 PyList_Append(frames, frame)
-                _count(&self.sent, self.scratch + starts[index], sizes[index])
+                _count(&self.sent, <const uint8_t *>PyBytes_AS_STRING(frame), sizes[index])
             if at.flags & FLAG_COMPLETION_REQUESTED:
                 ring_write(&self.writer.c, PACKET_COMPLETION, 0, at.transaction_id,
                            PyBytes_AS_STRING(self.completion), <uint32_t>PyBytes_GET_SIZE(self.completion))
@@ -420,8 +414,8 @@ cdef class HostQueue:
         self.reader.release()
         return taken, reason, ring_publish(&self.writer.c) != 0
 
-    cdef int _parse(self, uint32_t size, uint32_t *starts, uint32_t *sizes) noexcept:
-        """Find the frames of the packet messages in `scratch`; how many, 0 if not all of them are plain."""
+    cdef int _parse(self, const uint8_t *buffer, uint32_t size, uint32_t *starts, uint32_t *sizes) noexcept:
+        """Find the frames of the packet messages in shared memory; how many, 0 if not all of them are plain."""
         cdef rndis_packet_t head
         cdef uint32_t at = 0, left, body
         cdef int found = 0
@@ -429,7 +423,7 @@ cdef class HostQueue:
             left = size - at
             if left < HEADER or found == MOST_MESSAGES:
                 return 0
-            memcpy(&head, self.scratch + at, HEADER)
+            memcpy(&head, buffer + at, HEADER)
             if head.type != RNDIS_PACKET or head.length < HEADER or head.length > left or head.info_length:
                 return 0
             if head.oob_offset | head.oob_length | head.oob_count | head.handle:

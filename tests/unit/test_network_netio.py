@@ -78,13 +78,8 @@ class SlowSwitch(Switch):
 
 
 def without_plain(guest: Guest, host: bool, client: bool) -> None:
-    if host:
-        for queue in guest.vsp._queues.values():
-            if queue.plain is not None:
-                queue.plain.use_send_buffer(None, 0, 0)
-            queue.plain = None
-    if client:
-        guest.nic._plain = None
+    guest.vsp.use_compiled_path = not host
+    guest.nic.use_compiled_path = not client
 
 
 def traffic(rng: random.Random, round_: int) -> list[Any]:

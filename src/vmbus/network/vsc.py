@@ -100,6 +100,7 @@ class NetworkVsc:
     Attributes:
         protocol: the control state; read-only for others.
         dropped_frames: received frames that nobody took in time.
+        use_compiled_path: False leaves all to Python, for comparison.
     """
 
     def __init__(
@@ -127,6 +128,7 @@ class NetworkVsc:
         self.protocol = GuestProtocol(config or GuestConfig())
         self.timeout = timeout
         self.dropped_frames = 0
+        self.use_compiled_path = True
         self._sent_frames = 0
         self._sent_bytes = 0
         self._failed_frames = 0
@@ -250,7 +252,7 @@ class NetworkVsc:
         """
         with self._lock:
             self._check()
-            if len(self._channels) == 1 and self._plain is not None:
+            if len(self._channels) == 1 and self._plain is not None and self.use_compiled_path:
                 return self._send_plain(self._plain, frames)
             done = 0
             for index, batch in self._spread(frames):
@@ -583,7 +585,7 @@ class NetworkVsc:
     def _take_packets(self, index: int, channel: Channel) -> tuple[int, bool]:
         """Take packets from a ring: how many, and whether to ring the host."""
         taken, ring, plain = 0, False, self._plain
-        if index == 0 and plain is not None:
+        if index == 0 and plain is not None and self.use_compiled_path:
             frames: list[bytes] = []
             packets, copied = channel.outgoing.packets, plain.bytes_copied
             taken, reason, ring = plain.drain(frames, BATCH)

@@ -104,6 +104,7 @@ class NetworkVsp:
         statistics: what passed.
         port: the port of the switch.
         on_data_path: called with True when the guest switches to its virtual function, False for back.
+        use_compiled_path: False leaves all to Python, for comparison.
     """
 
     def __init__(
@@ -129,6 +130,7 @@ class NetworkVsp:
         self.protocol = HostProtocol(config, self.statistics)
         self.port = port
         self.on_data_path: Callable[[bool], None] | None = None
+        self.use_compiled_path = True
         self._offer_subchannels = offer_subchannels
         self._queues: dict[int, _Queue] = {0: _Queue(channel, 0)}
         self._send: _SendBuffer | None = None
@@ -239,7 +241,8 @@ class NetworkVsp:
 
     def _take(self, queue: _Queue, frames: list[bytes]) -> tuple[int, bool, bool]:
         """Take packets from the ring: how many, whether to ring the guest, whether to wait for it."""
-        taken, ring, plain = 0, False, queue.plain
+        taken, ring = 0, False
+        plain = queue.plain if self.use_compiled_path else None
         if plain is not None and self.protocol.oids.link_up:
             violations, copied = plain.violations, plain.bytes_copied
             taken, reason, ring = plain.drain(frames, BATCH)
@@ -487,7 +490,8 @@ class NetworkVsp:
         oids, queue = self.protocol.oids, self._queues.get(0)
         wanted = oids.offloads.receive
         return (
-            queue is not None
+            self.use_compiled_path
+            and queue is not None
             and queue.plain is not None
             and oids.rss is None
             and not (queue.backlog or queue.completions or self._control)
