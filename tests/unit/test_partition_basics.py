@@ -1,5 +1,10 @@
 """A hypervisor, its root and its children, and what a child's processor shows."""
 
+import gc
+import os
+import threading
+import weakref
+
 import pytest
 
 from vmbus.errors import GuestMemoryError, HypercallError, LocalProtocolError
@@ -162,3 +167,64 @@ def test_destroying_a_parent_destroys_its_children(hv, child):
         grandchild.memory.read(0, 1)
     with pytest.raises(LocalProtocolError):
         hv.create_child(child)
+
+
+def test_a_thousand_rounds_with_running_guests_leave_nothing_behind(hv):
+    gc.collect()
+    descriptors, accounts = len(os.listdir("/proc/self/fd")), len(hv.ledger.accounts())
+    gone = []
+    for _ in range(1000):
+        partition = hv.create_child(hv.root, memory_size=1 << 16, vps=2)
+        vp = partition.vps[0]
+        vp.wrmsr(Msr.GUEST_OS_ID, OS_ID)
+        vp.wrmsr(Msr.HYPERCALL, HYPERCALL_GPA | 1)
+        vp.wrmsr(Msr.SIMP, SIM | 1)
+        vp.wrmsr(Msr.SIEFP, SIEF | 1)
+        vp.wrmsr(Msr.SINT0 + 2, VECTOR)
+        vp.wrmsr(Msr.STIMER0_COUNT, 1_000_000)
+        vp.wrmsr(Msr.STIMER0_CONFIG, 3 | 2 << 16)
+        hv.create_message_port(partition, 1, print)
+        hv.create_event_port(partition, 2, print)
+        hv.post_message(partition, 0, 2, 1, 0, b"unread")
+        gone.append(weakref.ref(partition))
+        partition.destroy()
+    del partition, vp
+    gc.collect()
+    assert not any(reference() for reference in gone)
+    assert hv.clock.next_deadline() is None
+    assert len(hv.ledger.accounts()) == accounts + 1  # names come again
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert hv.root.children == {}
+
+
+def test_providers_in_other_threads_survive_a_childs_end(hv):
+    """Whoever posts and signals while a child is torn down gets a status, nothing else."""
+    failures, stop = [], threading.Event()
+    current = [hv.create_child(hv.root, "0", memory_size=1 << 16)]
+
+    def provide():
+        while not stop.is_set():
+            target = current[0]
+            try:
+                hv.post_message(target, 0, 2, 1, 0, b"hello")
+                hv.signal_event(target, 0, 2, 1)
+            except HypercallError:
+                continue
+            except Exception as error:
+                failures.append(error)
+                return
+
+    workers = [threading.Thread(target=provide) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for n in range(60):
+        vp = current[0].vps[0]
+        vp.wrmsr(Msr.SIMP, SIM | 1)
+        vp.wrmsr(Msr.SIEFP, SIEF | 1)
+        vp.wrmsr(Msr.SINT0 + 2, VECTOR)
+        old, current[0] = current[0], hv.create_child(hv.root, f"{n + 1}", memory_size=1 << 16)
+        old.destroy()
+    stop.set()
+    for worker in workers:
+        worker.join()
+    assert failures == []

@@ -51,11 +51,7 @@ def _port(partition: "Partition", connection_id: int, kind: PortType) -> Port:
 
 
 def _target(port: Port) -> "VirtualProcessor":
-    vps = port.owner.vps
-    index = 0 if port.target_vp == ANY_VP else port.target_vp
-    if index >= len(vps):
-        raise HypercallError(Status.INVALID_VP_INDEX)
-    return vps[index]
+    return port.owner.vp(0 if port.target_vp == ANY_VP else port.target_vp)
 
 
 def _post_message(vp: "VirtualProcessor", data: bytes) -> None:

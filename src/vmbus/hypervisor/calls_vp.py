@@ -56,9 +56,7 @@ def _vp_of(vp: "VirtualProcessor", partition_id: int, vp_index: int) -> "Virtual
     target = vp.partition.hypervisor.controlled(vp.partition, partition_id)
     if vp_index == VP_INDEX_SELF and target is vp.partition:
         return vp
-    if vp_index >= len(target.vps):
-        raise HypercallError(Status.INVALID_VP_INDEX)
-    return target.vps[vp_index]
+    return target.vp(vp_index)
 
 
 def _register_target(vp: "VirtualProcessor", header: bytes) -> "VirtualProcessor":
@@ -150,9 +148,7 @@ def _gpa_target(vp: "VirtualProcessor", call: ReadGpa | WriteGpa) -> "VirtualPro
     if call.byte_count > MAX_GPA_ACCESS or call.gpa % HV_PAGE_SIZE + call.byte_count > HV_PAGE_SIZE:
         raise HypercallError(Status.INVALID_PARAMETER)
     child = vp.partition.hypervisor.child(vp.partition, call.partition_id)
-    if call.vp_index >= len(child.vps):
-        raise HypercallError(Status.INVALID_VP_INDEX)
-    return child.vps[call.vp_index]
+    return child.vp(call.vp_index)
 
 
 def _gpa_result(memory_access: int, wanted: int) -> TranslateResult:

@@ -285,9 +285,7 @@ class Hypervisor:
             HypercallError: INVALID_VP_INDEX, INVALID_PARAMETER, INVALID_SYNIC_STATE (the guest has no message page),
                 INSUFFICIENT_BUFFERS (the guest does not take its messages).
         """
-        if not 0 <= vp_index < len(child.vps):
-            raise HypercallError(Status.INVALID_VP_INDEX)
-        child.vps[vp_index].synic.post_message(sint, message_type, sender, payload)
+        child.vp(vp_index).synic.post_message(sint, message_type, sender, payload)
 
     def signal_event(self, child: Partition, vp_index: int, sint: int, flag: int) -> bool:
         """Set event flag `flag` of `sint` of the child's processor `vp_index`, with its interrupt if newly set.
@@ -298,6 +296,4 @@ class Hypervisor:
         Raises:
             HypercallError: INVALID_VP_INDEX, INVALID_PARAMETER (flag above 2047), INVALID_SYNIC_STATE.
         """
-        if not 0 <= vp_index < len(child.vps):
-            raise HypercallError(Status.INVALID_VP_INDEX)
-        return child.vps[vp_index].synic.signal_event(sint, flag)
+        return child.vp(vp_index).synic.signal_event(sint, flag)

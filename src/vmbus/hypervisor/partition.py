@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from vmbus.core.memory import GuestMemory
-from vmbus.errors import GuestMemoryError
+from vmbus.errors import GuestMemoryError, HypercallError
 from vmbus.hypervisor.calls_ipc import delete_port
 from vmbus.hypervisor.clock import REFERENCE_UNIT
 from vmbus.hypervisor.devices import DeviceBus
@@ -15,7 +15,7 @@ from vmbus.hypervisor.overlay import OverlayPage
 from vmbus.hypervisor.personality import Personality
 from vmbus.hypervisor.pool import VP_PAGES, MemoryPool
 from vmbus.hypervisor.ports import Connection, Port
-from vmbus.hypervisor.tlfs import HV_PAGE_SIZE, PartitionState
+from vmbus.hypervisor.tlfs import HV_PAGE_SIZE, PartitionState, Status
 from vmbus.hypervisor.vp import VirtualProcessor
 from vmbus.hypervisor.wire import ReferenceTscPage
 
@@ -148,14 +148,18 @@ class Partition:
         self.vps.append(vp)
         return vp
 
-    def is_ancestor_of(self, other: "Partition") -> bool:
-        """Whether `other` lies below this partition."""
-        above = other.parent
-        while above is not None:
-            if above is self:
-                return True
-            above = above.parent
-        return False
+    def vp(self, index: int) -> VirtualProcessor:
+        """The processor `index`; also while another thread tears the partition down.
+
+        Raises:
+            HypercallError: INVALID_VP_INDEX if there is none.
+        """
+        try:
+            if index >= 0:
+                return self.vps[index]
+        except IndexError:
+            pass
+        raise HypercallError(Status.INVALID_VP_INDEX)
 
     @property
     def reference_time(self) -> int:
