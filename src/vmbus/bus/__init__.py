@@ -6,8 +6,9 @@ state machines `HostMachine` and `GuestMachine`, which do no I/O.
 
 from vmbus.bus.channel import Channel, Gpadl, loopback
 from vmbus.bus.guest import GuestMachine
+from vmbus.bus.guest_run import GuestRun, start_guest
 from vmbus.bus.host import HostMachine
-from vmbus.bus.hosting import Hosting, Inline, Threads
+from vmbus.bus.hosting import Hosting, Inline, Processes, Threads
 from vmbus.bus.offer import Offer
 from vmbus.bus.pages import PageAllocator
 from vmbus.bus.versions import FeatureFlags, Version
@@ -19,15 +20,18 @@ __all__ = [
     "FeatureFlags",
     "Gpadl",
     "GuestMachine",
+    "GuestRun",
     "HostMachine",
     "Hosting",
     "Inline",
     "Offer",
     "Offered",
     "PageAllocator",
+    "Processes",
     "Threads",
     "Version",
     "VmbusGuest",
     "VmbusHost",
     "loopback",
+    "start_guest",
 ]

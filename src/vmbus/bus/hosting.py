@@ -23,7 +23,7 @@ from vmbus.hypervisor import VirtualClock
 if TYPE_CHECKING:
     from vmbus.hypervisor import Clock, Hypervisor
 
-__all__ = ["Hosting", "Inline", "Task", "Threads", "hosting_of"]
+__all__ = ["Hosting", "Inline", "Processes", "Task", "Threads", "hosting_of"]
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +84,10 @@ class Hosting(ABC):
         yield
 
     @abstractmethod
+    def progressed(self) -> None:
+        """Something that waiters may wait for happened outside of the tasks."""
+
+    @abstractmethod
     def keep_time(self, clock: "Clock") -> None:
         """See to it that the timers of `clock` fire while nobody waits; needed where time passes by itself."""
 
@@ -115,6 +119,9 @@ class Inline(Hosting):
         self._ready: list[Task] = []
         self._depth = 0
         self.clock: Clock | None = None
+
+    def progressed(self) -> None:
+        """Nothing to do: whoever waits is the only thread."""
 
     def keep_time(self, clock: "Clock") -> None:
         """Nothing to do: in the only thread, time passes when somebody waits."""
@@ -285,7 +292,7 @@ class Threads(Hosting):
         self._progress = threading.Condition()
         self._waiting = 0
         self._turns = 0
-        self._workers = [_Worker(f"vmbus-{n}", spin, self._progressed) for n in range(workers)]
+        self._workers = [_Worker(f"vmbus-{n}", spin, self.progressed) for n in range(workers)]
         self._homes = count()
         self._closed = False
         self._timekeeper: _Timekeeper | None = None
@@ -324,7 +331,8 @@ class Threads(Hosting):
         home.queue.append(task)
         home.doorbell.ring()
 
-    def _progressed(self) -> None:
+    def progressed(self) -> None:
+        """Have waiters look at their conditions again."""
         if self._waiting:
             with self._progress:
                 self._turns += 1
@@ -377,6 +385,15 @@ class Threads(Hosting):
             worker.doorbell.close()
 
 
+class Processes(Threads):
+    """As `Threads` for the parent; children that are started by `start_guest` are processes of their own.
+
+    Such a child has its memory, a hypercall socket and eventfds, and nothing else of its parent's.
+    """
+
+    kind = "processes"
+
+
 _HOSTINGS: "WeakKeyDictionary[Hypervisor, Hosting]" = WeakKeyDictionary()
 
 
@@ -394,7 +411,11 @@ def hosting_of(hypervisor: "Hypervisor", hosting: "Hosting | str | None" = None)
     if isinstance(hosting, str):
         if present is not None and present.kind == hosting:
             return present
-        kinds: dict[str, Callable[[], Hosting]] = {"inline": Inline, "threads": Threads, "processes": Threads}
+        kinds: dict[str, Callable[[], Hosting]] = {
+            "inline": Inline,
+            "threads": Threads,
+            "processes": Processes,
+        }
         if hosting not in kinds:
             raise ValueError(f"no hosting {hosting!r}; there are {', '.join(kinds)}")
         hosting = kinds[hosting]()
