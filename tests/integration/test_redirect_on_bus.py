@@ -1,0 +1,103 @@
+"""The redirect chain through real partitions: each is a child of the one before, with VMBus between every two."""
+
+import random
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pytest
+
+from vmbus.bus import Hosting, Inline, Threads, VmbusGuest, VmbusHost
+from vmbus.errors import DeviceError, VmbusError
+from vmbus.hypervisor import Hypervisor, Partition, VirtualClock
+from vmbus.storage.disk import Disk, MemoryDisk
+from vmbus.storage.guest_disk import StorageDisk
+from vmbus.storage.redirect import RedirectDisk
+from vmbus.storage.vsc import StorageVsc
+from vmbus.storage.vsp import StorageVsp
+
+MIB = 1 << 20
+SIZE = 4 * MIB
+
+
+class Level(NamedTuple):
+    partition: Partition
+    host: VmbusHost
+    provider: StorageVsp
+    device: StorageDisk
+
+
+class Nest:
+    def __init__(self, kind: str, depth: int, disk: Disk) -> None:
+        self.hv = Hypervisor(clock=VirtualClock() if kind == "inline" else None)
+        parent = self.hv.create_root()
+        hosting: Hosting = Inline(seed=5) if kind == "inline" else Threads(workers=depth)
+        self.hosting = hosting
+        self.levels: list[Level] = []
+        for number in range(depth):
+            child = self.hv.create_child(parent, name=f"level{number}", memory_size=16 * MIB)
+            host = VmbusHost(self.hv, child, hosting=hosting)
+            provider = StorageVsp({(0, 0): disk})
+            provider.offer_on(host)
+            guest = VmbusGuest(child.vps[0])
+            guest.connect()
+            (offer,) = guest.offers
+            client = StorageVsc(guest.open(offer, 16, 16), guest.pages.allocate(512), timeout=0.5)
+            client.connect()
+            self.levels.append(Level(child, host, provider, client.disk()))
+            disk = RedirectDisk(client.disk(), guest.pages.allocate(256))
+            parent = child
+
+    @property
+    def device(self) -> StorageDisk:
+        return self.levels[-1].device
+
+    def close(self) -> None:
+        for level in reversed(self.levels):
+            level.provider.shutdown()
+        self.hosting.close()
+        assert self.hv.root is not None
+        self.hv.root.destroy()
+
+
+@pytest.fixture(params=["inline", "threads"])
+def kind(request: pytest.FixtureRequest) -> Iterator[str]:
+    return request.param
+
+
+@pytest.mark.parametrize("depth", [2, 4])
+def test_data_are_the_same(kind: str, depth: int) -> None:
+    disk = MemoryDisk(SIZE)
+    nest = Nest(kind, depth, disk)
+    rnd = random.Random(depth)
+    offsets = rnd.sample(range(0, SIZE, 4096), 300)
+    pieces = [rnd.randbytes(4096) for _ in offsets]
+    before = nest.hv.ledger.total().copy()
+    nest.device.write_batch(offsets, pieces)
+    assert nest.device.read_batch(offsets, 4096) == pieces
+    counts = nest.hv.ledger.total() - before
+    assert counts.hypercalls  # doorbells of real partitions
+    big = rnd.randbytes(MIB)
+    nest.device.write(MIB, big)
+    nest.device.flush()
+    assert disk.read(MIB, MIB) == big
+    for offset, piece in zip(offsets, pieces, strict=True):
+        if not MIB <= offset < 2 * MIB:
+            assert disk.read(offset, 4096) == piece
+    nest.close()
+
+
+@pytest.mark.parametrize("dead", [0, 1])
+def test_a_provider_taken_away_is_an_error_for_all_behind_it(kind: str, dead: int) -> None:
+    nest = Nest(kind, 3, MemoryDisk(SIZE))
+    assert nest.device.read(0, 4096) == bytes(4096)
+    level = nest.levels[dead]
+    level.provider.shutdown()
+    began = time.monotonic()
+    for _ in range(3):
+        with pytest.raises(VmbusError):
+            nest.device.read_batch([0, 4096, 8192], 4096)
+        with pytest.raises(DeviceError):
+            nest.device.write(0, bytes(4096))
+    assert time.monotonic() - began < 10
+    nest.close()
