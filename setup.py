@@ -32,23 +32,24 @@ extensions = [
     for source in sorted(Path(__file__).parent.joinpath("ext").glob("*.pyx"))
 ]
 
-setup(
-    ext_modules=cythonize(
-        extensions,
-        include_path=["src"],
-        compiler_directives={
-            "language_level": 3,
-            "boundscheck": False,
-            "wraparound": False,
-            "cdivision": True,
-            "initializedcheck": False,
-            "embedsignature": True,
-            "autotestdict": False,
-            "auto_pickle": False,  # these objects own memory: pickling them is a TypeError
-            "freethreading_compatible": False,
-        },
-        build_dir="build/cython",
-        nthreads=JOBS if JOBS > 1 else 0,
-    ),
-    options={"build_ext": {"parallel": JOBS if JOBS > 1 else None}},
-)
+if __name__ == "__main__":  # Cython's worker processes may import this file
+    setup(
+        ext_modules=cythonize(
+            extensions,
+            include_path=["src"],
+            compiler_directives={
+                "language_level": 3,
+                "boundscheck": False,
+                "wraparound": False,
+                "cdivision": True,
+                "initializedcheck": False,
+                "embedsignature": True,
+                "autotestdict": False,
+                "auto_pickle": False,  # these objects own memory: pickling them is a TypeError
+                "freethreading_compatible": False,
+            },
+            build_dir="build/cython",
+            nthreads=JOBS if JOBS > 1 else 0,
+        ),
+        options={"build_ext": {"parallel": JOBS if JOBS > 1 else None}},
+    )
