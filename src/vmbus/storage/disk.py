@@ -364,7 +364,7 @@ class RawDisk(_FileDisk):
 
 
 class MemoryDisk(_FileDisk):
-    """A disk in anonymous host memory, gone when it is closed; untouched sectors are zeros and cost nothing.
+    """A disk in anonymous host memory, gone when it is closed; sectors that nobody used are zeros and free.
 
     The memory is a sealed memfd that is also mapped, so that compiled code may copy to and from it directly:
     its size can never change, therefore no access to the mapping can fault.
