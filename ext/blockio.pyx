@@ -67,7 +67,7 @@ cdef enum:
 
 cdef enum:
     MOST_UNITS = 64             # units served here; more are served by the Python provider
-    MOST_RANGE_BYTES = 1048     # GPA ranges of a request served here: one of 512 KiB, or many small ones
+    MOST_RANGE_WORDS = 131      # GPA ranges of a request served here: one of 512 KiB, or many small ones
     VECTORS = 64
 
 cdef enum:
@@ -113,6 +113,38 @@ cdef packed struct wire_packet_t:
     uint32_t time_out_value
     uint32_t queue_sort_key
 
+def layout() -> dict:
+    """Bytes from the start of a packet to each field, as compiled here; with the sizes of both forms."""
+    cdef wire_packet_t packet
+    cdef size_t start = <size_t>&packet
+    return {
+        "operation": <size_t>&packet.request.operation - start,
+        "flags": <size_t>&packet.request.flags - start,
+        "status": <size_t>&packet.request.status - start,
+        "length": <size_t>&packet.request.length - start,
+        "srb_status": <size_t>&packet.request.srb_status - start,
+        "scsi_status": <size_t>&packet.request.scsi_status - start,
+        "reserved1": <size_t>&packet.request.reserved1 - start,
+        "path_id": <size_t>&packet.request.path_id - start,
+        "target_id": <size_t>&packet.request.target_id - start,
+        "lun": <size_t>&packet.request.lun - start,
+        "cdb_length": <size_t>&packet.request.cdb_length - start,
+        "sense_info_length": <size_t>&packet.request.sense_info_length - start,
+        "data_in": <size_t>&packet.request.data_in - start,
+        "properties": <size_t>&packet.request.properties - start,
+        "data_transfer_length": <size_t>&packet.request.data_transfer_length - start,
+        "payload": <size_t>&packet.request.cdb - start,
+        "reserve": <size_t>&packet.reserve - start,
+        "queue_tag": <size_t>&packet.queue_tag - start,
+        "queue_action": <size_t>&packet.queue_action - start,
+        "srb_flags": <size_t>&packet.srb_flags - start,
+        "time_out_value": <size_t>&packet.time_out_value - start,
+        "queue_sort_key": <size_t>&packet.queue_sort_key - start,
+        "short packet": sizeof(wire_request_t),
+        "long packet": sizeof(wire_packet_t),
+    }
+
+
 cdef struct unit_t:
     uint32_t enabled        # may be taken by requests; cleared by another thread at any time
     uint32_t busy           # a request is in it now
@@ -137,7 +169,7 @@ cdef struct block_request_t:
     bint write
     unit_t *unit
     int index
-    uint8_t ranges[MOST_RANGE_BYTES]
+    uint64_t ranges[MOST_RANGE_WORDS]
 
 
 cdef inline int _parse(const ring_packet_t *packet, unit_t *units, int unit_count, int path,
@@ -151,7 +183,7 @@ cdef inline int _parse(const ring_packet_t *packet, unit_t *units, int unit_coun
     cdef unit_t *unit
     cdef uint64_t first[2]
     if (packet.type != PACKET_GPA_DIRECT or packet.flags != FLAG_COMPLETION_REQUESTED
-            or header > MOST_RANGE_BYTES or payload < HEADER + REQUEST_LEAST):
+            or header > MOST_RANGE_WORDS * 8 or payload < HEADER + REQUEST_LEAST):
         return LEFT
     memcpy(wire, start + packet.offset, sizeof(wire_request_t))
     if wire.operation != OPERATION_EXECUTE_SRB or (wire.path_id != 0 and path < 0) or wire.cdb[1] != 0:
@@ -189,7 +221,7 @@ cdef inline int _parse(const ring_packet_t *packet, unit_t *units, int unit_coun
     memcpy(first, start + DESCRIPTOR_BYTES, 8)
     request.range_count = <uint32_t>(first[0] >> 32)
     memcpy(request.ranges, start + EXTERNAL_HEADER_BYTES, header)
-    total = gpa_ranges_check(request.ranges, header, request.range_count)
+    total = gpa_ranges_check(<const uint8_t *>request.ranges, header, request.range_count)
     if total < wire.data_transfer_length:   # malformed ranges are negative
         return LEFT
     request.transaction_id = packet.transaction_id
@@ -213,7 +245,7 @@ cdef inline int _transfer(const guest_memory_t *memory, block_request_t *request
     cdef gpa_cursor_t cursor
     cdef iovec vectors[VECTORS]
     cdef uint64_t covered, done = 0
-    cdef uint64_t *words = <uint64_t *>request.ranges
+    cdef uint64_t *words = request.ranges
     cdef uint8_t *guest
     cdef uint8_t *disk
     cdef ssize_t moved
@@ -239,7 +271,7 @@ cdef inline int _transfer(const guest_memory_t *memory, block_request_t *request
             if moved >= 0 or errno != EINTR:
                 break
         return SERVED if <uint64_t>moved == request.length and moved > 0 else LEFT
-    gpa_cursor_start(&cursor, request.ranges, request.range_count)
+    gpa_cursor_start(&cursor, <const uint8_t *>request.ranges, request.range_count)
     if unit.mapping == NULL:
         return SERVED if gpa_transfer(memory, &cursor, unit.fd, request.offset, request.length,
                                       not request.write) == <int64_t>request.length else LEFT
@@ -322,7 +354,7 @@ cdef class Request:
         cdef gpa_cursor_t cursor
         cdef int64_t moved
         with nogil:
-            gpa_cursor_start(&cursor, self.c.ranges, self.c.range_count)
+            gpa_cursor_start(&cursor, <const uint8_t *>self.c.ranges, self.c.range_count)
             moved = gpa_transfer(&self.memory.c, &cursor, fd, self.c.offset, self.c.length, not self.c.write)
         if moved != <int64_t>self.c.length:
             if moved < -100:
@@ -356,7 +388,7 @@ cdef class Request:
         cdef gpa_cursor_t cursor
         cdef uint64_t covered, left = self.c.length
         cdef int used, index
-        gpa_cursor_start(&cursor, self.c.ranges, self.c.range_count)
+        gpa_cursor_start(&cursor, <const uint8_t *>self.c.ranges, self.c.range_count)
         while left:
             used = gpa_cursor_iov(&cursor, &self.memory.c, ACCESS_WRITE if to_guest else ACCESS_READ, left, vectors,
                                   VECTORS, &covered)
@@ -461,7 +493,7 @@ cdef inline int _relay(const guest_memory_t *guest, block_request_t *request, co
     cdef uint8_t *ours
     cdef uint8_t *theirs
     cdef int used, index
-    gpa_cursor_start(&cursor, request.ranges, request.range_count)
+    gpa_cursor_start(&cursor, <const uint8_t *>request.ranges, request.range_count)
     while done < request.length:
         used = gpa_cursor_iov(&cursor, guest, access, request.length - done, vectors, VECTORS, &covered)
         if used <= 0:
@@ -717,7 +749,7 @@ cdef class BlockServer:
                 if unit.python:
                     request = Request.__new__(Request)
                     request.memory = self.memory
-                    memcpy(&request.c, &self.request, sizeof(block_request_t) - MOST_RANGE_BYTES
+                    memcpy(&request.c, &self.request, sizeof(block_request_t) - MOST_RANGE_WORDS * 8
                            + (packet.offset - EXTERNAL_HEADER_BYTES))
                     self.handlers[self.request.index](request)
                 else:
@@ -749,7 +781,7 @@ cdef class BlockServer:
         batch.memory = self.memory
         with nogil:
             while True:
-                memcpy(&batch.items[batch.count], &self.request, sizeof(block_request_t) - MOST_RANGE_BYTES
+                memcpy(&batch.items[batch.count], &self.request, sizeof(block_request_t) - MOST_RANGE_WORDS * 8
                        + (packet.offset - EXTERNAL_HEADER_BYTES))
                 batch.places[batch.count] = self.incoming.c.read
                 batch.count += 1
