@@ -260,8 +260,15 @@ def test_a_hop_that_falls_silent_is_given_up_once(chains: list[Chain], batches: 
         chain.device.read_batch([0, 4096, 8192], 4096)
     assert time.monotonic() - began < 5
     began = time.monotonic()
-    with pytest.raises(DeviceError):
-        chain.device.read(0, 4096)
+    for device in (chain.hops[2].device, chain.hops[1].device):
+        with pytest.raises(DeviceError) as caught:
+            device.read(0, 4096)
+        if isinstance(caught.value, CommandError):  # else this client itself has waited too long
+            assert caught.value.sense is not None
+            assert (caught.value.sense.key, caught.value.sense.additional) == (
+                SenseKey.HARDWARE_ERROR,
+                AdditionalSense.LOGICAL_UNIT_COMMUNICATION_FAILURE,
+            )
     assert time.monotonic() - began < 0.3
 
 

@@ -176,10 +176,14 @@ class _Hop:
         self._disk.account.backend_calls += self.requests
         if error is None or not isinstance(error, VmbusError) or isinstance(error, DiskError):
             return
-        number = _error_number(error)
+        # Not this request failed, but the way to the disk.
+        lost = isinstance(error, RingError) or (
+            isinstance(error, DeviceError) and not hasattr(error, "sense")
+        )
+        number = errno.ENOTCONN if lost else _error_number(error)
         failure = DiskError(f"redirected {self._what} at byte {self._offset} failed: {error}", number)
-        if isinstance(error, RingError) or (isinstance(error, DeviceError) and not hasattr(error, "sense")):
-            self._disk._failure = failure  # not this request failed, but the way to the disk
+        if lost:
+            self._disk._failure = failure
         raise failure from error
 
 
@@ -192,4 +196,6 @@ def _error_number(error: VmbusError) -> int:
         if sense.additional == AdditionalSense.SPACE_ALLOCATION_FAILED:
             return errno.ENOSPC
         return errno.EROFS
+    if sense.additional == AdditionalSense.LOGICAL_UNIT_COMMUNICATION_FAILURE:
+        return errno.ENOTCONN
     return errno.EIO

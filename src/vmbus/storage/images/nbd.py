@@ -152,7 +152,7 @@ class NbdDisk(Disk):
         return bytes(data)
 
     def _lost(self, why: str) -> DiskError:
-        return DiskError(f"{self.name}: {why}", errno.EIO)
+        return DiskError(f"{self.name}: {why}", errno.ENOTCONN)
 
     def _transact(self, parts: Sequence[_Part]) -> list[Reply]:
         """Send requests and wait for all their replies.
