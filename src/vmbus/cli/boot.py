@@ -9,6 +9,7 @@ import termios
 import time
 import tty
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,6 +19,7 @@ from rich.table import Table
 from vmbus.cli.units import size
 from vmbus.machine.guest import Machine, Outcome, Result
 from vmbus.machine.linux import BootError
+from vmbus.machine.network import GuestNetwork
 from vmbus.machine.packages import load_guest
 
 __all__ = ["EXIT_STATUS", "add_parser", "run"]
@@ -67,6 +69,16 @@ def add_parser(subparsers: Any) -> None:
         metavar="IMAGE",
         help="raw, VHD or VHDX; may be repeated",
     )
+    parser.add_argument(
+        "--net",
+        action="append",
+        default=[],
+        metavar="UPLINK",
+        help="a network adapter on tap, tap:NAME, stream:PATH (passt, QEMU's framing) or none; may be repeated",
+    )
+    parser.add_argument(
+        "--pcap", type=Path, metavar="FILE", help="record the first adapter's frames (pcapng)"
+    )
     parser.add_argument("--append", default="", metavar="TEXT", help="added to the kernel's command line")
     parser.add_argument("--memory", type=size, default=512 << 20, metavar="SIZE", help="RAM (default: 512M)")
     parser.add_argument(
@@ -104,19 +116,22 @@ def run(args: argparse.Namespace) -> int:
         raise BootError("--send needs --until")
     _note(args, f"loading {kernel}")
     command_line = f"console=ttyS0 {args.append}".strip()
-    with Machine(
-        kernel,
-        initrd=initrd,
-        disks=args.disk,
-        append=command_line,
-        memory=args.memory,
-        enlightenments=not args.no_enlightenments,
-        unpack=args.unpack,
-    ) as machine:
+    with (
+        Machine(
+            kernel,
+            initrd=initrd,
+            disks=args.disk,
+            append=command_line,
+            memory=args.memory,
+            enlightenments=not args.no_enlightenments,
+            unpack=args.unpack,
+        ) as machine,
+        _network(machine, args) as network,
+    ):
         _note(args, "starting; Ctrl-] leaves" if sys.stdin.isatty() else "starting")
         if not args.quiet:
             machine.console.echo = _show
-        with _Keyboard(machine) as keyboard:
+        with _Keyboard(machine, network) as keyboard:
             result = _run_guest(machine, args, keyboard)
         _report(machine, result, args)
         return EXIT_STATUS[result.outcome]
@@ -144,6 +159,21 @@ def _run_guest(machine: Machine, args: argparse.Namespace, keyboard: "_Keyboard"
     return result
 
 
+def _network(machine: Machine, args: argparse.Namespace) -> AbstractContextManager[GuestNetwork | None]:
+    """The guest's adapters, if it has any."""
+    if args.pcap is not None and not args.net:
+        raise BootError("--pcap needs --net")
+    if not args.net:
+        return nullcontext(None)
+    network = GuestNetwork(machine.bus)
+    for number, uplink in enumerate(args.net):
+        interface = network.add(uplink, capture=args.pcap if number == 0 else None)
+        joined = interface.uplink
+        name = getattr(joined.uplink, "name", uplink) if joined is not None else "nothing"
+        _note(args, f"network adapter {interface.adapter.config.mac.hex(':')} on {name}")
+    return network
+
+
 def _note(args: argparse.Namespace, text: str) -> None:
     if not args.quiet:
         print(f"vmbus: {text}", file=sys.stderr)
@@ -157,11 +187,13 @@ def _show(data: bytes) -> None:
 class _Keyboard:
     """What is typed goes to the guest; a terminal is put into raw mode meanwhile.
 
-    While the guest waits and a terminal is there, its time goes at the host's pace; otherwise idle time is skipped.
+    While the guest waits and a terminal or a network is there, its time goes at the host's pace; otherwise idle
+    time is skipped.
     """
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: Machine, network: GuestNetwork | None = None) -> None:
         self._machine = machine
+        self._network = network
         self._fd = sys.stdin.fileno() if _has_descriptor(sys.stdin) else -1
         self._interactive = self._fd >= 0 and os.isatty(self._fd)
         self._mode: list[Any] | None = None
@@ -183,11 +215,16 @@ class _Keyboard:
             termios.tcsetattr(self._fd, termios.TCSADRAIN, self._mode)
 
     def poll(self) -> None:
-        """Pass on what was typed, without waiting."""
+        """Pass on what was typed and what came from the network, without waiting."""
+        if self._network is not None:
+            self._network.poll()
         self._take(0.0)
 
     def idle(self, until_timer: int | None) -> bool:
         """The guest waits: for a key, or for its next timer in `until_timer` virtual ns."""
+        if self._network is not None:
+            came = self._network.idle(until_timer, [self._fd] if self._fd >= 0 else [])
+            return self._take(0.0) or came
         if not self._interactive:
             return False  # time is skipped; a pipe's input was passed on by poll
         if until_timer is None:
