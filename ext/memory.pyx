@@ -209,6 +209,18 @@ cdef class GuestMemory:
         """The access rights of the page at `gpa`; 0 where nothing is mapped or outside the space."""
         return self.c.pages[gpa >> 12].access if gpa < self.c.size else 0
 
+    def backing(self, uint64_t gpa) -> tuple:
+        """Where the byte at `gpa` really is: the descriptor of a memfd, and an offset in it (its system address).
+
+        Two addresses, of whichever partitions, are the same memory exactly if these are equal.
+
+        Raises:
+            GuestMemoryError: no page is mapped there.
+        """
+        if gpa >= self.c.size or self.c.pages[gpa >> 12].fd < 0:
+            raise GuestMemoryError(f"no page is mapped at {gpa:#x}")
+        return self.c.pages[gpa >> 12].fd, self.c.pages[gpa >> 12].offset + (gpa & 0xfff)
+
     cdef int _check_extent(self, uint64_t gpa, uint64_t length) except -1:
         if gpa % PAGE_BYTES or length % PAGE_BYTES:
             raise ValueError(f"{length:#x} bytes at {gpa:#x}: not whole pages")

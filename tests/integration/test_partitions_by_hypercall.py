@@ -26,6 +26,7 @@ from vmbus.hypervisor.tlfs import (
     TranslateFlags,
     TranslateResult,
 )
+from vmbus.hypervisor.translate import Access
 from vmbus.hypervisor.wire import (
     ConnectPort,
     CreatePartition,
@@ -160,6 +161,24 @@ def test_nested_children_share_the_grandparents_page(hv, root):
     assert root.call(CallCode.FINALIZE_PARTITION, q(grandchild_id))[0] == Status.INVALID_PARTITION_ID
     child.destroy()
     assert grandchild_id not in hv.partitions
+
+
+def test_both_translations_through_three_partitions(hv, root):
+    """Guest virtual to guest physical by the guest's tables, on to system physical by its ancestors' maps."""
+    child = running(root)
+    child.privileges |= Privilege.CREATE_PARTITIONS
+    grandchild = hv.create_child(child, "grandchild", memory_size=1 << 20)
+    header = MapGpaPages(grandchild.id, 8, MapFlags.READABLE, 0).pack()
+    assert RawGuest(child.vps[0]).rep(CallCode.MAP_GPA_PAGES, header, [q(10)])[:2] == (Status.SUCCESS, 1)
+    for at, entry in ((0x1000, 0x2007), (0x2000, 0x3007), (0x3000, 0x4007), (0x4000 + 7 * 8, 0x8000 | 7)):
+        grandchild.memory.write(at, q(entry))
+    vp = grandchild.vps[0]
+    vp.registers |= {RegisterName.CR0: 1 << 31 | 1, RegisterName.CR3: 0x1000, RegisterName.CR4: 0x20}
+    vp.registers[RegisterName.EFER] = 0xD00
+    assert vp.translate(0x7123) == 0x8123
+    assert vp.translate_to_system(0x7123) == root.memory.backing(GUEST_RAM + 10 * 4096 + 0x123)
+    with pytest.raises(GuestMemoryError):
+        vp.translate(0x7123, Access(write=True))  # its own tables allow that, its parent's map does not
 
 
 def test_mapping_and_unmapping_while_it_runs(hv, root):

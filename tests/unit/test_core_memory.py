@@ -275,3 +275,16 @@ def test_memory_that_could_shrink_is_refused(memory: GuestMemory) -> None:
             GuestMemory(1 << 20, fd=fd)
     finally:
         os.close(fd)
+
+
+def test_equal_backing_is_the_same_memory(memory: GuestMemory) -> None:
+    child, grandchild = GuestMemory(1 << 16, mapped=False), GuestMemory(1 << 16, mapped=False)
+    child.map(0x2000, memory, 0x7000, PAGE_SIZE, READ | WRITE)
+    grandchild.map(0x5000, child, 0x2000, PAGE_SIZE, READ)
+    assert (
+        grandchild.backing(0x5123) == child.backing(0x2123) == memory.backing(0x7123) == (memory.fd, 0x7123)
+    )
+    assert memory.backing(0x8000) != memory.backing(0x7000)
+    for nowhere in (0x3000, 1 << 16, 1 << 60):
+        with pytest.raises(GuestMemoryError):
+            child.backing(nowhere)

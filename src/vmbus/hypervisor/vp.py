@@ -266,6 +266,15 @@ class VirtualProcessor:
             raise PageFault(gva, found.error_code)
         raise GuestMemoryError(f"0x{gva:x} leads to guest physical 0x{found.gpa:x}: {found.result.name}")
 
+    def translate_to_system(self, gva: int, access: Access = READ_ACCESS) -> tuple[int, int]:
+        """Both translations, guest virtual to guest physical to system physical (`GuestMemory.backing`).
+
+        Raises:
+            PageFault: the guest's tables do not allow the access.
+            GuestMemoryError: the guest physical address, or a page table, is not the partition's.
+        """
+        return self.partition.memory.backing(self.translate(gva, access))
+
     # Interrupts
 
     @property
