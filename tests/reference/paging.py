@@ -8,7 +8,7 @@ ADDRESS = (1 << 40) - 1 & ~0xFFF
 
 
 def mappings(read, cr3, nx_enabled):
-    """Yield (first gva, size, first gpa, writable, user, executable, malformed) of everything below `cr3`.
+    """Yield (first gva, size, first gpa, entries with rights, malformed) of everything that four levels map.
 
     `read(gpa)` gives the eight bytes there as an integer, None where there is no memory.
     """
@@ -24,16 +24,51 @@ def mappings(read, cr3, nx_enabled):
             if e3 >> 7 & 1:
                 yield at3, 1 << 30, e3 & ADDRESS & ~((1 << 30) - 1), (e4, e3), bool(e3 >> 13 & 0x1FFFF)
                 continue
-            for i2, e2 in _entries(read, e3 & ADDRESS):
-                at2 = at3 | i2 << 21
-                if _malformed(e2, nx_enabled):
-                    yield at2, 1 << 21, 0, (e4, e3, e2), True
-                    continue
-                if e2 >> 7 & 1:
-                    yield at2, 1 << 21, e2 & ADDRESS & ~((1 << 21) - 1), (e4, e3, e2), bool(e2 >> 13 & 0xFF)
-                    continue
-                for i1, e1 in _entries(read, e2 & ADDRESS):
-                    yield at2 | i1 << 12, PAGE, e1 & ADDRESS, (e4, e3, e2, e1), _malformed(e1, nx_enabled)
+            for first, size, gpa, entries, malformed in _lower(read, e3, nx_enabled):
+                yield at3 | first, size, gpa, (e4, e3, *entries), malformed
+
+
+def pae_mappings(read, cr3, nx_enabled):
+    """The same for PAE paging: four pointers without rights, then two levels."""
+    for index in range(4):
+        e3 = read((cr3 & 0xFFFF_FFE0) + 8 * index)
+        if e3 is None or not e3 & 1:
+            continue
+        if e3 & 0x1E6 or e3 >> 40:
+            yield index << 30, 1 << 30, 0, (), True
+            continue
+        for first, size, gpa, entries, malformed in _lower(read, e3, nx_enabled):
+            yield index << 30 | first, size, gpa, entries, malformed or any(e >> 52 & 0x7FF for e in entries)
+
+
+def legacy_mappings(read4, cr3, large_pages):
+    """The same for 32-bit paging: two levels of 1024 four-byte entries."""
+    for i2 in range(1024):
+        e2 = read4((cr3 & 0xFFFF_F000) + 4 * i2)
+        if e2 is None or not e2 & 1:
+            continue
+        if large_pages and e2 >> 7 & 1:
+            gpa = e2 & 0xFFC0_0000 | (e2 >> 13 & 0xFF) << 32
+            yield i2 << 22, 1 << 22, gpa, (e2,), bool(e2 >> 21 & 1)
+            continue
+        for i1 in range(1024):
+            e1 = read4((e2 & 0xFFFF_F000) + 4 * i1)
+            if e1 is not None and e1 & 1:
+                yield i2 << 22 | i1 << 12, PAGE, e1 & 0xFFFF_F000, (e2, e1), False
+
+
+def _lower(read, above, nx_enabled):
+    """The two lowest levels of eight-byte entries."""
+    for i2, e2 in _entries(read, above & ADDRESS):
+        at2 = i2 << 21
+        if _malformed(e2, nx_enabled):
+            yield at2, 1 << 21, 0, (e2,), True
+            continue
+        if e2 >> 7 & 1:
+            yield at2, 1 << 21, e2 & ADDRESS & ~((1 << 21) - 1), (e2,), bool(e2 >> 13 & 0xFF)
+            continue
+        for i1, e1 in _entries(read, e2 & ADDRESS):
+            yield at2 | i1 << 12, PAGE, e1 & ADDRESS, (e2, e1), _malformed(e1, nx_enabled)
 
 
 def _entries(read, table):
@@ -48,8 +83,7 @@ def _malformed(entry, nx_enabled):
 
 
 def translate(
-    read,
-    cr3,
+    mapped,
     gva,
     *,
     nx_enabled=True,
@@ -61,12 +95,12 @@ def translate(
     execute=False,
     user=False,
 ):
-    """The outcome for one access: ("ok", gpa) or ("fault", present bit of the error code, reserved bit of it)."""
-    low = gva & (1 << 48) - 1
-    if gva not in (low, low | 0xFFFF << 48) or (gva >> 63) != (gva >> 47 & 1):
-        return ("fault", 0, 0)
-    for first, size, gpa, entries, malformed in mappings(read, cr3, nx_enabled):
-        if not first <= low < first + size:
+    """The outcome for one access, among the mappings `mapped`.
+
+    ("ok", gpa) or ("fault", present bit of the error code, reserved bit of it).
+    """
+    for first, size, gpa, entries, malformed in mapped:
+        if not first <= gva < first + size:
             continue
         if malformed:
             return ("fault", 1, 1)
@@ -84,5 +118,5 @@ def translate(
             allowed = False
         if not user and for_user and not execute and smap and not ac:
             allowed = False
-        return ("ok", gpa | low - first) if allowed else ("fault", 1, 0)
+        return ("ok", gpa | gva - first) if allowed else ("fault", 1, 0)
     return ("fault", 0, 0)

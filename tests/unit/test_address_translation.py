@@ -1,8 +1,9 @@
 """Page walks against the oracle that lists every mapping."""
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference.paging import legacy_mappings, mappings, pae_mappings
 from reference.paging import translate as oracle
 
 from vmbus.core.memory import EXECUTE, READ, GuestMemory
@@ -118,6 +119,34 @@ def test_a_processor_translates_and_faults():
     assert (caught.value.address, caught.value.error_code) == (0x40_5000, 2)
 
 
+def test_pae_and_32_bit_tables(memory):
+    pae = PagingState(PG_WP, 0x1020, PAE, 1 << 11)
+    put(memory, 0x1020, 3, 0x2000 | P)
+    put(memory, 0x2000, 5, 0x80_0000 | P | W | PS)
+    put(memory, 0x2000, 6, 0x3000 | P | W)
+    put(memory, 0x3000, 7, 0x9000 | P | W)
+    found = walk(memory, pae, 0xC0AB_CDEF, Access(write=True))
+    assert (found.result, found.gpa, found.page_size) == (TranslateResult.SUCCESS, 0x8B_CDEF, 2 << 20)
+    found = walk(memory, pae, 0xC0C0_7123, Access(write=True, set_bits=True))
+    assert (found.result, found.gpa, found.page_size) == (TranslateResult.SUCCESS, 0x9123, 4096)
+    read = reader(memory)
+    assert [read(at) & (A | D) for at in (0x1038, 0x2030, 0x3038)] == [0, A, A | D]
+    put(memory, 0x1020, 3, 0x2000 | P | W)  # the pointers have no writable bit
+    assert walk(memory, pae, 0xC0C0_7123, Access()).error_code == 0b1001
+    plain, large = PagingState(PG_WP, 0x4000, 0, 0), PagingState(PG_WP, 0x4000, 1 << 4, 0)
+    memory.write(0x4000 + 4 * 3, (0x40_0000 | P | W | PS).to_bytes(4, "little"))
+    memory.write(0x40_0000 + 4 * 0x2A, (0xA000 | P | W).to_bytes(4, "little"))
+    found = walk(memory, large, 0xC2_ABCD, Access(write=True))
+    assert (found.result, found.gpa, found.page_size) == (TranslateResult.SUCCESS, 0x42_ABCD, 4 << 20)
+    found = walk(
+        memory, plain, 0xC2_ABCD, Access(write=True, set_bits=True)
+    )  # without CR4.PSE the bit says nothing
+    assert (found.result, found.gpa, found.page_size) == (TranslateResult.SUCCESS, 0xABCD, 4096)
+    assert memory.read(0x40_0000 + 4 * 0x2A, 4) == (0xA000 | P | W | A | D).to_bytes(4, "little")
+    memory.write(0x4000 + 4 * 3, (1 << 13 | P | PS).to_bytes(4, "little"))  # PSE-36: beyond 4 GiB
+    assert walk(memory, large, 0xC0_0000, Access()).gpa == 1 << 32
+
+
 FLAGS = st.integers(0, 0xF).map(lambda n: (n & 7) | (n & 8) << 4)
 ENTRY = st.builds(
     lambda present, flags, frame, nx, junk: present | flags | frame << 12 | nx << 63 | junk,
@@ -126,12 +155,31 @@ ENTRY = st.builds(
     # Mostly among the tables themselves and low memory, sometimes beyond the end of it.
     st.one_of(st.integers(0, 15), st.sampled_from([0x200, 0x400, SIZE >> 12, 0xFFF_FFFF])),
     st.booleans(),
-    st.sampled_from([0, 0, 0, 0, 1 << 45, 1 << 13]),
+    st.sampled_from([0, 0, 0, 0, 1 << 45, 1 << 13, 1 << 55]),
 )
 INDEX = st.sampled_from([0, 1, 2, 511])
+MODES = {
+    "long": (PAE, 1 << 8 | 1 << 10),
+    "pae": (PAE, 0),
+    "legacy": (0, 0),
+    "legacy with large pages": (1 << 4, 0),
+}
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def address(mode, indices, offset, canonical):
+    """A virtual address out of table indices."""
+    gva = offset
+    for index, shift in zip(indices, (39, 30, 21, 12), strict=True):
+        gva |= index << shift
+    if mode != "long":
+        return gva & 0xFFFF_FFFF
+    if gva >> 47:
+        gva |= 0xFFFF << 48
+    return gva if canonical else gva ^ 1 << 50
+
+
+@pytest.mark.parametrize("mode", MODES)
+@settings(max_examples=40, deadline=None)
 @given(
     entries=st.lists(st.tuples(st.integers(1, 6), INDEX, ENTRY), min_size=1, max_size=24),
     indices=st.tuples(INDEX, INDEX, INDEX, INDEX),
@@ -140,26 +188,17 @@ INDEX = st.sampled_from([0, 1, 2, 511])
     write=st.booleans(),
     execute=st.booleans(),
     user=st.booleans(),
-    modes=st.tuples(st.booleans(), st.booleans(), st.booleans(), st.booleans(), st.booleans()),
+    switches=st.tuples(st.booleans(), st.booleans(), st.booleans(), st.booleans(), st.booleans()),
 )
-def test_against_the_oracle(entries, indices, offset, canonical, write, execute, user, modes):
+def test_against_the_oracle(mode, entries, indices, offset, canonical, write, execute, user, switches):
     memory = GuestMemory(SIZE)
     for table, index, entry in entries:
         put(memory, table << 12, index, entry)
-    nx, wp, smep, smap, ac = modes
-    gva = offset
-    for index, shift in zip(indices, (39, 30, 21, 12), strict=True):
-        gva |= index << shift
-    if gva >> 47:
-        gva |= 0xFFFF << 48
-    if not canonical:
-        gva ^= 1 << 50
+    nx, wp, smep, smap, ac = switches
+    cr4, efer = MODES[mode]
+    gva = address(mode, indices, offset, canonical)
     state = PagingState(
-        1 << 31 | 1 | wp << 16,
-        0x1000,
-        PAE | smep << 20 | smap << 21,
-        1 << 8 | 1 << 10 | nx << 11,
-        2 | ac << 18,
+        1 << 31 | 1 | wp << 16, 0x1000, cr4 | smep << 20 | smap << 21, efer | nx << 11, 2 | ac << 18
     )
     access = Access(read=not execute, write=write and not execute, execute=execute, user=user)
     found = walk(memory, state, gva, access)
@@ -167,9 +206,20 @@ def test_against_the_oracle(entries, indices, offset, canonical, write, execute,
     if found.result is TranslateResult.GPA_UNMAPPED:
         assert found.gpa >= SIZE
         return
+    read = reader(memory)
+    nx = nx and not mode.startswith("legacy")
+    if mode == "long":
+        mapped = mappings(read, 0x1000, nx)
+        low = gva & (1 << 48) - 1
+        gva = low if canonical else -1  # what no table can map
+    elif mode == "pae":
+        mapped = pae_mappings(read, 0x1000, nx)
+    else:
+        mapped = legacy_mappings(
+            lambda at: (read(at & ~7) or 0) >> 8 * (at & 4) & 0xFFFF_FFFF, 0x1000, cr4 != 0
+        )
     expected = oracle(
-        reader(memory),
-        0x1000,
+        mapped,
         gva,
         nx_enabled=nx,
         write_protect=wp,

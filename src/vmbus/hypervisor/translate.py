@@ -1,8 +1,8 @@
 """Guest virtual to guest physical addresses: the page walk of a virtual processor (SDM volume 3, chapter 4).
 
-Four-level paging with 4 KiB, 2 MiB and 1 GiB pages, and the identity while paging is off. The walk
-reads each table entry once and checks rights as the processor does: present, reserved bits, read/write with
-CR0.WP, user/supervisor with SMEP and SMAP, execute-disable. The second translation, guest physical to system
+Four-level paging with 4 KiB, 2 MiB and 1 GiB pages, PAE and 32-bit paging with their large pages, and the identity
+while paging is off. The walk reads each table entry once and checks rights as the processor does: present, reserved
+bits, read/write with CR0.WP, user/supervisor with SMEP and SMAP, execute-disable. The second translation, guest physical to system
 physical, is the partition's memory map (`GuestMemory`).
 """
 
@@ -18,6 +18,7 @@ __all__ = ["READ_ACCESS", "Access", "PagingState", "Translation", "walk"]
 
 CR0_PG: Final = 1 << 31
 CR0_WP: Final = 1 << 16
+CR4_PSE: Final = 1 << 4
 CR4_PAE: Final = 1 << 5
 CR4_SMEP: Final = 1 << 20
 CR4_SMAP: Final = 1 << 21
@@ -94,6 +95,43 @@ class Translation:
     error_code: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class _Format:
+    """One way of paging: how the tables of a walk look.
+
+    Attributes:
+        shifts: the address bit at which each level's index begins, from the top.
+        entry_size: bytes of an entry.
+        root_mask: the address bits of CR3.
+        large: the levels, by shift, whose entries may map a page.
+        reserved: bits that must be zero in every present entry.
+        bare_root: the top level's entries carry no rights (the four pointers of PAE paging).
+        linear_bits: how many bits of an address count.
+    """
+
+    shifts: tuple[int, ...]
+    entry_size: int
+    root_mask: int
+    large: frozenset[int]
+    reserved: int
+    bare_root: bool
+    linear_bits: int
+
+
+_LONG: Final = _Format((39, 30, 21, 12), 8, _ADDRESS, frozenset({30, 21}), _RESERVED, False, 64)
+_PAE: Final = _Format((30, 21, 12), 8, 0xFFFF_FFE0, frozenset({21}), _RESERVED | 0x7FF << 52, True, 32)
+_LEGACY: Final = _Format((22, 12), 4, 0xFFFF_F000, frozenset(), 0, False, 32)
+_LEGACY_PSE: Final = _Format((22, 12), 4, 0xFFFF_F000, frozenset({22}), 0, False, 32)
+_PAE_ROOT_RESERVED: Final = 0x1E6 | NO_EXECUTE
+"""Bits of a PAE page directory pointer that are reserved beside the common ones: 8:5, 2:1, 63."""
+
+
+def _format(state: PagingState) -> _Format:
+    if not state.cr4 & CR4_PAE:
+        return _LEGACY_PSE if state.cr4 & CR4_PSE else _LEGACY
+    return _LONG if state.efer & EFER_LMA else _PAE
+
+
 def walk(memory: GuestMemory, state: PagingState, gva: int, access: Access) -> Translation:
     """Translate `gva`.
 
@@ -104,58 +142,76 @@ def walk(memory: GuestMemory, state: PagingState, gva: int, access: Access) -> T
     """
     if not state.cr0 & CR0_PG:
         return _second_level(memory, gva & 0xFFFF_FFFF, 4096, access)
-    if not state.cr4 & CR4_PAE or not state.efer & EFER_LMA:
-        # 32-bit page tables: this processor's guests run in long mode or without paging.
-        return Translation(TranslateResult.INVALID_PAGE_TABLE_FLAGS)
+    form = _format(state)
+    execute_disable = bool(state.efer & EFER_NXE) and form.entry_size == 8
     base_error = (
         (ERROR_WRITE if access.write else 0)
         | (ERROR_USER if access.user else 0)
-        | (ERROR_FETCH if access.execute and state.efer & EFER_NXE else 0)
+        | (ERROR_FETCH if access.execute and execute_disable else 0)
     )
-    if gva >> 47 not in (0, 0x1FFFF):
-        return Translation(TranslateResult.PAGE_NOT_PRESENT, error_code=base_error)
-    reserved = _RESERVED if state.efer & EFER_NXE else _RESERVED | NO_EXECUTE
-    table = state.cr3 & _ADDRESS
-    rights = WRITABLE | USER
-    no_execute = 0
+    if form is _LONG:
+        if gva >> 47 not in (0, 0x1FFFF):
+            return Translation(TranslateResult.PAGE_NOT_PRESENT, error_code=base_error)
+    else:
+        gva &= 0xFFFF_FFFF
+    reserved = form.reserved
+    if form.entry_size == 8 and not execute_disable:
+        reserved |= NO_EXECUTE
+    table = state.cr3 & form.root_mask
+    rights, no_execute = WRITABLE | USER, 0
     visited: list[tuple[int, int]] = []
-    shift = 39
-    while True:
-        at = table + (gva >> shift & 0x1FF) * 8
-        entry = _load(memory, at)
-        if entry is None:
+    entry, shift, large = 0, 0, False
+    index_mask = 0x1FF if form.entry_size == 8 else 0x3FF
+    for shift in form.shifts:
+        root = form.bare_root and shift == form.shifts[0]
+        at = table + (gva >> shift & (3 if root else index_mask)) * form.entry_size
+        loaded = _load(memory, at, form.entry_size)
+        if loaded is None:
             return Translation(TranslateResult.GPA_UNMAPPED, at & ~0xFFF)
+        entry = loaded
         if not entry & PRESENT:
             return Translation(TranslateResult.PAGE_NOT_PRESENT, error_code=base_error)
-        large = bool(entry & LARGE) and shift in (30, 21)
-        bad = entry & reserved
-        if entry & LARGE and shift == 39:
-            bad = 1
-        if large and entry & ((1 << shift) - 1) & ~0x1FFF:
-            bad = 1  # address bits below a large page's size; bit 12 is its PAT bit
-        if bad:
+        large = bool(entry & LARGE) and shift in form.large
+        if _malformed(entry, shift, large, root, reserved, form):
             error = base_error | ERROR_PRESENT | ERROR_RESERVED
             return Translation(TranslateResult.INVALID_PAGE_TABLE_FLAGS, error_code=error)
-        rights &= entry
-        no_execute |= entry & NO_EXECUTE
-        visited.append((at, entry))
-        if shift == 12 or large:
+        if not root:
+            rights &= entry
+            no_execute |= entry & NO_EXECUTE
+            visited.append((at, entry))
+        if large:
             break
         table = entry & _ADDRESS
-        shift -= 9
     if not _allowed(state, access, rights, bool(no_execute)):
         return Translation(TranslateResult.PRIVILEGE_VIOLATION, error_code=base_error | ERROR_PRESENT)
     offset = (1 << shift) - 1
     gpa = entry & _ADDRESS & ~offset | gva & offset
+    if large and form.entry_size == 4:
+        gpa |= (entry >> 13 & 0xFF) << 32  # PSE-36: the upper address bits of a 4 MiB page
     done = _second_level(memory, gpa, 1 << shift, access)
     if done.result is TranslateResult.SUCCESS and access.set_bits:
-        _mark(memory, visited, access.write)
+        _mark(memory, visited, access.write, form.entry_size)
     return done
 
 
-def _load(memory: GuestMemory, gpa: int) -> int | None:
+def _malformed(entry: int, shift: int, large: bool, root: bool, reserved: int, form: _Format) -> bool:
+    """Whether a present entry sets bits that it must not set."""
+    if entry & reserved or (root and entry & _PAE_ROOT_RESERVED):
+        return True
+    if form is _LONG and shift == 39 and entry & LARGE:
+        return True
+    if not large:
+        return False
+    if form.entry_size == 4:
+        return bool(entry & 1 << 21)
+    return bool(
+        entry & ((1 << shift) - 1) & ~0x1FFF
+    )  # address bits below the page's size; bit 12 is its PAT bit
+
+
+def _load(memory: GuestMemory, gpa: int, size: int) -> int | None:
     try:
-        return int.from_bytes(memory.read(gpa, 8), "little")
+        return int.from_bytes(memory.read(gpa, size), "little")
     except GuestMemoryError:
         return None
 
@@ -187,13 +243,13 @@ def _second_level(memory: GuestMemory, gpa: int, page_size: int, access: Access)
     return Translation(TranslateResult.SUCCESS, gpa, page_size)
 
 
-def _mark(memory: GuestMemory, visited: list[tuple[int, int]], write: bool) -> None:
+def _mark(memory: GuestMemory, visited: list[tuple[int, int]], write: bool, entry_size: int) -> None:
     leaf = len(visited) - 1
     for level, (at, entry) in enumerate(visited):
         new = entry | ACCESSED | (DIRTY if write and level == leaf else 0)
         if new == entry:
             continue
         try:
-            memory.write(at, new.to_bytes(8, "little"))
+            memory.write(at, new.to_bytes(entry_size, "little"))
         except GuestMemoryError:
             return  # tables in pages that the guest may only read keep their bits
