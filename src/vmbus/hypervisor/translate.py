@@ -2,8 +2,8 @@
 
 Four-level paging with 4 KiB, 2 MiB and 1 GiB pages, PAE and 32-bit paging with their large pages, and the identity
 while paging is off. The walk reads each table entry once and checks rights as the processor does: present, reserved
-bits, read/write with CR0.WP, user/supervisor with SMEP and SMAP, execute-disable. The second translation, guest physical to system
-physical, is the partition's memory map (`GuestMemory`).
+bits, read/write with CR0.WP, user/supervisor with SMEP and SMAP, execute-disable. The second
+translation, guest physical to system physical, is the partition's memory map (`GuestMemory`).
 """
 
 from dataclasses import dataclass
