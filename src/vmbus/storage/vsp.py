@@ -104,7 +104,14 @@ class _Server:
         self.running: set[Future[Outcome]] = set()
         self.idle = threading.Condition()
         self._lock = threading.Lock()
+        self._runner = 0
         self._again = False
+
+    def settle(self) -> None:
+        """Wait until no other thread is inside `kick`."""
+        if self._runner != threading.get_ident():
+            with self._lock:
+                pass
 
     def kick(self, run: Callable[["_Server"], None]) -> None:
         """Run the server unless somebody does so already; then let that one look again.
@@ -115,10 +122,12 @@ class _Server:
         while self._again:
             if not self._lock.acquire(blocking=False):
                 return
+            self._runner = threading.get_ident()
             try:
                 self._again = False
                 run(self)
             finally:
+                self._runner = 0
                 self._lock.release()
 
 
@@ -235,6 +244,7 @@ class StorageVsp:
         unit.watchers.remove(watcher)
         watcher()
         for server in list(self._servers.values()):
+            server.settle()
             self._wait_idle(server)
         unit.detach(self.offer.instance_id)
         self._notify(Operation.REMOVE_DEVICE)
@@ -256,6 +266,7 @@ class StorageVsp:
             return
         del self._servers[server.index]
         channel.on_signal = None
+        server.settle()
         for future in list(server.running):
             future.cancel()
         self._wait_idle(server)
@@ -277,17 +288,30 @@ class StorageVsp:
             the primary channel's offer; rescind it to take the controller away.
         """
         subs: list[Offered] = []
+        wanted = 0
+
+        def offer_wanted() -> None:
+            while len(subs) < wanted:
+                subs.append(
+                    host.offer(self.offer.subchannel(len(subs) + 1), self.open, self.close, name=name)
+                )
+            while len(subs) > wanted:  # the primary channel closed meanwhile
+                subs.pop().rescind()
+
+        # As a task of its own: the bus must not be asked for anything from inside of serving a channel, because
+        # the bus may just be closing that channel and wait for its service to end.
+        task = host.hosting.task(f"{name} sub-channels", offer_wanted)
 
         def create(count: int) -> None:
-            wanted = range(len(subs) + 1, count + 1)
-            subs.extend(
-                host.offer(self.offer.subchannel(index), self.open, self.close, name=name) for index in wanted
-            )
+            nonlocal wanted
+            wanted = max(wanted, count)
+            host.hosting.ring(task)
 
         def closed(channel: Channel) -> None:
+            nonlocal wanted
             self.close(channel)
-            while subs:  # a guest that opens the controller again asks for them again
-                subs.pop().rescind()
+            wanted = 0  # a guest that opens the controller again asks for them again
+            host.hosting.ring(task)
 
         self.create_sub_channels = create
         return host.offer(self.offer, self.open, closed, name=name)
@@ -351,6 +375,10 @@ class StorageVsp:
             _log.warning("storage channel %d is corrupt and gets closed: %s", channel.channel_id, error)
             self.close(channel)
             channel.close()
+        except LocalProtocolError:
+            if channel.is_open:
+                raise
+            # Closed between two of our steps; `close` comes, or has come.
 
     def _serve_fast(self, server: _Server) -> bool:
         """Let compiled code serve plain reads and writes; True to come round again, False if a packet is left."""
