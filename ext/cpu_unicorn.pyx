@@ -454,13 +454,14 @@ cdef bint _enter(cpu_t *m, int vector, bint has_error, uint32_t error, uint64_t 
     """Go through the guest's IDT in the saved state: what a processor does on an event in 64-bit mode (SDM 6.14).
 
     Returns:
-        False if that itself faults; the saved state is unchanged then.
+        False if that itself faults, or the processor is not in long mode; the saved state is unchanged then.
     """
     cdef uint8_t gate[16]
     cdef uint64_t stack, target, physical = 0
     cdef uint32_t middle
     cdef int ist, kind, level = m.head.hflags & HF_CPL_MASK
-    if vector * 16 + 15 > <int64_t>m.head.idt.limit or not _peek(m, m.head.idt.base + vector * 16, gate, 16):
+    if (not m.head.hflags & HF_LMA or vector * 16 + 15 > <int64_t>m.head.idt.limit
+            or not _peek(m, m.head.idt.base + vector * 16, gate, 16)):
         return False
     middle = (<uint32_t *>gate)[1]
     if not middle >> 15 & 1:

@@ -72,10 +72,7 @@ def test_driver_unloads_and_loads_again(boot, shell, image: Path) -> None:
     run("test ! -e /dev/sda")
     run("insmod /lib/modules/hv_storvsc.ko; sleep 1")
     assert hashlib.sha256(image.read_bytes()).hexdigest() in run("sha256sum /dev/sda")
-    run("rmmod hv_storvsc hv_utils hv_netvsc; rmmod hv_vmbus")
-    assert machine.bus.version == 0
-    run("insmod /lib/modules/hv_vmbus.ko; insmod /lib/modules/hv_storvsc.ko; sleep 1")
-    assert hashlib.sha256(image.read_bytes()).hexdigest() in run("sha256sum /dev/sda")
+    # Not hv_vmbus itself: taking it out stops the synthetic timer in direct mode, and Linux 6.1 then has none.
 
 
 def test_a_lun_comes_and_goes(boot, shell, image: Path, tmp_path: Path) -> None:

@@ -94,6 +94,7 @@ enum {                          /* bits of hflags */
     HF_CS32 = 1 << 4,
     HF_SS32 = 1 << 5,
     HF_ADDSEG = 1 << 6,
+    HF_LMA = 1 << 14,           /* long mode is active */
     HF_CS64 = 1 << 15,
     HF_GUEST = 1 << 21,         /* intercepts are active */
 };

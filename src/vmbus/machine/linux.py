@@ -10,7 +10,7 @@ from typing import Final
 
 from vmbus.core.memory import GuestMemory
 from vmbus.errors import VmbusError
-from vmbus.machine.acpi import AcpiTables
+from vmbus.machine.acpi import RESET_PORT, RESET_VALUE, AcpiTables
 
 __all__ = ["BootError", "Entry", "Kernel", "load_linux", "parse_kernel"]
 
@@ -23,6 +23,11 @@ COMMAND_LINE_ADDRESS: Final = 0x2_0000
 ACPI_ADDRESS: Final = 0xE_0000
 LOW_MEMORY_END: Final = 0x9_FC00
 HIGH_MEMORY_START: Final = 0x10_0000
+
+RESET_VECTOR: Final = 0xF_FFF0
+RESET_CODE: Final = bytes([0xB0, RESET_VALUE, 0xBA, *RESET_PORT.to_bytes(2, "little"), 0xEE, 0xF4])
+"""MOV AL, value; MOV DX, port; OUT DX, AL; HLT in real mode: all that is left of a BIOS. Linux restarts a
+hardware-reduced machine without EFI by a jump to the reset vector, not by the FADT's reset register."""
 
 MOST_MEMORY: Final = 0xE000_0000
 """RAM ends where device addresses begin; more would need a second range above 4 GiB."""
@@ -251,6 +256,7 @@ def load_linux(
         memory.write(acpi.base, acpi.data)
         struct.pack_into("<Q", zero_page, ACPI_RSDP_ADDR, acpi.base)
     memory.write(ZERO_PAGE_ADDRESS, zero_page)
+    memory.write(RESET_VECTOR, RESET_CODE)
     memory.write(GDT_ADDRESS, struct.pack("<4Q", 0, 0, CODE_DESCRIPTOR, DATA_DESCRIPTOR))
     memory.write(PAGE_TABLE_ADDRESS, _identity_map())
     return Entry(
