@@ -28,7 +28,9 @@ TIMEOUT = 600
 def processor_time(command: list[str]) -> tuple[float, str]:
     """Run `command`; its user and system time in seconds, and what it printed."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT, check=False
+    )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     if MARK not in done.stdout:
         sys.exit(f"{command[0]} did not reach user space:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
@@ -45,7 +47,9 @@ def with_poweroff(guest: Guest, folder: Path) -> Path:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--limit", type=float, default=2.5, help="times QEMU's processor time (default: 2.5)")
     parser.add_argument("--cache", type=Path, default=os.environ.get("VMBUS_GUEST_CACHE"))
@@ -76,7 +80,9 @@ def main() -> int:
                 best[name] = min(seconds, best.get(name, seconds))
                 print(f"round {number + 1}: {name:28} {seconds:7.2f} s", flush=True)
     peer = best["qemu-system-x86_64 (TCG)"]
-    version = subprocess.run([qemu, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    version = subprocess.run(
+        [qemu, "--version"], capture_output=True, text=True, check=True
+    ).stdout.splitlines()[0]
     print(f"\nkernel {guest.version}; {version}; smallest of {args.rounds} rounds, processor time:")
     for name, seconds in best.items():
         print(f"  {name:28} {seconds:7.2f} s  {seconds / peer:5.2f} x")

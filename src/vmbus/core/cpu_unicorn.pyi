@@ -37,6 +37,7 @@ class Cpu:
         fault: type[Exception],
         before: Callable[[int], object],
         after: Callable[[], object],
+        after_port: Callable[[], object],
         on_event: Callable[[int], object],
         on_halt: Callable[[int, bool], object],
         translation_cache: int = ...,

@@ -80,13 +80,16 @@ class UnicornEngine:
         self._stop = Stop.REQUESTED
         self._limit = FOREVER
         self._next_poll = 0
+        self._due = 0
+        self._revision = -1
         self._wall_limit = float("inf")
         self.cpu = cpu_unicorn.Cpu(
             vp.partition.memory,
             vp,
             fault=GuestFault,
-            before=self._clock.advance_to,
+            before=self._before,
             after=self._after,
+            after_port=self._after_port,
             on_event=self._event,
             on_halt=self._halt,
             translation_cache=translation_cache,
@@ -125,6 +128,17 @@ class UnicornEngine:
         self._stop = why
         self.cpu.stop()
 
+    def _before(self, ticks: int) -> None:
+        if ticks >= self._due:
+            self._clock.advance_to(ticks)
+        else:
+            self._clock.move_to(ticks)
+
+    def _after_port(self) -> None:
+        """As `_after`, for exits by the thousand that rarely change anything: what a port did may have set a timer."""
+        if self._clock.revision != self._revision:
+            self._after()
+
     def _interrupt(self) -> None:
         self.cpu.interrupt = True
 
@@ -132,8 +146,9 @@ class UnicornEngine:
         """Tell the processor what an exit may have changed: timers, pending interrupts, the TSC's offset."""
         cpu, vp = self.cpu, self.vp
         due = self._clock.next_deadline()
-        event = min(self._next_poll, self._limit)
-        cpu.next_event = event if due is None or due > event else due
+        self._revision = self._clock.revision
+        self._due = FOREVER if due is None else due
+        cpu.next_event = min(self._next_poll, self._limit, self._due)
         cpu.interrupt = vp.interrupt_pending
         cpu.tsc_offset = vp.tsc_offset
 

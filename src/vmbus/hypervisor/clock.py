@@ -59,6 +59,11 @@ class Clock(ABC):
         self._timers = [entry for entry in self._timers if entry[2].callback is not None]
         heapq.heapify(self._timers)
 
+    @property
+    def revision(self) -> int:
+        """Counts the timers that were ever set: while it stays, no deadline has come nearer."""
+        return self._sequence
+
     def next_deadline(self) -> int | None:
         """When the next timer is due (absolute, in ns), or None."""
         with self._lock:
@@ -103,6 +108,11 @@ class VirtualClock(Clock):
     def advance(self, nanoseconds: int) -> int:
         """Move on by `nanoseconds` and fire what becomes due, each timer at its own due time; how many fired."""
         return self.advance_to(self._now + nanoseconds)
+
+    def move_to(self, when: int) -> None:
+        """Move on to `when` (absolute, in ns) without a look at timers: for who knows that none is due until then."""
+        if when > self._now:
+            self._now = when
 
     def advance_to(self, when: int) -> int:
         """Move on to `when` (absolute, in ns) and fire what becomes due; going back is ignored.

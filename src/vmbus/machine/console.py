@@ -5,6 +5,9 @@ from collections.abc import Callable
 
 __all__ = ["Console"]
 
+LONGEST_MATCH = 1024
+"""Bytes before new output that are searched again: output comes byte by byte, and a transcript gets long."""
+
 Pattern = str | bytes | re.Pattern[bytes]
 
 
@@ -24,6 +27,7 @@ class Console:
         self.echo: Callable[[bytes], None] | None = None
         self._deliver = deliver
         self._seen = 0
+        self._searched = 0
         self._awaited: re.Pattern[bytes] | None = None
         self._on_match: Callable[[], None] | None = None
 
@@ -48,11 +52,13 @@ class Console:
     def expect(self, pattern: Pattern, on_match: Callable[[], None]) -> None:
         """Have `on_match` called once output behind the last match contains `pattern`.
 
-        A string or bytes are searched for as they stand; a compiled pattern of bytes as a regular expression.
+        A string or bytes are searched for as they stand; a compiled pattern of bytes as a regular expression, whose
+        match must not be longer than `LONGEST_MATCH`.
         """
         if isinstance(pattern, str):
             pattern = pattern.encode()
         self._awaited = re.compile(re.escape(pattern)) if isinstance(pattern, bytes) else pattern
+        self._searched = self._seen
         self._on_match = on_match
 
     def forget(self) -> None:
@@ -63,7 +69,8 @@ class Console:
         """Whether what is expected is there already; if so, the next search starts behind it."""
         if self._awaited is None:
             return False
-        match = self._awaited.search(self.output, self._seen)
+        match = self._awaited.search(self.output, max(self._seen, self._searched - LONGEST_MATCH))
+        self._searched = len(self.output)
         if match is None:
             return False
         self._seen = match.end()
