@@ -166,7 +166,9 @@ def test_linux_comes_up_and_pings(connect, tap: TapUplink, tmp_path: Path) -> No
     assert "hello from outside" in run("nc -l -p 7 </dev/null")
     caller.join(30)
     assert run.interface.adapter.statistics.violations == 0
-    frames = [c.frame for c in PcapngReader(tmp_path / "c.pcapng")]
+    run.network.close()
+    with PcapngReader(tmp_path / "c.pcapng") as reader:
+        frames = [capture.frame for capture in reader]
     assert sum(f[12:14] == b"\x08\x00" and f[23] == 1 for f in frames) >= 6
 
 

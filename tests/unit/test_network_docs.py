@@ -1,0 +1,24 @@
+"""What docs/network.md says is what the code does: its sequence is a real run, its tables name what there is."""
+
+import runpy
+from pathlib import Path
+
+from vmbus.network.oid import Oid
+from vmbus.network.vsp_oid import AdapterConfig, AdapterStatistics, OidServer
+from vmbus.network.wire import Version
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def test_the_sequence_diagram_is_a_real_run() -> None:
+    recorded = "\n".join(runpy.run_path(str(DOCS / "diagrams" / "network_sequence.py"))["record"]())
+    assert f"```mermaid\n{recorded}\n```" in (DOCS / "network.md").read_text(encoding="utf-8")
+
+
+def test_all_versions_and_oids_are_named() -> None:
+    text = (DOCS / "network.md").read_text(encoding="utf-8")
+    for version in Version:
+        assert f"0x{version:x}" in text
+    server = OidServer(AdapterConfig(b"\0\x15\x5d\0\0\1"), AdapterStatistics())
+    listed = server.query(Oid.GEN_SUPPORTED_LIST, b"")[1]
+    assert f"{len(listed) // 4} OIDs" in text
