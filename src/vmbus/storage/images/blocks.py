@@ -104,7 +104,10 @@ class BlockImage(ImageDisk):
 
     @abstractmethod
     def _record(self, block: int, state: BlockState, offset: int) -> None:
-        """A block that had no space has it now; a partial one starts with no sector in this file."""
+        """A block that had no space has it now; a partial one starts with no sector in this file.
+
+        If this fails, the block is as before and the space still free.
+        """
 
     @abstractmethod
     def _discard(self, block: int) -> bool:
@@ -230,17 +233,16 @@ class BlockImage(ImageDisk):
                 self._mark(block, *sectors)
             return
         base = self._new_space()
+        whole = length == min(self.block_size, self.size - block * self.block_size)
+        partial = self.parent is not None and state == BlockState.ABSENT and not whole
         try:
             if data is not None:
                 self.host.write(base + start, data)
+            self._record(block, BlockState.PARTIAL if partial else BlockState.FULL, base)
         except DiskError:
             self._cancel_space(base)
             raise
-        whole = length == min(self.block_size, self.size - block * self.block_size)
-        if self.parent is None or state == BlockState.ZERO or whole:
-            self._record(block, BlockState.FULL, base)
-        else:
-            self._record(block, BlockState.PARTIAL, base)
+        if partial:
             self._mark(block, *sectors)
 
     def unmap(self, offset: int, length: int) -> None:

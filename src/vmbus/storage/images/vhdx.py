@@ -224,11 +224,7 @@ class Vhdx(BlockImage):
             chunk = block // self._ratio
             entry = chunk * (self._ratio + 1) + self._ratio
             if int(self._bat[entry]) & 7 != BatState.FULLY_PRESENT:
-                try:
-                    self._set(entry, BatState.FULLY_PRESENT, self._allocate(BITMAP_BLOCK))
-                except DiskError:
-                    self._cancel_space(offset)
-                    raise
+                self._set(entry, BatState.FULLY_PRESENT, self._allocate(BITMAP_BLOCK))
             base, lead = self._bitmap(block)
             self._bits.fill(base, lead, self._sectors_per_block, False)
             self._set(self._entry(block), BatState.PARTIALLY_PRESENT, offset)
