@@ -213,3 +213,46 @@ def crowd(partition, rounds, seed):
         partition.memory.write(REPORT + 16 + 4 * number, result.to_bytes(4, "little"))
     guest.close()
     hosting.close()
+
+
+def fuzz(partition, seed, count):
+    """Send `count` datagrams of the right size with anything in them, reading what comes back."""
+    import random
+
+    from vmbus.hypervisor.remote_wire import Operation, Request
+
+    generator = random.Random(seed)
+    RawGuest(_Vp(partition))
+    link = partition._socket
+
+    def value():
+        return generator.choice(
+            (
+                generator.getrandbits(64),
+                generator.getrandbits(16),
+                generator.randrange(1 << 22),
+                generator.choice((0x4000_0000, 0x4000_0080, 0x4000_0090, 0x4000_00B0))
+                + generator.randrange(16),
+                0xFEE0_0000 + generator.randrange(0x1000),
+                generator.choice(list(CallCode)) | generator.choice((0, 1 << 16)),
+            )
+        )
+
+    def number(width):
+        return generator.randrange(1 << generator.choice((1, width)))
+
+    for _ in range(count):
+        request = Request(
+            generator.choice(list(Operation)),
+            number(8) & 1 if generator.random() < 0.9 else number(8),
+            0 if generator.random() < 0.9995 else number(16),
+            generator.choice((1, 2, 4)) if generator.random() < 0.9995 else number(32),
+            value(),
+            value(),
+            value(),
+            generator.randbytes(96),
+            number(64),
+        )
+        link.send(request.pack())
+        if not request.flags & 1:
+            link.recv(4096)

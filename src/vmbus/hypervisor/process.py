@@ -38,7 +38,8 @@ MAX_DOORBELLS: Final = 2048
 """Connections of one child that get an eventfd; events to further ones go through the socket."""
 _FAST_SIGNAL: Final = CallCode.SIGNAL_EVENT | 1 << 16
 _MASK64: Final = 0xFFFF_FFFF_FFFF_FFFF
-_VALID_SIZES: Final = frozenset({1, 2, 4, 8})
+_PORT_SIZES: Final = frozenset({1, 2, 4})
+_MMIO_SIZES: Final = frozenset({1, 2, 4, 8})
 
 
 class ChildProcess:
@@ -144,6 +145,9 @@ class ChildProcess:
         except (OSError, RemoteProtocolError) as error:
             if not self._stopping:
                 log.warning("%s: its process broke the connection: %s", self.partition.name, error)
+        except Exception:
+            # A defect of a provider or device model: this child is lost, the others are not.
+            log.exception("%s: serving its process failed", self.partition.name)
         finally:
             self._ended()
 
@@ -216,7 +220,7 @@ class ChildProcess:
         if request.operation == Operation.POP_INTERRUPT:
             vector = vp.pop_interrupt()
             return Reply(Answer.DONE, vp.interrupt_pending, 0, 0, vector or 0, 0, 0, 0)
-        if size not in _VALID_SIZES:
+        if size not in (_PORT_SIZES if request.operation <= Operation.IO_WRITE else _MMIO_SIZES):
             raise RemoteProtocolError(f"operation {request.operation} of {size} bytes")
         value = b & (1 << 8 * size) - 1
         if request.operation == Operation.IO_READ:

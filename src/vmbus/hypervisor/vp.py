@@ -411,6 +411,8 @@ class VirtualProcessor:
         self.synic.reset()
         self.assist_page.remove()
         self.assist_msr = 0
+        self.pat = DEFAULT_PAT
+        self.apic.tsc_offset = 0
         self.registers.clear()
         self.intercept_suspended = self.explicitly_suspended = False
         self.halted = False
