@@ -34,7 +34,7 @@ from vmbus.bus.codec import encode
 from vmbus.bus.versions import version_name
 from vmbus.core.dispatch import Dispatcher, Doorbell
 from vmbus.core.memory import Window
-from vmbus.core.ring import RingReader, RingWriter
+from vmbus.core.ring import Packet, RingReader, RingWriter
 from vmbus.hypervisor import Hypervisor, VirtualClock
 
 KIND = UUID("8e4d2c11-31ad-4d6b-9c6e-0f7c1e6a5b3d")
@@ -170,7 +170,7 @@ def test_dispatch_of_64_busy_channels(benchmark: BenchmarkFixture, hosting: str)
         channels = [made.guest.open(offer, 2, 2) for offer in made.guest.offers]
         got = [0]
 
-        def take(packets: list) -> None:
+        def take(packets: list[Packet]) -> None:
             got[0] += len(packets)
 
         for channel in channels:
@@ -193,7 +193,7 @@ def test_dispatch_of_64_busy_channels_by_the_compiled_dispatcher(benchmark: Benc
     writers = [RingWriter(window) for window in windows]
     got = [0]
 
-    def take(packets: list) -> None:
+    def take(packets: list[Packet]) -> None:
         got[0] += len(packets)
 
     for flag, window in enumerate(windows):

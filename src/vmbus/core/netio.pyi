@@ -1,5 +1,7 @@
 from collections.abc import Sequence
-from typing import Any, Final, final
+from typing import Any, Final, Self, final
+
+from typing_extensions import disjoint_base
 
 from vmbus.core.memory import Buffer, Window
 from vmbus.core.ring import RingReader, RingWriter
@@ -9,10 +11,11 @@ SLOW: Final[int]
 FULL: Final[int]
 NO_SECTION: Final[int]
 
+@disjoint_base
 class _Sections:
     section_size: int
     count: int
-    def __init__(self, window: Window, section_size: int, count: int) -> None: ...
+    def __new__(cls, window: Window, section_size: int, count: int) -> Self: ...
     @property
     def available(self) -> int: ...
     def close(self) -> None: ...
@@ -37,8 +40,8 @@ class HostQueue:
     violations: int
     filtered: int
     bytes_copied: int
-    def __init__(
-        self,
+    def __new__(
+        cls,
         reader: RingReader,
         writer: RingWriter,
         pool: ReceivePool,
@@ -46,12 +49,14 @@ class HostQueue:
         set_id: int,
         completion: bytes,
         packet: bytes,
-    ) -> None: ...
+    ) -> Self: ...
     def use_send_buffer(self, window: Window | None, section_size: int, count: int) -> None: ...
     def take_sent(self) -> tuple[int, int, int, int, int, int]: ...
     def take_received(self) -> tuple[int, int, int, int, int, int]: ...
     def drain(self, frames: list[bytes], limit: int) -> tuple[int, int, bool]: ...
-    def deliver(self, frames: list[bytes], first: int, mac: int, packet_filter: int) -> tuple[int, int, bool]: ...
+    def deliver(
+        self, frames: list[bytes], first: int, mac: int, packet_filter: int
+    ) -> tuple[int, int, bool]: ...
 
 @final
 class GuestQueue:
@@ -59,8 +64,8 @@ class GuestQueue:
     sent_bytes: int
     failed_frames: int
     bytes_copied: int
-    def __init__(
-        self,
+    def __new__(
+        cls,
         reader: RingReader,
         writer: RingWriter,
         pool: SendPool,
@@ -71,7 +76,7 @@ class GuestQueue:
         message_size: int,
         packets_per_message: int,
         alignment: int,
-    ) -> None: ...
+    ) -> Self: ...
     def close(self) -> None: ...
     def send(self, frames: Sequence[Any], first: int) -> tuple[int, int, bool]: ...
     def drain(self, frames: list[bytes], limit: int) -> tuple[int, int, bool]: ...

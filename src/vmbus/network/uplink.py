@@ -13,7 +13,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, Self
 
 from vmbus.errors import DeviceError
 from vmbus.network.switch import Port, PortKind, Switch
@@ -61,7 +61,7 @@ class Uplink(ABC):
     def close(self) -> None:
         """Release the descriptor; a second call does nothing."""
 
-    def __enter__(self) -> "Uplink":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
