@@ -35,11 +35,9 @@ def describe(event: Event, version: int) -> str:
         case wire.InitiateContact() | wire.InitiateContact2():
             text = f"version {version_name(message.version_requested)}"
         case wire.VersionResponse() | wire.VersionResponse2() | wire.VersionResponse3():
-            text = (
-                f"connection {message.selected_version_or_connection_id}"
-                if message.version_supported
-                else "no"
-            )
+            text = "yes" if message.version_supported else "no"
+            if message.version_supported and version >= Version.V5_0:
+                text += f", then connection {message.selected_version_or_connection_id}"
         case wire.OfferChannel():
             kind = f"sub-channel {message.subchannel_index}" if message.subchannel_index else "primary"
             text = f"channel {message.channel_id}, {kind}, connection {message.connection_id:#x}"
