@@ -8,7 +8,18 @@ import pytest
 from vmbus.bus import Channel, Inline, Offer, Threads, Version, VmbusGuest, VmbusHost
 from vmbus.bus.versions import version_name
 from vmbus.errors import LocalProtocolError, RemoteProtocolError
-from vmbus.hypervisor import Hypervisor, VirtualClock
+from vmbus.hypervisor import Hypervisor, Personality, VirtualClock
+from vmbus.hypervisor.personality import (
+    DOS,
+    LINUX,
+    OLD_BSD,
+    SERVER_2008,
+    SERVER_2022,
+    SUSE_LINUX,
+    VISTA,
+    WINDOWS_10,
+    WINDOWS_2000,
+)
 
 KIND = UUID("ba6163d9-04a1-4d29-b605-72e2ffb1dc7f")
 ALL_VERSIONS = pytest.mark.parametrize("version", Version, ids=version_name)
@@ -321,4 +332,51 @@ def test_opening_from_a_callback(world: World) -> None:
     assert world.hosting.wait_for(lambda: len(opened) == 2)
     for channel in opened:
         assert ask(channel, b"early...") == b"...ylrae"
+    guest.close()
+
+
+@pytest.mark.parametrize(
+    ("personality", "version"),
+    [
+        (SERVER_2008, Version.V0_13),
+        (VISTA, Version.V0_13),
+        (SUSE_LINUX, Version.V0_13),
+        (WINDOWS_10, Version.V5_2),
+        (SERVER_2022, Version.V5_3),
+        (LINUX, Version.V5_3),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_personalities_negotiate_what_they_speak(personality: Personality, version: Version) -> None:
+    hv = Hypervisor(clock=VirtualClock())
+    child = hv.create_child(hv.create_root(), memory_size=8 << 20, personality=personality)
+    host = VmbusHost(hv, child)
+    host.offer(an_offer(), echo)
+    guest = VmbusGuest(child.vps[0])
+    assert guest.connect() == version
+    assert ask(guest.open(guest.offers[0]), b"personal") == b"lanosrep"
+    guest.close()
+
+
+@pytest.mark.parametrize("personality", [DOS, WINDOWS_2000, OLD_BSD], ids=lambda p: p.name)
+def test_personalities_without_drivers_have_no_bus(personality: Personality) -> None:
+    hv = Hypervisor()
+    child = hv.create_child(hv.create_root(), memory_size=8 << 20, personality=personality)
+    with pytest.raises(LocalProtocolError, match="emulated hardware"):
+        VmbusGuest(child.vps[0])
+
+
+def test_a_corrupt_ring_of_the_host_closes_the_guests_channel(world: World) -> None:
+    offered = world.host.offer(an_offer(), echo)
+    guest = world.guest()
+    guest.connect()
+    channel = guest.open(guest.offers[0])
+    channel.serve(lambda packets: None)
+    host_end = offered.channel
+    assert host_end is not None
+    with host_end.outgoing.window.view() as control:
+        control[0:4] = (0xDEAD_BEE8).to_bytes(4, "little")
+    host_end.signal()
+    assert world.hosting.wait_for(lambda: not channel.is_open)
+    assert world.hosting.wait_for(lambda: offered.channel is None)
     guest.close()

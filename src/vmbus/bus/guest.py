@@ -371,9 +371,10 @@ class GuestMachine(GuestState):
             raise RemoteProtocolError(f"an offer of channel {offer.channel_id}")
         if offer.channel_id in self._channels:
             raise RemoteProtocolError(f"channel {offer.channel_id} is offered a second time")
-        if any(other.offer.key == offer.key for other in self._channels.values()):
+        if offer.key in self._keys:
             raise RemoteProtocolError(f"{offer.instance_id} is offered a second time")
         self._channels[offer.channel_id] = GuestChannel(offer)
+        self._keys.add(offer.key)
         return [act.OfferSeen(offer)]
 
     def _on_all_offers(self, message: wire.AllOffersDelivered) -> list[act.GuestEvent]:

@@ -85,6 +85,7 @@ class GuestState:
         self._features = FeatureFlags.NONE
         self._connection_id = wire.MESSAGE_CONNECTION_ID
         self._channels: dict[int, GuestChannel] = {}
+        self._keys: set[tuple[UUID, UUID, int]] = set()
         self._gpadls: dict[int, int] = {}
         self._gpadl_ids = count(FIRST_GPADL_ID)
         self._open_ids = count(1)
@@ -121,6 +122,14 @@ class GuestState:
     def channels(self) -> dict[int, GuestChannel]:
         """Every channel of which the host may still speak, by id."""
         return dict(self._channels)
+
+    def channel(self, channel_id: int) -> GuestChannel | None:
+        """The channel of that id, if the host may still speak of it."""
+        return self._channels.get(channel_id)
+
+    def has_gpadl(self, gpadl_id: int) -> bool:
+        """Whether the id is in use."""
+        return gpadl_id in self._gpadls
 
     @property
     def gpadls(self) -> dict[int, int]:
@@ -201,6 +210,7 @@ class GuestState:
             del self._gpadls[gpadl_id]
         channel.gpadls.clear()
         del self._channels[channel.offer.channel_id]
+        self._keys.discard(channel.offer.key)
         channel.state = ChannelState.ABSENT
 
     def _forget(self) -> None:
@@ -232,7 +242,7 @@ class GuestState:
                     "an open channel has its ring"
                 )
         assert sum(len(c.gpadls) for c in self._channels.values()) == len(self._gpadls)
-        keys = [c.offer.key for c in self._channels.values()]
-        assert len(keys) == len(set(keys))
+        assert len(self._keys) == len(self._channels)
+        assert {c.offer.key for c in self._channels.values()} == self._keys
         connected = self._state not in (LinkState.IDLE, LinkState.CONTACTING)
         assert connected == (self._version != 0)

@@ -17,7 +17,7 @@ from vmbus.bus.host_channels import ChannelMessages
 from vmbus.bus.host_state import EVENT_FLAG_COUNT, NO_GUID, HostChannel, Link
 from vmbus.bus.offer import Offer
 from vmbus.bus.transitions import CHANNEL, CONNECTION, ChannelState, GpadlState, LinkState, allowed, step
-from vmbus.bus.versions import FeatureFlags, Version, features_of
+from vmbus.bus.versions import SUPPORTED_FEATURES, FeatureFlags, Version, features_of
 from vmbus.bus.wire import ConnectionState, MessageType, Status
 from vmbus.errors import LocalProtocolError, RemoteProtocolError
 
@@ -42,6 +42,40 @@ class HostMachine(ChannelMessages):
         message_connection_id: where guests from version 5.0 on send what follows INITIATE_CONTACT.
     """
 
+    def __init__(
+        self,
+        page_count: int,
+        vp_count: int = 1,
+        *,
+        versions: frozenset[int] = frozenset(Version),
+        features: int = SUPPORTED_FEATURES,
+        message_connection_id: int = wire.MESSAGE_CONNECTION_ID_V5,
+    ) -> None:
+        super().__init__(
+            page_count,
+            vp_count,
+            versions=versions,
+            features=features,
+            message_connection_id=message_connection_id,
+        )
+        self._handlers: dict[MessageType, Callable[[Any, bytes], None]] = {
+            MessageType.REQUEST_OFFERS: self._on_request_offers,
+            MessageType.OPEN_CHANNEL: self._on_open,
+            MessageType.CLOSE_CHANNEL: self._on_close,
+            MessageType.GPADL_HEADER: self._on_gpadl_header,
+            MessageType.GPADL_BODY: self._on_gpadl_body,
+            MessageType.GPADL_TEARDOWN: self._on_gpadl_teardown,
+            MessageType.REL_ID_RELEASED: self._on_release,
+            MessageType.UNLOAD: self._on_unload,
+            MessageType.OPEN_RESERVED_CHANNEL: self._on_open_reserved,
+            MessageType.CLOSE_RESERVED_CHANNEL: self._on_close_reserved,
+            MessageType.TL_CONNECT_REQUEST: self._on_tl_connect,
+            MessageType.MODIFY_CHANNEL: self._on_modify_channel,
+            MessageType.MODIFY_CONNECTION: self._on_modify_connection,
+            MessageType.PAUSE: self._on_pause,
+            MessageType.RESUME: self._on_resume,
+        }
+
     # -- what the provider's side does -----------------------------------------------------------------------
 
     def offer(self, offer: Offer) -> tuple[int, list[act.HostAction]]:
@@ -53,29 +87,29 @@ class HostMachine(ChannelMessages):
         Raises:
             LocalProtocolError: that offer exists already, or all 2047 channel ids are in use.
         """
-        waits_for = None
-        for channel in self._offers.values():
-            if channel.offer.key == offer.key:
-                if channel.state is not ChannelState.RESCINDED or channel.successor is not None:
-                    raise LocalProtocolError(f"{offer.instance_id} is offered already")
-                waits_for = channel
+        present = self._by_key.get(offer.key)
+        if present is not None and (
+            present.state is not ChannelState.RESCINDED or present.successor is not None
+        ):
+            raise LocalProtocolError(f"{offer.instance_id} is offered already")
         if len(self._offers) >= EVENT_FLAG_COUNT - 1:
             raise LocalProtocolError(f"{EVENT_FLAG_COUNT - 1} channels are offered already")
         channel = HostChannel(next(self._offer_ids), offer)
-        if waits_for is None:
-            self._offers[channel.offer_id] = channel
+        if present is None:
+            self._add(channel)
             self._announce_late(channel)
         else:
-            waits_for.successor = channel
+            present.successor = channel
+            self._predecessors[channel.offer_id] = present
         return channel.offer_id, self._take()
 
     def rescind(self, offer_id: int) -> list[act.HostAction]:
         """Take an offer back, and a primary channel's sub-channels before it; unknown or rescinded ones:
         nothing."""
-        for channel in self._offers.values():
-            if channel.successor is not None and channel.successor.offer_id == offer_id:
-                channel.successor = None
-                return [act.OfferGone(offer_id)]
+        predecessor = self._predecessors.pop(offer_id, None)
+        if predecessor is not None:
+            predecessor.successor = None
+            return [act.OfferGone(offer_id)]
         chosen = self._offers.get(offer_id)
         if chosen is None:
             return []
@@ -92,7 +126,7 @@ class HostMachine(ChannelMessages):
         if channel.state is ChannelState.RESCINDED:
             return
         if channel.state is ChannelState.ABSENT:
-            del self._offers[channel.offer_id]
+            del self._offers[channel.offer_id], self._by_key[channel.offer.key]
             self._out.append(act.OfferGone(channel.offer_id))
             return
         request, state = channel.request, channel.state
@@ -122,22 +156,22 @@ class HostMachine(ChannelMessages):
     def complete_open(self, serial: int, ok: bool) -> list[act.HostAction]:
         """The device's side answers `OpenDevice`: it uses the rings, or cannot. Too late an answer does
         nothing."""
-        for channel in self._offers.values():
-            if channel.serial == serial and channel.request is not None:
-                if channel.state is ChannelState.OPENING:
-                    status = Status.SUCCESS if ok else Status.UNSUCCESSFUL
-                    channel.state = step(
-                        CHANNEL, channel.state, MessageType.OPEN_CHANNEL_RESULT, LocalProtocolError, ok=ok
-                    )
-                    self._send(wire.OpenChannelResult(channel.channel_id, channel.request.open_id, status))
-                if not ok:
-                    channel.device_open = False
-                    channel.request = None
+        channel = self._opening.pop(serial, None)
+        if channel is not None and channel.request is not None:
+            if channel.state is ChannelState.OPENING:
+                channel.state = step(
+                    CHANNEL, channel.state, MessageType.OPEN_CHANNEL_RESULT, LocalProtocolError, ok=ok
+                )
+                status = Status.SUCCESS if ok else Status.UNSUCCESSFUL
+                self._send(wire.OpenChannelResult(channel.channel_id, channel.request.open_id, status))
+            if not ok:
+                channel.device_open = False
+                channel.request = None
         return self._take()
 
     def complete_gpadl(self, serial: int, ok: bool) -> list[act.HostAction]:
         """The device's side answers `MapGpadl`: the guest has those pages, or not. Too late does nothing."""
-        gpadl = next((g for g in self._gpadls.values() if g.serial == serial), None)
+        gpadl = self._gpadl_serials.get(serial)
         if gpadl is not None and gpadl.phase is GpadlPhase.MAPPING:
             if not ok:
                 gpadl.phase = GpadlPhase.UNUSED  # there is nothing to unmap
@@ -177,24 +211,7 @@ class HostMachine(ChannelMessages):
         if isinstance(message, wire.InitiateContact | wire.InitiateContact2):
             self._on_initiate_contact(message, connection_id)
         else:
-            handlers: dict[MessageType, Callable[[Any, bytes], None]] = {
-                MessageType.REQUEST_OFFERS: self._on_request_offers,
-                MessageType.OPEN_CHANNEL: self._on_open,
-                MessageType.CLOSE_CHANNEL: self._on_close,
-                MessageType.GPADL_HEADER: self._on_gpadl_header,
-                MessageType.GPADL_BODY: self._on_gpadl_body,
-                MessageType.GPADL_TEARDOWN: self._on_gpadl_teardown,
-                MessageType.REL_ID_RELEASED: self._on_release,
-                MessageType.UNLOAD: self._on_unload,
-                MessageType.OPEN_RESERVED_CHANNEL: self._on_open_reserved,
-                MessageType.CLOSE_RESERVED_CHANNEL: self._on_close_reserved,
-                MessageType.TL_CONNECT_REQUEST: self._on_tl_connect,
-                MessageType.MODIFY_CHANNEL: self._on_modify_channel,
-                MessageType.MODIFY_CONNECTION: self._on_modify_connection,
-                MessageType.PAUSE: self._on_pause,
-                MessageType.RESUME: self._on_resume,
-            }
-            handlers[message.TYPE](message, tail)
+            self._handlers[message.TYPE](message, tail)
         return self._take()
 
     def _on_initiate_contact(
@@ -403,5 +420,12 @@ class HostMachine(ChannelMessages):
         assert total == self._gpadl_bytes
         monitors = [c.monitor_id for c in self._offers.values() if c.monitor_id is not None]
         assert sorted(monitors) == sorted(self._monitors)
-        keys = [c.offer.key for c in self._offers.values()]
-        assert len(keys) == len(set(keys))
+        assert self._by_key == {c.offer.key: c for c in self._offers.values()}
+        assert {c.successor.offer_id: c for c in self._offers.values() if c.successor} == self._predecessors
+        assert len(self._free_ids) + len(self._by_id) == EVENT_FLAG_COUNT - 1
+        assert len(self._gpadl_serials) == len(self._gpadls) + sum(
+            c.reserved_gpadl is not None for c in self._offers.values()
+        )
+        for serial, channel in self._opening.items():
+            assert channel.serial == serial
+            assert channel.device_open

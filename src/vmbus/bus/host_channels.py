@@ -34,7 +34,7 @@ class ChannelMessages(HostState):
             gpadl = HostGpadl(gpadl_id, channel.offer_id, next(self._serials), message.count, length)
             with suppress(RemoteProtocolError):
                 complete = gpadl.append(tail)
-                self._gpadls[gpadl_id] = gpadl
+                self._gpadls[gpadl_id] = self._gpadl_serials[gpadl.serial] = gpadl
                 self._gpadl_bytes += length
                 if complete:
                     self._gpadl_complete(channel, gpadl)
@@ -165,6 +165,7 @@ class ChannelMessages(HostState):
         channel.request = request
         channel.serial = next(self._serials)
         channel.device_open = True
+        self._opening[channel.serial] = channel
         self._out.append(act.OpenDevice(channel.offer_id, channel.serial, channel.channel_id, request))
 
     def _on_close(self, message: wire.CloseChannel, tail: bytes) -> None:
@@ -261,11 +262,15 @@ class ChannelMessages(HostState):
             self._free_gpadl(gpadl)
         self._take_ids(channel)
         if rescinded:
-            del self._offers[channel.offer_id]
+            del self._offers[channel.offer_id], self._by_key[channel.offer.key]
             self._out.append(act.OfferGone(channel.offer_id))
             if channel.successor is not None:
-                self._offers[channel.successor.offer_id] = channel.successor
+                del self._predecessors[channel.successor.offer_id]
+                self._add(channel.successor)
                 self._announce_late(channel.successor)
+
+    def _add(self, channel: HostChannel) -> None:
+        self._offers[channel.offer_id] = self._by_key[channel.offer.key] = channel
 
     def _announce_late(self, channel: HostChannel) -> None:
         raise NotImplementedError

@@ -5,8 +5,9 @@ id.
 """
 
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 from itertools import count
-from typing import Final
+from typing import Final, TypeAlias
 from uuid import UUID
 
 from vmbus.bus import actions as act
@@ -29,6 +30,7 @@ MAX_GPADL_TOTAL: Final = 16 << 20
 MONITORS: Final = 128
 """Triggers of a monitor page: four groups of 32 (TLFS 11.9)."""
 NO_GUID: Final = UUID(int=0)
+OfferKey: TypeAlias = tuple[UUID, UUID, int]
 
 
 @dataclass(slots=True, eq=False)
@@ -107,7 +109,12 @@ class HostState:
         self._offers: dict[int, HostChannel] = {}
         self._by_id: dict[int, HostChannel] = {}
         self._gpadls: dict[int, HostGpadl] = {}
+        self._gpadl_serials: dict[int, HostGpadl] = {}
         self._gpadl_bytes = 0
+        self._by_key: dict[OfferKey, HostChannel] = {}
+        self._opening: dict[int, HostChannel] = {}
+        self._predecessors: dict[int, HostChannel] = {}
+        self._free_ids = list(range(1, EVENT_FLAG_COUNT))
         self._monitors: set[int] = set()
         self._offer_ids = count(1)
         self._serials = count(1)
@@ -155,6 +162,14 @@ class HostState:
         """Every GPADL that the guest may name, by id; not those of reserved channels."""
         return dict(self._gpadls)
 
+    def offered(self, offer_id: int) -> HostChannel | None:
+        """An offer by its `offer_id`."""
+        return self._offers.get(offer_id)
+
+    def gpadl(self, gpadl_id: int) -> HostGpadl | None:
+        """A GPADL that the guest may name."""
+        return self._gpadls.get(gpadl_id)
+
     def channel(self, channel_id: int) -> HostChannel | None:
         """The channel that the guest knows by this id."""
         return self._by_id.get(channel_id)
@@ -189,6 +204,7 @@ class HostState:
         """Forget a GPADL, and have it unmapped if it was to be mapped."""
         if self._gpadls.get(gpadl.gpadl_id) is gpadl:
             del self._gpadls[gpadl.gpadl_id]
+        del self._gpadl_serials[gpadl.serial]
         self._gpadl_bytes -= gpadl.length
         self._unmap(gpadl)
 
@@ -200,6 +216,7 @@ class HostState:
     def _close_device(self, channel: HostChannel) -> None:
         """Have the device's side stop, if it was asked to start."""
         channel.request = None
+        self._opening.pop(channel.serial, None)
         if channel.device_open:
             channel.device_open = False
             self._out.append(act.CloseDevice(channel.offer_id, channel.channel_id))
@@ -207,7 +224,7 @@ class HostState:
     def _give_ids(self, channel: HostChannel) -> None:
         """A relid, the lowest free one, and a bit in the monitor pages if the offer and the guest want
         that."""
-        channel.channel_id = next(n for n in range(1, EVENT_FLAG_COUNT) if n not in self._by_id)
+        channel.channel_id = heappop(self._free_ids)
         self._by_id[channel.channel_id] = channel
         if channel.offer.monitor_latency is not None and self._link.monitor_pages is not None:
             channel.monitor_id = next((n for n in range(MONITORS) if n not in self._monitors), None)
@@ -216,7 +233,8 @@ class HostState:
 
     def _take_ids(self, channel: HostChannel) -> None:
         """The guest no longer knows the channel."""
-        self._by_id.pop(channel.channel_id, None)
+        if self._by_id.pop(channel.channel_id, None) is not None:
+            heappush(self._free_ids, channel.channel_id)
         channel.channel_id = 0
         if channel.monitor_id is not None:
             self._monitors.discard(channel.monitor_id)

@@ -6,6 +6,7 @@ any host that keeps to the protocol, in the same process or through a socket.
 
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Final, Protocol, TypeVar
@@ -24,7 +25,7 @@ from vmbus.bus.versions import SUPPORTED_FEATURES, FeatureFlags, Version
 from vmbus.core.dispatch import EventFlags, MessageSlot
 from vmbus.core.memory import PAGE_SIZE, GpaRanges, GuestMemory, Window
 from vmbus.core.ring import RingReader, RingWriter
-from vmbus.errors import HypercallError, LocalProtocolError, RemoteProtocolError
+from vmbus.errors import HypercallError, LocalProtocolError, RemoteProtocolError, RingCorrupt
 from vmbus.hypervisor import VirtualProcessor
 from vmbus.hypervisor.tlfs import LINUX_GUEST_OS_ID, CallCode, Msr, Status
 from vmbus.trace.ledger import Account
@@ -93,7 +94,8 @@ class VmbusGuest:
     Args:
         processors: its virtual processors, or the first one (a `VirtualProcessor`, whose partition has the rest).
         memory: the guest's memory; a `VirtualProcessor` knows it.
-        versions: what to ask for, best first; by default everything from 6.0 down.
+        versions: what to ask for, best first; by default what the partition's personality speaks, or else everything
+            from 6.0 down.
         features: feature flags to ask for with 6.0.
         client_id: who this driver is, with 6.0.
         monitored: ring by monitored notification where the host offers it.
@@ -108,6 +110,9 @@ class VmbusGuest:
         on_offer: called with each `Offer` that comes.
         on_rescind: called with an `Offer` that the host took back, after its channel (if open) has closed.
         on_tl_result: called with a `vmbus.bus.actions.TlConnectAnswered`.
+
+    Raises:
+        LocalProtocolError: the partition's guest operating system has no VMBus driver.
     """
 
     def __init__(
@@ -123,6 +128,8 @@ class VmbusGuest:
         pages: PageAllocator | None = None,
         account: Account | None = None,
     ) -> None:
+        if versions is None:
+            versions = _spoken(processors)
         vps, memory, hosting, account = _surroundings(processors, memory, hosting, account)
         self.memory = memory
         self.hosting = hosting
@@ -137,10 +144,11 @@ class VmbusGuest:
         self._channels: dict[int, Channel] = {}
         self._by_flag: dict[int, Channel] = {}
         self._rings: dict[int, tuple[list[int], Window, Window]] = {}
+        self._winding_up: set[int] = set()
         self._answers: dict[tuple[str, int], int] = {}
         self._refused: str | None = None
-        self._calls: list[Callable[[], None]] = []
-        self._calling = False
+        self._calls: deque[Callable[[], None]] = deque()
+        self._calling = threading.Lock()
         self._driver_pages = self.pages.allocate(5)
         hypercall, self._input, interrupts, down, up = (pfn * PAGE_SIZE for pfn in self._driver_pages)
         for gpa in (interrupts, down, up):
@@ -149,7 +157,7 @@ class VmbusGuest:
         self._from_guest = EventFlags(memory, interrupts, FROM_GUEST_SINT)
         self._monitor = EventFlags(memory, up, 0)
         self.machine = GuestMachine(
-            versions or tuple(sorted(Version, reverse=True)),
+            versions,
             features=features,
             client_id=client_id,
             interrupt_page=interrupts,
@@ -244,6 +252,7 @@ class VmbusGuest:
             self._free_ring(channel_id)
         self._channels.clear()
         self._by_flag.clear()
+        self._winding_up.clear()
         self._answers.clear()
 
     def tl_connect(self, endpoint_id: UUID, service_id: UUID, silo_id: UUID = NO_GUID) -> None:
@@ -291,7 +300,7 @@ class VmbusGuest:
             MemoryError: the guest has no free pages.
         """
         channel_id = offer.channel_id
-        known = self.machine.channels.get(channel_id)
+        known = self.machine.channel(channel_id)
         if known is None or known.offer.key != offer.key or known.state is not ChannelState.OFFERED:
             raise LocalProtocolError(f"channel {channel_id} cannot be opened")
         up_count = outgoing_pages + 1
@@ -337,7 +346,7 @@ class VmbusGuest:
         self._by_flag.pop(channel_id, None)
         if channel is not None:
             channel.ended()
-        known = self.machine.channels.get(channel_id)
+        known = self.machine.channel(channel_id)
         if known is not None and known.state is ChannelState.OFFERED:
             with suppress(RemoteProtocolError, HypercallError):
                 self._teardown_all(known)
@@ -373,7 +382,7 @@ class VmbusGuest:
     def _drop_gpadl(self, channel_id: int, gpadl_id: int) -> None:
         with self._lock:
             self._post(self.machine.teardown_gpadl(channel_id, gpadl_id))
-        self._await(lambda: gpadl_id not in self.machine.gpadls, "GPADL_TEARDOWN")
+        self._await(lambda: not self.machine.has_gpadl(gpadl_id), "GPADL_TEARDOWN")
 
     def _teardown_all(self, known: GuestChannel) -> None:
         channel_id = known.offer.channel_id
@@ -399,7 +408,7 @@ class VmbusGuest:
             self._monitor.set(pending_bit(offer.monitor_id))
             channel.account.hypercalls_saved += 1
             return
-        known = self.machine.channels.get(channel.channel_id)
+        known = self.machine.channel(channel.channel_id)
         connection_id = known.connection_id if known is not None else offer.connection_id
         if self.version < Version.V1_1 or not offer.is_dedicated:
             self._from_guest.set(channel.channel_id)
@@ -416,7 +425,7 @@ class VmbusGuest:
         channel_id = channel.channel_id
         if self._channels.get(channel_id) is not channel:
             return
-        known = self.machine.channels.get(channel_id)
+        known = self.machine.channel(channel_id)
         with self._lock:
             self._channels.pop(channel_id)
             self._by_flag.pop(channel_id, None)
@@ -508,7 +517,11 @@ class VmbusGuest:
         for flag in flags:
             channel = self._by_flag.get(flag)
             if channel is not None:
-                channel.deliver_signal()
+                try:
+                    channel.deliver_signal()
+                except RingCorrupt as error:
+                    log.warning("channel %d is closed: %s", channel.channel_id, error)
+                    self._calls.append(channel.close)
 
     def _take(self, event: act.GuestEvent) -> None:
         match event:
@@ -532,7 +545,9 @@ class VmbusGuest:
             self._release_rescinded()
 
     def _rescinded(self, channel_id: int) -> None:
-        known = self.machine.channels[channel_id]
+        known = self.machine.channel(channel_id)
+        assert known is not None
+        self._winding_up.add(channel_id)
         channel = self._channels.pop(channel_id, None)
         self._by_flag.pop(channel_id, None)
         if channel is not None:
@@ -543,14 +558,17 @@ class VmbusGuest:
 
     def _release_rescinded(self) -> None:
         """Give back rescinded channels about which the host owes no more answers."""
-        for channel_id, known in self.machine.channels.items():
-            if known.state is not ChannelState.RESCINDED:
+        for channel_id in list(self._winding_up):
+            known = self.machine.channel(channel_id)
+            if known is None or known.state is not ChannelState.RESCINDED:
+                self._winding_up.discard(channel_id)
                 continue
             with suppress(LocalProtocolError):
                 for gpadl_id in [n for n, s in known.gpadls.items() if s is GpadlState.CREATED]:
                     self._post(self.machine.teardown_gpadl(channel_id, gpadl_id))
-                if channel_id in self.machine.channels:
+                if self.machine.channel(channel_id) is known:
                     self._post(self.machine.release(channel_id))
+                    self._winding_up.discard(channel_id)
                     self._free_ring(channel_id)
 
     def _later(self, callback: Callable[[T], None] | None, argument: T) -> None:
@@ -559,14 +577,25 @@ class VmbusGuest:
 
     def _call(self) -> None:
         """Run callbacks, outside of the lock and never nested."""
-        if self._calling:
-            return
-        self._calling = True
-        try:
-            while self._calls:
-                self._calls.pop(0)()
-        finally:
-            self._calling = False
+        while self._calls:
+            if not self._calling.acquire(blocking=False):
+                return  # whoever calls back now takes ours as well: it looks again after it has let go
+            try:
+                while self._calls:
+                    self._calls.popleft()()
+            finally:
+                self._calling.release()
+
+
+def _spoken(processors: GuestProcessor | Sequence[GuestProcessor]) -> list[int]:
+    """The versions that the guest operating system of that partition knows, best first."""
+    newest = max(Version)
+    if isinstance(processors, VirtualProcessor):
+        personality = processors.partition.personality
+        if not personality.vmbus_version:
+            raise LocalProtocolError(f"{personality.name} has no VMBus driver: it needs emulated hardware")
+        newest = Version(personality.vmbus_version)
+    return sorted((v for v in Version if v <= newest), reverse=True)
 
 
 def _surroundings(

@@ -25,7 +25,7 @@ from vmbus.bus.wire import MessageType
 from vmbus.core.dispatch import EventFlags
 from vmbus.core.memory import READ, WRITE, GpaRanges, Window
 from vmbus.core.ring import RingReader, RingWriter
-from vmbus.errors import HypercallError, RemoteProtocolError, RingCorrupt, VmbusError
+from vmbus.errors import HypercallError, RemoteProtocolError, VmbusError
 from vmbus.hypervisor import Hypervisor, Partition, PartitionEvent
 from vmbus.hypervisor.tlfs import Status
 from vmbus.trace.events import EventTrace
@@ -404,10 +404,11 @@ class VmbusHost:
 
     def _open_rings(self, offered: Offered, channel_id: int, request: act.OpenRequest) -> None:
         memory = self.child.memory
-        known = self.machine.channels[offered.offer_id]
-        serial = known.reserved_gpadl.serial if known.reserved_gpadl else 0
-        serial = serial or self.machine.gpadls[request.gpadl_id].serial
-        pfns = self._gpadls[serial].pfns
+        known = self.machine.offered(offered.offer_id)
+        assert known is not None
+        ring = known.reserved_gpadl or self.machine.gpadl(request.gpadl_id)
+        assert ring is not None
+        pfns = self._gpadls[ring.serial].pfns
         up = memory.window(pfns[: request.downstream_page])
         down = memory.window(pfns[request.downstream_page :])
         channel = Channel(
@@ -443,7 +444,7 @@ class VmbusHost:
         channel, request = offered.channel, offered.request
         if channel is None or request is None:
             return
-        known = self.machine.channels.get(offered.offer_id)
+        known = self.machine.offered(offered.offer_id)
         if known is not None and known.monitor_id is not None:
             self.monitor.unwatch(known.monitor_id)
         self._delete_event_port(request.connection_id)
@@ -465,11 +466,11 @@ class VmbusHost:
                     window.close()
 
     def _serve(self, offered: Offered, channel: Channel) -> None:
-        """A channel was rung: its provider reads it. A ring that the guest corrupted costs this channel only."""
+        """A channel was rung: its provider reads it. What the guest gets wrong there costs this channel only."""
         self._record("doorbell", self.child.name, self._parent_name, channel=channel.channel_id)
         try:
             channel.deliver_signal()
-        except RingCorrupt as error:
+        except VmbusError as error:
             log.warning("%s: %s is taken away: %s", self.child.name, offered.name, error)
             self.rescind(offered)
 
@@ -524,7 +525,7 @@ class VmbusHost:
 
     def find_gpadl(self, channel: Channel, gpadl_id: int) -> Gpadl:
         """A GPADL of this channel; takes no lock, since providers call it from their own threads."""
-        known = self.machine.gpadls.get(gpadl_id)
+        known = self.machine.gpadl(gpadl_id)
         offered = self._by_flag.get(channel.channel_id)
         if (
             known is None
