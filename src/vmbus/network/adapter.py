@@ -56,6 +56,10 @@ class NetworkAdapter:
         self._link_speed = config.link_speed
         self._vf: int | None = None
         self._subchannels: list[Offered] = []
+        self._wanted = 0
+        # Sub-channels are offered by a task of its own: nothing may be asked of the bus from inside of serving a
+        # channel, because the bus may just be closing that channel and wait for its service to end.
+        self._offerer = host.hosting.task(f"{self._name} sub-channels", self._offer_wanted)
         self._offer = Offer(INTERFACE_ID, instance_id or uuid4(), monitor_latency=monitor_latency)
         self._offered = host.offer(self._offer, self._open, self._close, name=self._name)
 
@@ -110,21 +114,30 @@ class NetworkAdapter:
         del channel
         self.vsp = None
         # The guest closes its sub-channels with the primary one; they are offered anew next time.
-        subchannels, self._subchannels = self._subchannels, []
-        for offered in subchannels:
-            if offered.is_present:
-                offered.rescind()
+        self._wanted = 0
+        self._host.hosting.ring(self._offerer)
 
     def _data_path(self, to_vf: bool) -> None:
         if self.on_data_path is not None:
             self.on_data_path(to_vf)
 
     def _offer_subchannels(self, count: int) -> None:
-        for index in range(1, count + 1):
-            offered = self._host.offer(
-                self._offer.subchannel(index), self._opener(index), name=f"{self._name}.{index}"
+        self._wanted = count
+        self._host.hosting.ring(self._offerer)
+
+    def _offer_wanted(self) -> None:
+        subchannels = self._subchannels
+        while len(subchannels) < self._wanted:
+            index = len(subchannels) + 1
+            subchannels.append(
+                self._host.offer(
+                    self._offer.subchannel(index), self._opener(index), name=f"{self._name}.{index}"
+                )
             )
-            self._subchannels.append(offered)
+        while len(subchannels) > self._wanted:  # the primary channel closed meanwhile
+            offered = subchannels.pop()
+            if offered.is_present:
+                offered.rescind()
 
     def _opener(self, index: int) -> Callable[[Channel], None]:
         def opened(channel: Channel) -> None:

@@ -7,6 +7,7 @@ GPA-direct ranges. Received ones are copied out of the receive buffer.
 The host may be hostile: what it names is checked against what it was given, copied once, then parsed.
 """
 
+import contextlib
 import logging
 import threading
 from collections import deque
@@ -410,7 +411,7 @@ class NetworkVsc:
     def _send_step(self, key: int, step: Step) -> None:
         self.protocol.outbox.append((key, step))
         if self._flush_control():
-            self._channels[0].signal()
+            _ring(self._channels[0])
 
     def _put(self, index: int, payload: bytes, transaction_id: int, kind: int, flags: int) -> bool:
         channel = self._channels[index]
@@ -447,7 +448,7 @@ class NetworkVsc:
             account.packets_sent += channel.outgoing.packets - packets
             account.bytes_copied += plain.bytes_copied - copied
             if ring:
-                channel.signal()
+                _ring(channel)
             elif at > before:
                 account.doorbells_suppressed += 1
             if reason == SLOW:
@@ -479,7 +480,7 @@ class NetworkVsc:
             if count == 0:
                 # No room: let the host catch up once, take its completions, and try again.
                 if needed:
-                    channel.signal()
+                    _ring(channel)
                     needed = False
                 elif retried:
                     break
@@ -490,7 +491,7 @@ class NetworkVsc:
             else:
                 retried = False
         if needed:
-            channel.signal()
+            _ring(channel)
         elif done:
             channel.account.doorbells_suppressed += 1
         return done
@@ -577,8 +578,8 @@ class NetworkVsc:
                 log.warning("network adapter closed: %s", error)
                 channel.close()
                 return
-            if needed and channel.is_open:
-                channel.signal()
+            if needed:
+                _ring(channel)
             if not more:
                 return
 
@@ -746,6 +747,12 @@ class NetworkVsc:
             self._sections = None
         for area in (self._control, self._large, self._send, self._receive):
             area.close()
+
+
+def _ring(channel: Channel) -> None:
+    """Ring the peer, unless the channel closed between two of our steps."""
+    with contextlib.suppress(LocalProtocolError):
+        channel.signal()
 
 
 def _as_frame(item: bytes | Frame) -> Frame:

@@ -12,6 +12,7 @@ A guest that does not read its ring, does not complete, or completes what it was
 and nothing else. Everything that waits is bounded.
 """
 
+import contextlib
 import logging
 import threading
 from collections import deque
@@ -24,7 +25,7 @@ from vmbus.bus.channel import Channel
 from vmbus.core.memory import Window
 from vmbus.core.netio import DONE, FULL, HostQueue, ReceivePool
 from vmbus.core.ring import COMPLETION, COMPLETION_REQUESTED, GPA_DIRECT, IN_BAND, Packet
-from vmbus.errors import GuestMemoryError, RemoteProtocolError, RingError, RingFull
+from vmbus.errors import GuestMemoryError, LocalProtocolError, RemoteProtocolError, RingError, RingFull
 from vmbus.network import rndis
 from vmbus.network.offload import check, coalesce, complete, segment
 from vmbus.network.rndis import Frame, LargeSend, PacketIdFlags, ReceiveChecksum, RndisType, TransmitChecksum
@@ -198,7 +199,7 @@ class NetworkVsp:
                 self._fail(0, error)
                 return
         if needed:
-            queue.channel.signal()
+            _ring(queue.channel)
 
     def _run_deferred(self) -> None:
         """Call others, now that the lock is free: they have locks of their own."""
@@ -230,8 +231,8 @@ class NetworkVsp:
             except RingError as error:
                 self._fail(index, error)
                 return
-            if needed and channel.is_open:
-                channel.signal()
+            if needed:
+                _ring(channel)
             if self._deferred:
                 self._run_deferred()
             if frames:
@@ -483,8 +484,7 @@ class NetworkVsp:
         if self._deferred:
             self._run_deferred()
         for channel in signals:
-            if channel.is_open:
-                channel.signal()
+            _ring(channel)
 
     def _can_deliver_plain(self) -> bool:
         oids, queue = self.protocol.oids, self._queues.get(0)
@@ -713,6 +713,12 @@ class NetworkVsp:
             self._queues.clear()
         if self.port.receiver == self.deliver:
             self.port.receiver = _discard
+
+
+def _ring(channel: Channel) -> None:
+    """Ring the peer, unless the channel closed between two of our steps."""
+    with contextlib.suppress(LocalProtocolError):
+        channel.signal()
 
 
 def _discard(frames: list[bytes]) -> None:
