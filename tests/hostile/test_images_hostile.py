@@ -10,6 +10,7 @@ from pathlib import Path
 from uuid import UUID
 
 import pytest
+from reference.disk_model import fast_folder
 
 from vmbus.core.crc32c import crc32c
 from vmbus.storage.disk import DiskError
@@ -19,6 +20,7 @@ from vmbus.storage.images.vhdx_log import LogWriter
 from vmbus.trace.ledger import Account
 
 MIB = 1 << 20
+tmp_path = pytest.fixture(fast_folder, name="tmp_path")
 KIB64 = 64 << 10
 
 

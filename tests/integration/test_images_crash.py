@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from reference.disk_model import qemu_img
+from reference.disk_model import fast_folder, qemu_img
 from reference.sector_history import PARENT, History, perform, steps
 
 from vmbus.storage.images import create_vhd, create_vhdx, open_disk
 from vmbus.storage.images.hostfile import HostFile
 
 MIB = 1 << 20
+tmp_path = pytest.fixture(fast_folder, name="tmp_path")
 SIZE = 6 * MIB + 1024
 SECTORS = SIZE // 512
 WRITER = Path(__file__).parent.parent / "reference" / "killed_writer.py"

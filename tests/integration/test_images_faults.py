@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from reference.disk_model import apply, pattern, qemu_img, tool
+from reference.disk_model import apply, fast_folder, pattern, qemu_img, tool
 from reference.image_readers import read_vhd, read_vhdx
 from reference.sector_history import perform, steps
 
@@ -22,6 +22,7 @@ from vmbus.storage.images.hostfile import HostFile
 from vmbus.trace.ledger import Account
 
 MIB = 1 << 20
+tmp_path = pytest.fixture(fast_folder, name="tmp_path")
 SIZE = 8 * MIB
 MAKERS: dict[str, Callable[[Path], Any]] = {
     "vhd": lambda path: create_vhd(path, SIZE, block_size=512 << 10),

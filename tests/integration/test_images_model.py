@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from reference.disk_model import apply, check_extents, operations, pattern, qemu_img
+from reference.disk_model import FAST, apply, check_extents, fast_folder, operations, pattern, qemu_img
 from reference.image_readers import read_vhd, read_vhdx
 
 from vmbus.storage.images import create_vhd, create_vhdx, open_disk
 
 MIB = 1 << 20
+tmp_path = pytest.fixture(fast_folder, name="tmp_path")
 
 
 def examples(number: int) -> settings:
@@ -64,7 +65,7 @@ def judge(kind: str, chain: Sequence[Path], model: bytes) -> None:
 
 def random_work_on_one_image(kind: str, data: st.DataObject) -> None:
     size, sector, block = geometry(kind)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=FAST) as folder:
         path = Path(folder, f"image.{kind.split('-', maxsplit=1)[0]}")
         create(kind, path, size)
         model = bytearray(size)
@@ -82,7 +83,7 @@ def random_work_on_one_image(kind: str, data: st.DataObject) -> None:
 
 def random_work_on_a_chain(kind: str, data: st.DataObject) -> None:
     size, sector, block = geometry(kind)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=FAST) as folder:
         chain: list[Path] = []
         model = bytearray(size)
         for level in range(3):

@@ -4,13 +4,25 @@ import itertools
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TypeAlias
 
 import pytest
 from hypothesis import strategies as st
 
 from vmbus.storage.disk import Disk
+
+FAST = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+"""Where tests of images keep their files: they wait for fsync a thousand times. None is the usual place."""
+
+
+def fast_folder() -> Iterator[Path]:
+    """A fixture: a folder that is gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="vmbus-", dir=FAST) as folder:
+        yield Path(folder)
+
 
 Operation: TypeAlias = tuple[str, int, int, int]
 """What to do, first sector, sectors, and a number that seeds the data."""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from reference.disk_model import qemu_img
+from reference.disk_model import fast_folder, qemu_img
 
 from vmbus.core.crc32c import crc32c
 from vmbus.storage.disk import DiskError
@@ -24,6 +24,7 @@ from vmbus.storage.images.vhdx_wire import chunk_ratio, table_entries
 from vmbus.trace.ledger import Account
 
 MIB = 1 << 20
+tmp_path = pytest.fixture(fast_folder, name="tmp_path")
 PAGE = 4096
 
 

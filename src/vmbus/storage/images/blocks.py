@@ -161,6 +161,10 @@ class BlockImage(ImageDisk):
                 state, at = self._locate(block)
                 if state == BlockState.FULL:
                     return self.host.read(at + start, length)
+                if state == BlockState.ABSENT and (parent := self.parent) is None:
+                    return bytes(length)
+                if state == BlockState.ABSENT and parent is not None and offset + length <= parent.size:
+                    return parent.read(offset, length)
             out = bytearray(length)
             self._read_into(offset, memoryview(out))
         return bytes(out)

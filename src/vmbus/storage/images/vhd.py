@@ -260,7 +260,7 @@ class DynamicVhd(BlockImage):
     # The block map.
 
     def _locate(self, block: int) -> tuple[int, int]:
-        sector = int(self._table[block])
+        sector = self._table.item(block)
         if sector == UNUSED:
             return BlockState.ABSENT, 0
         state = BlockState.FULL if self.parent is None else BlockState.PARTIAL

@@ -33,15 +33,19 @@ _log = logging.getLogger(__name__)
 
 _ENTRIES_PER_PAGE = PAGE // 8
 _STATE = np.uint64(7)
-_OFFSET = np.uint64(((1 << 44) - 1) << 20)
-_STATES = {
-    BatState.NOT_PRESENT: BlockState.ABSENT,
-    BatState.UNDEFINED: BlockState.ABSENT,
-    BatState.ZERO: BlockState.ZERO,
-    BatState.UNMAPPED: BlockState.ZERO,
-    BatState.FULLY_PRESENT: BlockState.FULL,
-    BatState.PARTIALLY_PRESENT: BlockState.PARTIAL,
-}
+_OFFSET_MASK = ((1 << 44) - 1) << 20
+_OFFSET = np.uint64(_OFFSET_MASK)
+_STATES = (
+    BlockState.ABSENT,  # NOT_PRESENT
+    BlockState.ABSENT,  # UNDEFINED
+    BlockState.ZERO,
+    BlockState.ZERO,  # UNMAPPED
+    BlockState.ABSENT,  # 4 and 5 are reserved; no image that has them is opened
+    BlockState.ABSENT,
+    BlockState.FULL,
+    BlockState.PARTIAL,
+)
+"""What each `BatState` means."""
 
 
 class Vhdx(BlockImage):
@@ -175,8 +179,8 @@ class Vhdx(BlockImage):
         return block + block // self._ratio
 
     def _locate(self, block: int) -> tuple[int, int]:
-        entry = int(self._bat[self._entry(block)])
-        return _STATES[BatState(entry & 7)], entry & int(_OFFSET)
+        entry = self._bat.item(block + block // self._ratio)
+        return _STATES[entry & 7], entry & _OFFSET_MASK
 
     def _absent_run(self, block: int, end: int) -> int:
         entries = np.arange(block, end, dtype=np.int64)
@@ -187,7 +191,7 @@ class Vhdx(BlockImage):
     def _bitmap(self, block: int) -> tuple[int, int]:
         """The file offset of the bitmap of a block's chunk, and the block's first bit there."""
         chunk, index = divmod(block, self._ratio)
-        offset = int(self._bat[chunk * (self._ratio + 1) + self._ratio]) & int(_OFFSET)
+        offset = int(self._bat[chunk * (self._ratio + 1) + self._ratio]) & _OFFSET_MASK
         return offset, index * self._sectors_per_block
 
     def _runs(self, block: int, first: int, count: int) -> Iterator[tuple[int, int, bool]]:
@@ -205,7 +209,7 @@ class Vhdx(BlockImage):
     def _allocate(self, length: int) -> int:
         offset, behind = self._space.allocate(length)
         try:
-            if offset + length > int(_OFFSET):
+            if offset + length > _OFFSET_MASK:
                 raise DiskError(f"{self.path}: the file cannot grow any further", errno.EFBIG)
             if not behind:
                 self.host.zero(offset, length)

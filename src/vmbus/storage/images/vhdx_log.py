@@ -169,6 +169,8 @@ class _Reader:
             if signature == LogZeroDescriptor.SIGNATURE:
                 zero = LogZeroDescriptor.unpack(entry, at)
                 self._check_place(zero.file_offset, zero.zero_length, zero.sequence_number, header, broken)
+                if zero.zero_length > _MAX_PAGES * PAGE:
+                    raise bad_image(self._path, "the log changes an absurd number of pages")
                 for offset in range(zero.file_offset, zero.file_offset + zero.zero_length, PAGE):
                     yield offset, zero_page
             elif signature == LogDataDescriptor.SIGNATURE:
