@@ -4,8 +4,9 @@
 
 Both boot the distribution's cloud kernel (see `vmbus guest prepare`) with the same initramfs, which loads the hv_*
 modules, prints a line and turns the machine off. What is compared is user plus system time of the whole process
-from the kernel's file to power-off; the smallest of all rounds counts. The kernel is unpacked by the host ("host")
-and by itself ("guest"), which is what QEMU's does too. The exit status is 1 if "auto", which users get, is above the limit.
+from the kernel's file to power-off; the smallest of all rounds counts. Ours is run twice: with the kernel unpacked as
+users get it ("auto", by the host), and with the kernel unpacking itself ("guest"), as it does under QEMU. The exit
+status is 1 if the first is above the limit.
 """
 
 import argparse

@@ -110,9 +110,8 @@ class VirtualClock(Clock):
         return self.advance_to(self._now + nanoseconds)
 
     def move_to(self, when: int) -> None:
-        """Move on to `when` (absolute, in ns) without a look at timers: for who knows that none is due until then."""
-        if when > self._now:
-            self._now = when
+        """Move on to `when` (absolute, in ns); for a caller that knows that no timer is due until then."""
+        self._now = max(self._now, when)
 
     def advance_to(self, when: int) -> int:
         """Move on to `when` (absolute, in ns) and fire what becomes due; going back is ignored.

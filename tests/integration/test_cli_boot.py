@@ -1,0 +1,166 @@
+"""`vmbus boot` and `vmbus guest` from the command line: endings, exit statuses, and what users get wrong."""
+
+import json
+import os
+import pty
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from reference.tiny_guest import elf, tiny_guest
+
+from vmbus.cli import main
+from vmbus.cli.boot import EXIT_STATUS
+from vmbus.engine.unicorn import find_library
+from vmbus.errors import EngineError
+from vmbus.machine.guest import Outcome
+
+try:
+    find_library()
+except EngineError as error:
+    pytest.skip(str(error), allow_module_level=True)
+
+POWER_OFF = "print 'h'; print 'i'; power_off"
+
+
+@pytest.fixture
+def kernel(tmp_path: Path):
+    def write(source: str) -> Path:
+        path = tmp_path / "kernel"
+        path.write_bytes(tiny_guest(f"_start: {source}"))
+        return path
+
+    return write
+
+
+def boot(*arguments: object) -> int:
+    return main(["boot", *(str(a) for a in arguments), "--memory", "16M"])
+
+
+def test_every_ending_has_its_own_exit_status() -> None:
+    assert set(EXIT_STATUS) == set(Outcome)
+    failures = [status for outcome, status in EXIT_STATUS.items() if status]
+    assert len(failures) == len(set(failures))
+    assert 2 not in failures
+
+
+@pytest.mark.parametrize(
+    ("source", "status"),
+    [
+        (POWER_OFF, 0),
+        ("mov $0x604, %dx; mov $1, %al; out %al, %dx; hlt", 10),
+        ("ud2", 12),
+        ("cli; hlt", 13),
+        ("sti; 1: hlt; jmp 1b", 14),
+    ],
+)
+def test_endings(kernel, source: str, status: int) -> None:
+    assert boot("--kernel", kernel(source), "--timeout", 30) == status
+
+
+def test_limits(kernel) -> None:
+    path = kernel("cli; 1: jmp 1b")
+    assert boot("--kernel", path, "--virtual-timeout", 0.01) == 15
+    assert boot("--kernel", path, "--timeout", 0.3) == 16
+
+
+def test_until_and_send(kernel, capfdbinary) -> None:
+    echo = """
+        print '?'
+    1:  mov $UART + 5, %dx; in %dx, %al; test $1, %al; jz 1b
+        mov $UART, %dx; in %dx, %al; cmp $10, %al; je 2f
+        putc; jmp 1b
+    2:  power_off
+    """
+    path = kernel(echo)
+    assert boot("--kernel", path, "--until", "?", "--timeout", 30) == 0
+    assert boot("--kernel", path, "--until", "?", "--send", "typed", "--timeout", 30) == 0
+    assert b"?typed" in capfdbinary.readouterr().out
+    assert boot("--kernel", path, "--send", "typed") == 2
+
+
+def test_report_in_json_and_as_a_table(kernel, tmp_path: Path, capsys) -> None:
+    report = tmp_path / "report.json"
+    assert boot("--kernel", kernel(POWER_OFF), "--json", report, "--ledger") == 0
+    values = json.loads(report.read_text())
+    assert values["outcome"] == "POWER_OFF"
+    assert values["ledger"]["linux"]["exits"]["io_port"] == 3
+    assert values["counts"]["blocks"] > 0
+    assert "io_port" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("contents", "arguments", "message"),
+    [
+        (b"not a kernel at all", (), "not a Linux kernel"),
+        (b"", (), "not a Linux kernel"),
+        (elf(b"\xf4" * 64)[:-8], (), "truncated"),
+        (elf(b"\xf4"), ("--initrd", "INITRD"), "does not fit"),
+        (elf(b"\xf4"), ("--disk", "/nowhere/disk.img"), "No such file"),
+        (elf(b"\xf4"), ("--disk", "DIRECTORY"), "DIRECTORY"),
+        (elf(b"\xf4"), ("--append", "x" * 3000), "command line"),
+        (elf(b"\xf4"), ("--no-enlightenments", "--disk", "DISK"), "emulated disk controller"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(
+    tmp_path: Path, capsys, contents: bytes, arguments: tuple[str, ...], message: str
+) -> None:
+    kernel = tmp_path / "kernel"
+    kernel.write_bytes(contents)
+    (tmp_path / "initrd").write_bytes(bytes(16 << 20))
+    (tmp_path / "disk").write_bytes(bytes(1 << 20))
+    places = {"INITRD": tmp_path / "initrd", "DIRECTORY": tmp_path, "DISK": tmp_path / "disk"}
+    assert boot("--kernel", kernel, "--quiet", *(places.get(a, a) for a in arguments)) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert message.replace("DIRECTORY", str(tmp_path)) in lines[0]
+    assert (tmp_path / "disk").read_bytes() == bytes(1 << 20)
+
+
+def test_without_a_kernel_it_says_what_to_do(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert boot() == 2
+    assert "vmbus guest prepare" in capsys.readouterr().err
+
+
+def test_console_in_a_terminal_and_its_escape_key(kernel) -> None:
+    """A real terminal: raw mode, keys reach the guest, Ctrl-] leaves, the terminal is as before."""
+    path = kernel(
+        """
+        print '>'
+    1:  mov $UART + 5, %dx; in %dx, %al; test $1, %al; jz 1b
+        mov $UART, %dx; in %dx, %al; add $1, %al; putc; jmp 1b
+        """
+    )
+    parent, child = pty.openpty()
+    command = [sys.executable, "-c", "import sys; from vmbus.cli import main; sys.exit(main(sys.argv[1:]))"]
+    arguments = ["boot", "--kernel", str(path), "--memory", "16M", "--timeout", "60"]
+    before = subprocess.run(["stty", "-a"], stdin=child, capture_output=True, check=True).stdout
+    process = subprocess.Popen([*command, *arguments], stdin=child, stdout=child, stderr=child)
+    seen = b""
+
+    def wait_for(text: bytes) -> None:
+        nonlocal seen
+        end = time.monotonic() + 60
+        while text not in seen and time.monotonic() < end:
+            if select.select([parent], [], [], 0.1)[0]:
+                seen += os.read(parent, 4096)
+        assert text in seen, seen
+
+    try:
+        wait_for(b">")
+        os.write(parent, b"ab\x03")  # Ctrl-C is a key like any other
+        wait_for(b"bc\x04")
+        os.write(parent, b"\x1d")
+        assert process.wait(60) == EXIT_STATUS[Outcome.STOPPED]
+        after = subprocess.run(["stty", "-a"], stdin=child, capture_output=True, check=True).stdout
+        assert after == before
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+        os.close(parent)
+        os.close(child)
