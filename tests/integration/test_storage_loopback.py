@@ -9,6 +9,7 @@ from random import Random
 
 import numpy as np
 import pytest
+from reference.storage_attacker import Attacker, read10, status_of, write10
 
 from vmbus.bus.channel import Channel, loopback
 from vmbus.core.memory import GuestMemory
@@ -287,3 +288,40 @@ def test_pages_of_the_caller(connect: Connect) -> None:
     assert memory.read(2000 << 12, 100 * 4096) == CONTENT[: 100 * 4096]
     outside = np.array([1, 1 << 40], dtype=np.uint64)
     assert device.transfer_batch(offsets[:2], outside, 4096, write=False) == [1]
+
+
+@pytest.mark.parametrize("kind", ["file", "memory", "python"])
+def test_requests_of_several_ranges(tmp_path: Path, kind: str) -> None:
+    """Ranges of odd lengths and offsets, scattered over pages, taken one after the other."""
+    disk = RawDisk.create(tmp_path / "disk", MIB) if kind == "file" else MemoryDisk(MIB)
+    disk.write(0, CONTENT[:MIB])
+    attacker = Attacker()
+    provider = StorageVsp({(0, 0): Slow(disk) if kind == "python" else disk})
+    provider.open(attacker.host)
+    attacker.negotiate()
+    ranges = [(100, 4000, [9, 3]), (1, 5, [7]), (7000, 1000, [20, 11]), (4, 4092, [4]), (87 + 1000, 0, [30])]
+    assert sum(length for length, _, _ in ranges) == 16 * 512
+    places = [(9 << 12) + 4000, (7 << 12) + 5, (20 << 12) + 1000, (4 << 12) + 4092, 30 << 12]
+
+    def gather() -> bytes:
+        memory = attacker.memory
+        first = memory.read(places[0], 96) + memory.read(3 << 12, 4)
+        third = memory.read(places[2], 3096) + memory.read(11 << 12, 3904)
+        return (
+            first
+            + memory.read(places[1], 1)
+            + third
+            + memory.read(places[3], 4)
+            + memory.read(places[4], 1087)
+        )
+
+    answer = attacker.execute(read10(40, 16), 16 * 512, ranges)
+    assert status_of(answer) == (0, 1, 0)
+    assert gather() == CONTENT[40 * 512 : 56 * 512]
+    assert status_of(attacker.execute(write10(100, 16), 16 * 512, ranges)) == (0, 1, 0)
+    assert disk.read(100 * 512, 16 * 512) == CONTENT[40 * 512 : 56 * 512]
+    # fewer blocks than the buffer holds
+    assert status_of(attacker.execute(write10(200, 3), 16 * 512, ranges)) == (0, 1, 0)
+    assert disk.read(200 * 512, 4 * 512) == CONTENT[40 * 512 : 43 * 512] + CONTENT[203 * 512 : 204 * 512]
+    provider.shutdown()
+    attacker.guest.close()
