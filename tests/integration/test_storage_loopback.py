@@ -9,7 +9,7 @@ from random import Random
 
 import numpy as np
 import pytest
-from reference.storage_attacker import Attacker, read10, status_of, write10
+from reference.storage_attacker import GPA_DIRECT, Attacker, gpa_header, read10, srb, status_of, write10
 
 from vmbus.bus.channel import Channel, loopback
 from vmbus.core.memory import GuestMemory
@@ -325,3 +325,27 @@ def test_requests_of_several_ranges(tmp_path: Path, kind: str) -> None:
     assert disk.read(200 * 512, 4 * 512) == CONTENT[40 * 512 : 43 * 512] + CONTENT[203 * 512 : 204 * 512]
     provider.shutdown()
     attacker.guest.close()
+
+
+def test_a_guest_that_wants_no_autosense_can_ask_for_it() -> None:
+    attacker = Attacker()
+    provider = StorageVsp({(0, 0): MemoryDisk(MIB)})
+    provider.open(attacker.host)
+    attacker.negotiate()
+    ranges = [(512, 0, [3])]
+    packet = bytearray(srb(read10(1 << 20, 1), 512))
+    packet[12 + 40] |= 0x20  # SRB_FLAGS_DISABLE_AUTOSENSE
+    answer = attacker.ask(GPA_DIRECT, bytes(packet), gpa_header(ranges))
+    assert status_of(answer)[2] == 2
+    assert (answer[14] & 0x80, answer[21]) == (0, 0)
+    request_sense = bytes([0x03, 0, 0, 0, 252, 0])
+    out_of_range = Sense(SenseKey.ILLEGAL_REQUEST, AdditionalSense.LBA_OUT_OF_RANGE)
+    attacker.execute(request_sense, 252, [(252, 0, [5])])
+    assert Sense.unpack(attacker.memory.read(5 << 12, 18)) == out_of_range
+    attacker.execute(request_sense, 252, [(252, 0, [5])])
+    assert Sense.unpack(attacker.memory.read(5 << 12, 18)) == Sense(SenseKey.NO_SENSE, AdditionalSense.NONE)
+    attacker.ask(GPA_DIRECT, bytes(packet), gpa_header(ranges))
+    attacker.execute(bytes(6), 0, [])  # any other command, and it is gone
+    attacker.execute(request_sense, 252, [(252, 0, [5])])
+    assert Sense.unpack(attacker.memory.read(5 << 12, 18)) == Sense(SenseKey.NO_SENSE, AdditionalSense.NONE)
+    provider.shutdown()

@@ -6,8 +6,6 @@ which the backend finishes them.
 """
 
 import logging
-import threading
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -17,10 +15,11 @@ from uuid import UUID, uuid4, uuid5
 from vmbus.bus.channel import Channel
 from vmbus.bus.offer import Offer
 from vmbus.bus.vmbus_host import Offered, VmbusHost
-from vmbus.core.blockio import FULL, MORE, BlockServer
-from vmbus.core.ring import COMPLETION, COMPLETION_REQUESTED, GPA_DIRECT, IN_BAND, Packet
-from vmbus.errors import GuestMemoryError, LocalProtocolError, RemoteProtocolError, RingCorrupt, RingFull
+from vmbus.core.blockio import FULL, MORE
+from vmbus.core.ring import GPA_DIRECT, IN_BAND, Packet
+from vmbus.errors import GuestMemoryError, LocalProtocolError, RemoteProtocolError, RingCorrupt
 from vmbus.storage.buffers import GuestBuffer
+from vmbus.storage.channel_server import ChannelServer
 from vmbus.storage.disk import Disk
 from vmbus.storage.negotiation import HostNegotiation, State
 from vmbus.storage.scsi.cdb import allocation_length
@@ -86,51 +85,6 @@ class _Request(NamedTuple):
     scsi: ScsiRequest
 
 
-class _Server:
-    """One open channel and what is under way on it."""
-
-    def __init__(self, channel: Channel, path: int | None) -> None:
-        self.channel = channel
-        self.fast = BlockServer(
-            channel.incoming, channel.outgoing, channel.memory, -1 if path is None else path
-        )
-        self.fast_stale = True
-        """Units have changed since `fast` was told of them."""
-        self.fast_useful = False
-        """`fast` has units to serve."""
-        self.index = channel.offer.subchannel_index
-        self.completions: deque[tuple[int, bytes]] = deque()
-        self.notices: set[Operation] = set()
-        self.running: set[Future[Outcome]] = set()
-        self.idle = threading.Condition()
-        self._lock = threading.Lock()
-        self._runner = 0
-        self._again = False
-
-    def settle(self) -> None:
-        """Wait until no other thread is inside `kick`."""
-        if self._runner != threading.get_ident():
-            with self._lock:
-                pass
-
-    def kick(self, run: Callable[["_Server"], None]) -> None:
-        """Run the server unless somebody does so already; then let that one look again.
-
-        So no thread waits for another, a doorbell from inside the loop does not nest, and none is lost.
-        """
-        self._again = True
-        while self._again:
-            if not self._lock.acquire(blocking=False):
-                return
-            self._runner = threading.get_ident()
-            try:
-                self._again = False
-                run(self)
-            finally:
-                self._runner = 0
-                self._lock.release()
-
-
 class StorageVsp:
     """One storage controller.
 
@@ -168,7 +122,7 @@ class StorageVsp:
         self._versions = versions
         self._units: dict[Address, LogicalUnit] = {}
         self._watchers: dict[Address, Callable[[], None]] = {}
-        self._servers: dict[int, _Server] = {}
+        self._servers: dict[int, ChannelServer] = {}
         self._negotiation = self._new_negotiation()
         self._pool = ThreadPoolExecutor(workers, "storvsp") if workers else None
         for address, disk in (disks or {}).items():
@@ -245,14 +199,14 @@ class StorageVsp:
         watcher()
         for server in list(self._servers.values()):
             server.settle()
-            self._wait_idle(server)
+            server.wait_idle()
         unit.detach(self.offer.instance_id)
         self._notify(Operation.REMOVE_DEVICE)
         return unit
 
     def open(self, channel: Channel) -> None:
         """Serve a channel that the guest opened; its sub-channel index comes from its offer."""
-        server = _Server(channel, self._path)
+        server = ChannelServer(channel, self._path)
         if server.index == 0:
             self._negotiation = self._new_negotiation()
         self._servers[server.index] = server
@@ -269,7 +223,7 @@ class StorageVsp:
         server.settle()
         for future in list(server.running):
             future.cancel()
-        self._wait_idle(server)
+        server.wait_idle()
         server.completions.clear()
         if server.index == 0:
             self._negotiation = self._new_negotiation()
@@ -344,18 +298,18 @@ class StorageVsp:
             server.notices.add(notice)
             server.kick(self._run)
 
-    @staticmethod
-    def _wait_idle(server: _Server) -> None:
-        with server.idle:
-            server.idle.wait_for(lambda: not server.running)
+    @property
+    def _packet_size(self) -> int:
+        rules = self._negotiation.rules
+        return rules.packet_size if rules is not None else PacketHeader.SIZE + MAX_REQUEST_SIZE
 
-    def _run(self, server: _Server) -> None:
+    def _run(self, server: ChannelServer) -> None:
         """Move packets until there is nothing to do; called with the server's lock held."""
         channel = server.channel
         incoming = channel.incoming
         try:
             while channel.is_open and self._servers.get(server.index) is server:
-                if not self._flush(server):
+                if not server.flush(self._packet_size):
                     return  # the guest's ring is full: it rings when it has made room
                 room = MAX_OUTSTANDING - len(server.running)
                 if room <= 0:
@@ -380,7 +334,7 @@ class StorageVsp:
                 raise
             # Closed between two of our steps; `close` comes, or has come.
 
-    def _serve_fast(self, server: _Server) -> bool:
+    def _serve_fast(self, server: ChannelServer) -> bool:
         """Let compiled code serve plain reads and writes; True to come round again, False if a packet is left."""
         if server.fast_stale and self.ready and self._pool is None:
             self._tell_fast(server)
@@ -401,11 +355,11 @@ class StorageVsp:
         elif served:
             account.doorbells_suppressed += 1
         if code == FULL:
-            # The completion of the packet that waits in our ring does not fit; `_flush` goes on from there.
+            # The completion of the packet that waits in our ring does not fit; `flush` goes on from there.
             return channel.outgoing.want_space(PacketHeader.SIZE + MAX_REQUEST_SIZE) and served > 0
         return code == MORE
 
-    def _tell_fast(self, server: _Server) -> None:
+    def _tell_fast(self, server: ChannelServer) -> None:
         """Tell the compiled server which units it may serve."""
         server.fast_stale = False
         server.fast_useful = False
@@ -432,43 +386,7 @@ class StorageVsp:
             server.fast.disable(*address)
             server.fast_stale = True
 
-    def _flush(self, server: _Server) -> bool:
-        """Write completions and notices, ring once; False if the ring is full."""
-        if not server.completions and not server.notices:
-            return True
-        channel = server.channel
-        outgoing = channel.outgoing
-        signal = False
-        sent = 0
-        try:
-            while server.notices:
-                notice = min(server.notices)
-                rules = self._negotiation.rules
-                size = rules.packet_size if rules is not None else PacketHeader.SIZE + MAX_REQUEST_SIZE
-                signal |= outgoing.send(PacketHeader(notice).pack().ljust(size, b"\0"), 0, IN_BAND)
-                sent += 1
-                server.notices.discard(notice)
-            while server.completions:
-                transaction_id, payload = server.completions[0]
-                signal |= outgoing.send(payload, transaction_id, COMPLETION)
-                sent += 1
-                server.completions.popleft()
-        except RingFull:
-            if outgoing.want_space(PacketHeader.SIZE + MAX_REQUEST_SIZE):
-                return self._signal(channel, signal, sent) and self._flush(server)
-            self._signal(channel, signal, sent)
-            return False
-        outgoing.stop_waiting()
-        return self._signal(channel, signal, sent)
-
-    @staticmethod
-    def _signal(channel: Channel, signal: bool, sent: int) -> bool:
-        channel.account.packets_sent += sent
-        if sent:
-            channel.notify(signal)
-        return True
-
-    def _packet(self, server: _Server, packet: Packet) -> None:
+    def _packet(self, server: ChannelServer, packet: Packet) -> None:
         """Take one packet of the guest. A wrong one is answered, never fatal."""
         if packet.type not in (IN_BAND, GPA_DIRECT):
             _log.warning("packet of type %d on storage channel %d", packet.type, server.channel.channel_id)
@@ -484,15 +402,9 @@ class StorageVsp:
         except RemoteProtocolError as error:
             _log.warning("bad packet on storage channel %d: %s", server.channel.channel_id, error)
             status, body = NtStatus.INVALID_PARAMETER, b""
-        self._complete(server, packet, size, status, body)
+        server.complete(packet, size, status, body)
 
-    def _complete(self, server: _Server, packet: Packet, size: int, status: int, body: bytes) -> None:
-        """Queue a completion of exactly the request's size, as Windows guests insist on it."""
-        if packet.flags & COMPLETION_REQUESTED:
-            header = PacketHeader(Operation.COMPLETE_IO, 0, status).pack()
-            server.completions.append((packet.transaction_id, header + body[:size].ljust(size, b"\0")))
-
-    def _control(self, server: _Server, operation: int, payload: bytes) -> tuple[NtStatus, bytes]:
+    def _control(self, server: ChannelServer, operation: int, payload: bytes) -> tuple[NtStatus, bytes]:
         if server.index:
             return NtStatus.INVALID_DEVICE_STATE, b""  # only the primary channel is for anything but requests
         if operation in _RESETS:
@@ -520,7 +432,7 @@ class StorageVsp:
                 unit.reset(_RESETS[operation])
         return NtStatus.SUCCESS
 
-    def _execute_srb(self, server: _Server, packet: Packet, request: _Request) -> None:
+    def _execute_srb(self, server: ChannelServer, packet: Packet, request: _Request) -> None:
         scsi = request.scsi
         ranges = packet.ranges
         if scsi.data_transfer_length > (ranges.total if ranges is not None else 0):
@@ -533,23 +445,25 @@ class StorageVsp:
             self._respond(server, request, self._carry_out(scsi, task))
             return
         future = self._pool.submit(self._carry_out, scsi, task)
-        with server.idle:
-            server.running.add(future)
+        server.begun(future)
 
         def finished(future: Future[Outcome]) -> None:
             outcome = Outcome(ScsiStatus.TASK_ABORTED) if future.cancelled() else future.result()
             self._respond(server, request, outcome)
-            with server.idle:
-                server.running.discard(future)
-                server.idle.notify_all()
+            server.finished(future)
             server.kick(self._run)
 
         future.add_done_callback(finished)
 
+    def _unit(self, scsi: ScsiRequest) -> LogicalUnit | None:
+        """The unit that a request is for; of an IDE accelerator whatever path the guest gave."""
+        if self._path is None and scsi.path_id:
+            return None
+        return self._units.get((scsi.target_id, scsi.lun))
+
     def _carry_out(self, scsi: ScsiRequest, task: Task) -> Outcome:
         """Find the unit and let it execute the command. Never raises."""
-        path = scsi.path_id if self._path is None else 0
-        unit = self._units.get((scsi.target_id, scsi.lun)) if path == 0 else None
+        unit = self._unit(scsi)
         cdb = task.cdb
         try:
             if cdb[0] == Opcode.REPORT_LUNS:
@@ -579,11 +493,15 @@ class StorageVsp:
         body = b"".join(bytes([0, lun, 0, 0, 0, 0, 0, 0]) for lun in luns)
         return task.reply(len(body).to_bytes(4, "big") + bytes(4) + body, allocation)
 
-    def _respond(self, server: _Server, request: _Request, outcome: Outcome) -> None:
+    def _respond(self, server: ChannelServer, request: _Request, outcome: Outcome) -> None:
         """Queue the completion of a SCSI request."""
         scsi = request.scsi
         rules = self._negotiation.rules
-        sense = b"" if scsi.srb_flags & SrbFlags.DISABLE_AUTOSENSE else outcome.sense
+        sense = outcome.sense
+        if sense and scsi.srb_flags & SrbFlags.DISABLE_AUTOSENSE:
+            sense, unit = b"", self._unit(scsi)
+            if unit is not None:
+                unit.retain(self.offer.instance_id, outcome.sense)
         sense = sense[: rules.sense_size if rules is not None else 0]
         srb_status = _srb_status(outcome)
         response = ScsiRequest(
@@ -600,7 +518,7 @@ class StorageVsp:
             payload=sense,
         )
         status = _NT_STATUS.get(srb_status, NtStatus.IO_DEVICE_ERROR)
-        self._complete(server, request.packet, request.size, status, response.pack())
+        server.complete(request.packet, request.size, status, response.pack())
 
 
 def _srb_status(outcome: Outcome) -> SrbStatus:

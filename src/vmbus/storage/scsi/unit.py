@@ -61,6 +61,7 @@ class LogicalUnit:
         self._table = table
         self._lock = threading.Lock()
         self._attentions: dict[Hashable, list[AdditionalSense]] = {}
+        self._retained: dict[Hashable, bytes] = {}
         self._nexuses: set[Hashable] = set()
         self._handlers: dict[int, Callable[[Task], int]] = {
             Opcode.REQUEST_SENSE: self._request_sense,
@@ -77,7 +78,12 @@ class LogicalUnit:
         with self._lock:
             self._nexuses.discard(nexus)
             self._attentions.pop(nexus, None)
+            self._retained.pop(nexus, None)
         self.changed()
+
+    def retain(self, nexus: Hashable, sense: bytes) -> None:
+        """Keep sense data that its initiator did not want with the status, until it asks or sends another command."""
+        self._retained[nexus] = sense
 
     def attention(self, what: AdditionalSense, nexus: Hashable = None, *, but: Hashable = None) -> None:
         """Let `nexus`, or every initiator except `but`, get a unit attention."""
@@ -131,6 +137,8 @@ class LogicalUnit:
             raise CheckCondition.of(SenseKey.ILLEGAL_REQUEST, AdditionalSense.INVALID_OPERATION_CODE)
         if cdb[len(command.usage) - 1] & 0x04:
             raise invalid_field(len(command.usage) - 1, 2)  # NACA: not supported (SAM-5 5.2)
+        if self._retained and cdb[0] != Opcode.REQUEST_SENSE:
+            self._retained.pop(task.nexus, None)
         if self._attentions and cdb[0] not in _NO_ATTENTION:
             self._raise_attention(task.nexus)
         return self._run(task)
@@ -150,6 +158,10 @@ class LogicalUnit:
         return False
 
     def _request_sense(self, task: Task) -> int:
+        retained = self._retained.pop(task.nexus, None)
+        if retained is not None:
+            data = Sense.unpack(retained).pack(descriptor=bool(task.cdb[1] & 1))
+            return task.reply(data, allocation_length(task.cdb))
         with self._lock:
             queue = self._attentions.get(task.nexus)
             what = queue.pop(0) if queue else None

@@ -1,0 +1,136 @@
+"""One open channel of a storage provider: what is under way on it, and how its answers get out."""
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+
+from vmbus.bus.channel import Channel
+from vmbus.core.blockio import BlockServer
+from vmbus.core.ring import COMPLETION, COMPLETION_REQUESTED, IN_BAND, Packet
+from vmbus.errors import RingFull
+from vmbus.storage.scsi.task import Outcome
+from vmbus.storage.wire import MAX_REQUEST_SIZE, Operation, PacketHeader
+
+__all__ = ["ChannelServer"]
+
+_MOST_FUTILE = 16
+
+
+class ChannelServer:
+    """One open channel and what is under way on it.
+
+    Args:
+        channel: the host's end.
+        path: of an IDE accelerator, else None.
+
+    Attributes:
+        index: the sub-channel's number, 0 for the primary channel.
+        fast: serves plain reads and writes.
+        fast_stale: units have changed since `fast` was told of them.
+        fast_useful: `fast` has units to serve.
+        notices: what the guest is to be told unasked.
+        running: requests on worker threads.
+    """
+
+    def __init__(self, channel: Channel, path: int | None) -> None:
+        self.channel = channel
+        self.index = channel.offer.subchannel_index
+        self.fast = BlockServer(
+            channel.incoming, channel.outgoing, channel.memory, -1 if path is None else path
+        )
+        self.fast_stale = True
+        self.fast_useful = False
+        self.completions: deque[tuple[int, bytes]] = deque()
+        self.notices: set[Operation] = set()
+        self.running: set[Future[Outcome]] = set()
+        self._idle = threading.Condition()
+        self._lock = threading.Lock()
+        self._runner = 0
+        self._again = False
+
+    def kick(self, run: Callable[["ChannelServer"], None]) -> None:
+        """Run the server unless somebody does so already; then let that one look again.
+
+        So no thread waits for another, a doorbell from inside the loop does not nest, and none is lost.
+        """
+        self._again = True
+        while self._again:
+            if not self._lock.acquire(blocking=False):
+                return
+            self._runner = threading.get_ident()
+            try:
+                self._again = False
+                run(self)
+            finally:
+                self._runner = 0
+                self._lock.release()
+
+    def settle(self) -> None:
+        """Wait until no other thread is inside `kick`."""
+        if self._runner != threading.get_ident():
+            with self._lock:
+                pass
+
+    def begun(self, future: Future[Outcome]) -> None:
+        """A request runs on a worker thread."""
+        with self._idle:
+            self.running.add(future)
+
+    def finished(self, future: Future[Outcome]) -> None:
+        """It does not any more."""
+        with self._idle:
+            self.running.discard(future)
+            self._idle.notify_all()
+
+    def wait_idle(self) -> None:
+        """Wait until no request runs on a worker thread."""
+        with self._idle:
+            self._idle.wait_for(lambda: not self.running)
+
+    def complete(self, packet: Packet, size: int, status: int, body: bytes) -> None:
+        """Queue a completion of exactly the request's size, as Windows guests insist on it."""
+        if packet.flags & COMPLETION_REQUESTED:
+            header = PacketHeader(Operation.COMPLETE_IO, 0, status).pack()
+            self.completions.append((packet.transaction_id, header + body[:size].ljust(size, b"\0")))
+
+    def flush(self, packet_size: int) -> bool:
+        """Write completions and notices and ring if needed; False if the ring is full: the guest rings then.
+
+        Raises:
+            RingCorrupt: the guest broke the ring.
+        """
+        outgoing = self.channel.outgoing
+        futile = 0
+        while self.completions or self.notices:
+            sent, signal, full = self._write(packet_size)
+            if sent:
+                self.channel.account.packets_sent += sent
+                self.channel.notify(signal)
+            if not full:
+                outgoing.stop_waiting()
+                return True
+            futile = 0 if sent else futile + 1
+            # The guest may have made room just now. Room that comes and goes and lets nothing through is its game.
+            if not outgoing.want_space(PacketHeader.SIZE + MAX_REQUEST_SIZE) or futile > _MOST_FUTILE:
+                return False
+        return True
+
+    def _write(self, packet_size: int) -> tuple[int, bool, bool]:
+        """Packets written, whether the guest must be rung, whether the ring is full."""
+        outgoing = self.channel.outgoing
+        sent, signal = 0, False
+        try:
+            while self.notices:
+                notice = min(self.notices)
+                signal |= outgoing.send(PacketHeader(notice).pack().ljust(packet_size, b"\0"), 0, IN_BAND)
+                sent += 1
+                self.notices.discard(notice)
+            while self.completions:
+                transaction_id, payload = self.completions[0]
+                signal |= outgoing.send(payload, transaction_id, COMPLETION)
+                sent += 1
+                self.completions.popleft()
+        except RingFull:
+            return sent, signal, True
+        return sent, signal, False
