@@ -3,6 +3,7 @@
 Seeded; a failure prints the seed to repeat it with ``VMBUS_SEED=… pytest …``.
 """
 
+import contextlib
 import os
 import random
 
@@ -10,7 +11,7 @@ import pytest
 from reference.raw_guest import RawGuest
 
 from vmbus.errors import HypercallError, RemoteProtocolError
-from vmbus.hypervisor import GuestFault, Hypervisor, VirtualClock
+from vmbus.hypervisor import GeneralProtectionFault, Hypervisor, UndefinedOpcodeFault, VirtualClock
 from vmbus.hypervisor.abi import RepCall, control
 from vmbus.hypervisor.hypercalls import CALLS
 from vmbus.hypervisor.msrs import MSR_WRITE
@@ -118,7 +119,12 @@ def one_hypercall(generator, victims):
             named = generator.choice([PARTITION_ID_SELF, *victims.hv.partitions])
             data = named.to_bytes(8, "little") + generator.randrange(4).to_bytes(8, "little") + data[16:]
         attacker.memory.write(0x2000, data)
-    result = attacker.vp.hypercall(word, first, second, random_input(generator, 96))
+    try:
+        result = attacker.vp.hypercall(word, first, second, random_input(generator, 96))
+    except UndefinedOpcodeFault:
+        return  # the hypercall page is gone
+    except GeneralProtectionFault as fault:
+        raise AssertionError("no other exception may come out of a hypercall") from fault
     assert result & 0xFFFF in STATUSES
     victims.statuses.add(result & 0xFFFF)
     assert not result & ~0xFFF_0000_FFFF
@@ -161,12 +167,9 @@ def test_whatever_a_guest_does(privileges, round_number):
     victims = Victims(privileges)
     attacker = victims.attacker.vp
     actions = (one_hypercall, one_hypercall, one_hypercall, one_msr, one_apic_access, one_io)
-    faults = set()
     for step in range(2500):
-        try:
+        with contextlib.suppress(GeneralProtectionFault):  # an MSR or a value that it does not take
             generator.choice(actions)(generator, victims)
-        except GuestFault as fault:
-            faults.add(fault.vector)
         if step % 50 == 0:
             if not attacker.partition.hypercalls_enabled:
                 attacker.partition.hypercall_msr = 0
@@ -180,7 +183,6 @@ def test_whatever_a_guest_does(privileges, round_number):
     # The fuzz is worth its time only if it gets past the first check.
     assert len(victims.statuses) >= (9 if privileges else 6), victims.statuses
     assert Status.SUCCESS in victims.statuses
-    assert faults <= {6, 13}
     assert victims.sibling.post(1, 1, b"still here") == Status.SUCCESS
     victims.hv.root.destroy()
 

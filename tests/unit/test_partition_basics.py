@@ -10,7 +10,7 @@ import pytest
 from vmbus.errors import GuestMemoryError, HypercallError, LocalProtocolError
 from vmbus.hypervisor import GeneralProtectionFault, Hypervisor, UndefinedOpcodeFault, VirtualClock
 from vmbus.hypervisor.abi import control
-from vmbus.hypervisor.personality import DOS, SERVER_2008
+from vmbus.hypervisor.personality import DOS, PERSONALITIES, SERVER_2008
 from vmbus.hypervisor.tlfs import CallCode, Msr, PartitionState, Privilege, Status
 from vmbus.trace.ledger import Ledger
 
@@ -140,6 +140,37 @@ def test_cpuid_shows_the_hypervisor_only_to_those_who_know_it(hv):
     assert old.cpuid(0x4000_0004)[0] >> 9 & 1 == 0
     with pytest.raises(GeneralProtectionFault):
         dos.rdmsr(Msr.SIMP)
+
+
+@pytest.mark.parametrize("personality", PERSONALITIES.values(), ids=lambda p: p.name)
+def test_the_leaves_of_every_personality(hv, personality):
+    vp = hv.create_child(hv.root, "c", personality=personality).vps[0]
+    last, *_ = vp.cpuid(0x4000_0000)
+    assert last == (personality.max_leaf if personality.hypervisor_present else 0)
+    assert vp.cpuid(max(last, 0x4000_0000) + 1) == (0, 0, 0, 0)
+    eax, ebx, _, edx = vp.cpuid(0x4000_0003)
+    assert ebx << 32 | eax == (personality.privileges if personality.hypervisor_present else 0)
+    # What a leaf promises exists, and what it does not promise does not.
+    promises = {
+        Msr.VP_RUNTIME: eax >> 0,
+        Msr.TIME_REF_COUNT: eax >> 1,
+        Msr.SIMP: eax >> 2,
+        Msr.STIMER0_CONFIG: eax >> 3,
+        Msr.TPR: eax >> 4,
+        Msr.HYPERCALL: eax >> 5,
+        Msr.VP_INDEX: eax >> 6,
+        Msr.RESET: eax >> 7,
+        Msr.REFERENCE_TSC: eax >> 9,
+        Msr.GUEST_IDLE: eax >> 10,
+        Msr.TSC_FREQUENCY: eax >> 11,
+        Msr.CRASH_CTL: edx >> 10,
+    }
+    for msr, promised in promises.items():
+        if promised & 1:
+            vp.rdmsr(msr)
+        else:
+            with pytest.raises(GeneralProtectionFault):
+                vp.rdmsr(msr)
 
 
 def test_privileges_gate_msrs_and_hypercalls(hv):

@@ -15,7 +15,6 @@ CpuidResult: TypeAlias = tuple[int, int, int, int]
 """EAX, EBX, ECX, EDX."""
 
 MAX_BASIC_LEAF: Final = 0x16
-MAX_HYPERVISOR_LEAF: Final = 0x4000_000A
 MAX_EXTENDED_LEAF: Final = 0x8000_0008
 PHYSICAL_ADDRESS_BITS: Final = 40
 LINEAR_ADDRESS_BITS: Final = 48
@@ -64,8 +63,8 @@ def leaves(
     }
     if personality.hypervisor_present:
         build, major, minor = personality.hypervisor_build
-        table |= {
-            0x4000_0000: _vendor(MAX_HYPERVISOR_LEAF, b"Microsoft Hv", (0, 1, 2)),
+        hypervisor: dict[int, CpuidResult] = {
+            0x4000_0000: _vendor(personality.max_leaf, b"Microsoft Hv", (0, 1, 2)),
             0x4000_0001: (0x3123_7648, 0, 0, 0),  # "Hv#1"
             0x4000_0002: (build, major << 16 | minor, 0, 0),
             0x4000_0003: (privileges & 0xFFFF_FFFF, privileges >> 32, 0, personality.features),
@@ -78,4 +77,5 @@ def leaves(
             0x4000_0009: (0, 0, 0, 0),
             0x4000_000A: (0, 0, 0, 0),
         }
+        table |= {leaf: result for leaf, result in hypervisor.items() if leaf <= personality.max_leaf}
     return table

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from vmbus.hypervisor.faults import GeneralProtectionFault
+from vmbus.hypervisor.personality import CRASH_MSRS_AVAILABLE
 from vmbus.hypervisor.tlfs import SINT_COUNT, STIMER_COUNT, Msr, Privilege
 
 if TYPE_CHECKING:
@@ -110,7 +111,21 @@ def _set_deadline(vp: "VirtualProcessor", value: int) -> None:
     vp.apic.tsc_deadline = value
 
 
+def _crash_parameters(vp: "VirtualProcessor") -> list[int]:
+    """The crash registers of the partition, if its CPUID offers them (no privilege says so)."""
+    personality = vp.partition.personality
+    if not (personality.hypervisor_present and personality.features & CRASH_MSRS_AVAILABLE):
+        raise GeneralProtectionFault("this partition has no crash registers")
+    return vp.partition.crash_parameters
+
+
+def _read_crash_ctl(vp: "VirtualProcessor") -> int:
+    _crash_parameters(vp)
+    return CRASH_CAPABILITIES
+
+
 def _write_crash_ctl(vp: "VirtualProcessor", value: int) -> None:
+    _crash_parameters(vp)
     if value & CRASH_CTL_NOTIFY:
         vp.partition.report_crash(vp, bool(value & CRASH_CTL_MESSAGE))
 
@@ -125,7 +140,7 @@ def _read_guest_idle(vp: "VirtualProcessor") -> int:
 
 
 def _set_crash_parameter(vp: "VirtualProcessor", index: int, value: int) -> None:
-    vp.partition.crash_parameters[index] = value
+    _crash_parameters(vp)[index] = value
 
 
 def _reader(function: "Callable[[VirtualProcessor, int], int]", index: int) -> Reader:
@@ -167,7 +182,7 @@ def _tables() -> tuple[dict[int, ReadEntry], dict[int, WriteEntry]]:
         Msr.SIMP: (p.ACCESS_SYNIC_MSRS, lambda vp: vp.synic.simp),
         Msr.EOM: (p.ACCESS_SYNIC_MSRS, _read_zero),
         Msr.GUEST_IDLE: (p.ACCESS_GUEST_IDLE_MSR, _read_guest_idle),
-        Msr.CRASH_CTL: (0, lambda vp: CRASH_CAPABILITIES),
+        Msr.CRASH_CTL: (0, _read_crash_ctl),
     }
     write: dict[int, WriteEntry] = {
         Msr.IA32_TSC: (0, _write_tsc),
@@ -206,7 +221,7 @@ def _tables() -> tuple[dict[int, ReadEntry], dict[int, WriteEntry]]:
         write[config] = (timers, _writer(lambda vp, n, value: vp.timers.set_config(n, value), n))
         write[count] = (timers, _writer(lambda vp, n, value: vp.timers.set_count(n, value), n))
     for n in range(CRASH_PARAMETERS):
-        read[Msr.CRASH_P0 + n] = (0, _reader(lambda vp, n: vp.partition.crash_parameters[n], n))
+        read[Msr.CRASH_P0 + n] = (0, _reader(lambda vp, n: _crash_parameters(vp)[n], n))
         write[Msr.CRASH_P0 + n] = (0, _writer(_set_crash_parameter, n))
     # Plain integers hash and compare faster than enumeration members, and this is on the exit path.
     return {int(i): (int(k), f) for i, (k, f) in read.items()}, {

@@ -71,6 +71,7 @@ class Personality:
         recommendations: CPUID 0x40000004 EAX.
         privileges: the partition's privilege mask.
         hypervisor_present: whether CPUID shows a hypervisor at all.
+        max_leaf: the last hypervisor leaf of CPUID.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Personality:
     recommendations: int = DEPRECATE_AUTO_EOI
     privileges: int = CHILD_PRIVILEGES
     hypervisor_present: bool = True
+    max_leaf: int = 0x4000_000A
 
     @property
     def auto_eoi(self) -> bool:
@@ -111,24 +113,33 @@ def _linux(version: int) -> int:
 _ALL: Final = frozenset({"storage", "network", "video", "input", "services"})
 _FIRST: Final = frozenset({"storage", "network", "video", "input"})
 _NONE: Final = Privilege(0)
-_AUTO_EOI_ERA: Final = Personality("2008", hypervisor_build=(6001, 6, 0), recommendations=0, features=0)
+_FIRST_HYPERVISOR: Final = Personality(
+    "first",
+    # Server 2008's hypervisor: no reference TSC page, no frequency MSRs, no XMM input, no crash registers.
+    hypervisor_build=(6001, 6, 0),
+    recommendations=0,
+    features=0,
+    privileges=CHILD_PRIVILEGES
+    & ~(Privilege.ACCESS_PARTITION_REFERENCE_TSC | Privilege.ACCESS_FREQUENCY_MSRS),
+    max_leaf=0x4000_0005,
+)
 
 SERVER_2008: Final = replace(
-    _AUTO_EOI_ERA,
+    _FIRST_HYPERVISOR,
     name="server-2008",
     guest_os_id=_windows(0x600, 6001),
     vmbus_version=0x0000_000D,
     enlightened=_FIRST,
 )
 VISTA: Final = replace(
-    _AUTO_EOI_ERA,
+    _FIRST_HYPERVISOR,
     name="vista",
     guest_os_id=_windows(0x600, 6002),
     vmbus_version=0x0000_000D,
     enlightened=_FIRST,
 )
 SUSE_LINUX: Final = replace(
-    _AUTO_EOI_ERA,
+    _FIRST_HYPERVISOR,
     name="suse-linux",
     guest_os_id=_linux(0x02_06_10),
     vmbus_version=0x0000_000D,

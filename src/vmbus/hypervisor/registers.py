@@ -87,7 +87,10 @@ def read_register(vp: "VirtualProcessor", name: int) -> int:
     msr = _AS_MSR.get(name)
     if msr is not None:
         # A parent reads its child's register whatever the child itself is allowed.
-        return MSR_READ[msr][1](vp)
+        try:
+            return MSR_READ[msr][1](vp)
+        except GeneralProtectionFault:
+            raise HypercallError(Status.INVALID_PARAMETER) from None
     if name == _R.CR8:
         return vp.apic.tpr >> 4
     if name == _R.INTERCEPT_SUSPEND:
