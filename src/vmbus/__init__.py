@@ -6,7 +6,7 @@ The parts from the bottom up; each room of the package has more:
   `Dispatcher`, `Doorbell`
 * the hypervisor: `Hypervisor`, `Partition`, `VirtualProcessor`, `HostClock`, `VirtualClock`, `PERSONALITIES`
 * VMBus: `VmbusHost` in the parent, `VmbusGuest` in the child, `Offer`, `Channel`, `loopback`
-* storage: `RawDisk`, `MemoryDisk`, `StorageVsp`, `StorageVsc`
+* storage: `RawDisk`, `MemoryDisk`, `open_disk` for images and NBD, `RedirectDisk`, `StorageVsp`, `StorageVsc`
 * whole machines: `ModelMachine`, and `compare`, the experiment on both paths
 * counts: `Ledger`, `Account`
 * errors: all under `VmbusError`
@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from vmbus.machine.model import ModelMachine
     from vmbus.storage.disk import Disk, MemoryDisk, RawDisk
     from vmbus.storage.guest_disk import StorageDisk
+    from vmbus.storage.images import create_vhd, create_vhdx, open_disk
+    from vmbus.storage.redirect import RedirectDisk
     from vmbus.storage.vsc import StorageVsc
     from vmbus.storage.vsp import StorageVsp
     from vmbus.trace.ledger import Account, Ledger
@@ -106,6 +108,12 @@ _ROOMS = {
         "RawDisk",
     ),
     "vmbus.storage.guest_disk": ("StorageDisk",),
+    "vmbus.storage.images": (
+        "create_vhd",
+        "create_vhdx",
+        "open_disk",
+    ),
+    "vmbus.storage.redirect": ("RedirectDisk",),
     "vmbus.storage.vsc": ("StorageVsc",),
     "vmbus.storage.vsp": ("StorageVsp",),
     "vmbus.trace.ledger": (
@@ -143,6 +151,7 @@ __all__ = [
     "Partition",
     "ProtocolError",
     "RawDisk",
+    "RedirectDisk",
     "RemoteProtocolError",
     "RingCorrupt",
     "RingEmpty",
@@ -160,7 +169,10 @@ __all__ = [
     "VmbusHost",
     "Window",
     "compare",
+    "create_vhd",
+    "create_vhdx",
     "loopback",
+    "open_disk",
 ]
 
 
