@@ -7,9 +7,11 @@ from typing import NamedTuple
 
 import pytest
 
-from vmbus.bus import Hosting, Inline, Threads, VmbusGuest, VmbusHost
+from vmbus.bus import Hosting, Inline, Threads, VmbusGuest, VmbusHost, loopback
+from vmbus.core.memory import GuestMemory
 from vmbus.errors import DeviceError, VmbusError
 from vmbus.hypervisor import Hypervisor, Partition, VirtualClock
+from vmbus.machine.model import ModelMachine
 from vmbus.storage.disk import Disk, MemoryDisk
 from vmbus.storage.guest_disk import StorageDisk
 from vmbus.storage.redirect import RedirectDisk
@@ -101,3 +103,25 @@ def test_a_provider_taken_away_is_an_error_for_all_behind_it(kind: str, dead: in
             nest.device.write(0, bytes(4096))
     assert time.monotonic() - began < 10
     nest.close()
+
+
+def test_a_partition_that_has_only_emulated_hardware_gives_an_enlightened_disk() -> None:
+    """The middle partition reaches its disk by port instructions, its child by VMBus: a hop is a hop."""
+    disk = MemoryDisk(SIZE, content=random.Random(1).randbytes(SIZE))
+    with ModelMachine(memory_size=16 * MIB) as machine:
+        redirect = RedirectDisk(machine.add_emulated_disk(disk))
+        guest, host = loopback(GuestMemory(8 * MIB), 16, 16)
+        provider = StorageVsp({(0, 0): redirect})
+        provider.open(host)
+        client = StorageVsc(guest, range(16, 512))
+        client.connect()
+        device = client.disk()
+        assert device.size == SIZE
+        exits = machine.ledger.total().exits.total()
+        assert device.read(MIB, 65536) == disk.read(MIB, 65536)
+        assert machine.ledger.total().exits.total() > exits
+        device.write_batch([0, 8192], [b"a" * 4096, b"b" * 4096])
+        device.flush()
+        assert disk.read(0, 4096) + disk.read(8192, 4096) == b"a" * 4096 + b"b" * 4096
+        provider.shutdown()
+        host.close()
