@@ -271,7 +271,7 @@ def test_through_passt(connect, tmp_path: Path) -> None:
             run.configure()
             run(f"ip route add default via {HOST}")
             # passt maps its gateway's address to the host's loopback.
-            run(f"(echo d; sleep 5) | nc {HOST} {port} >/f")
+            run(f"(printf d; sleep 5) | nc {HOST} {port} >/f")
             assert hashlib.sha256(data).hexdigest() in run("sha256sum /f")
             run(f"(printf u; cat /f) | nc {HOST} {port}")
             time.sleep(0.5)

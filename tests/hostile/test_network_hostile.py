@@ -22,7 +22,8 @@ from vmbus.network.oid import HashTypes, Offloads, Oid, ReceiveScaleParameters
 from vmbus.network.rndis import Frame, LargeSend, NdisStatus, PacketIdFlags, RndisType, TransmitChecksum
 from vmbus.network.switch import BROADCAST, Switch
 from vmbus.network.vsc_protocol import GuestConfig
-from vmbus.network.vsp import MAX_BACKLOG, MAX_CONTROL_BACKLOG
+from vmbus.network.vsp import MAX_CONTROL_BACKLOG
+from vmbus.network.vsp_delivery import MAX_BACKLOG
 from vmbus.network.vsp_protocol import HostState
 from vmbus.network.wire import Capabilities, MessageType, NvspStatus, Version, pack_message
 

@@ -7,17 +7,14 @@ GPA-direct ranges. Received ones are copied out of the receive buffer.
 The host may be hostile: what it names is checked against what it was given, copied once, then parsed.
 """
 
-import contextlib
 import logging
-import threading
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Final, TypeVar
 
 from vmbus.bus.channel import Channel
-from vmbus.core.memory import GpaRanges, Window
-from vmbus.core.netio import DONE, SLOW, GuestQueue, SendPool
+from vmbus.core.memory import GpaRanges
+from vmbus.core.netio import DONE, GuestQueue, SendPool
 from vmbus.core.ring import COMPLETION, COMPLETION_REQUESTED, IN_BAND, TRANSFER_PAGES, Packet
 from vmbus.errors import (
     DeviceError,
@@ -31,18 +28,17 @@ from vmbus.network import rndis
 from vmbus.network.offload import complete, parse
 from vmbus.network.oid import HashTypes, Offloads, PacketFilter
 from vmbus.network.rndis import Frame, PacketIdFlags, ReceiveChecksum, RndisType, TransmitChecksum
-from vmbus.network.rss import DEFAULT_KEY, RssState, Toeplitz
-from vmbus.network.switch import strip_tag, tag_frame
-from vmbus.network.vsc_protocol import Buffers, GuestConfig, GuestProtocol, RndisStep, Script, Step
+from vmbus.network.rss import DEFAULT_KEY
+from vmbus.network.switch import tag_frame
+from vmbus.network.vsc_protocol import Buffers, GuestConfig, RndisStep, Script, Step
+from vmbus.network.vsc_send import PAGE, Sending, Sent, default_page_count, ring_peer
 from vmbus.network.wire import (
     MAX_RSC_RANGES,
     RECEIVE_BUFFER_ID,
-    SEND_SECTION_SIZE,
     ChannelType,
     MessageType,
     NvspStatus,
     packet_size,
-    receive_section_size,
 )
 
 __all__ = ["NetworkVsc", "default_page_count"]
@@ -50,17 +46,11 @@ __all__ = ["NetworkVsc", "default_page_count"]
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-PAGE: Final = 4096
 BATCH: Final = 64
 SLOW_BATCH: Final = 16
 """Packets taken in Python before the compiled path gets its turn again."""
 MAX_COMPLETIONS: Final = 8192
 """Completions that wait for ring space; more than a receive buffer can have packets is the host's doing."""
-CONTROL_PAGES: Final = 4
-LARGE_PAGES: Final = 18
-"""Pages of one large frame: 64 KiB, and its headers."""
-LARGE_BUFFERS: Final = 4
-MIN_SEND_PAGES: Final = 3
 MAX_RECEIVED: Final = 16384
 """Frames that wait for `receive`; more are dropped, as by a driver that the stack does not empty."""
 MAX_RSC_SIZE: Final = 65535 + 18
@@ -70,32 +60,7 @@ _RNDIS_COMPLETE: Final = int(MessageType.SEND_RNDIS_PACKET_COMPLETE).to_bytes(4,
 _PACKET_MESSAGE: Final = int(RndisType.PACKET).to_bytes(4, "little")
 
 
-@dataclass(slots=True)
-class _Sent:
-    """What a packet of ours holds until the host completes it."""
-
-    task: int = 0
-    section: int = -1
-    control: int = -1
-    large: int = -1
-    frames: int = 0
-    size: int = 0
-
-
-@dataclass(slots=True)
-class _Area:
-    """Guest pages that this driver owns, mapped in a row."""
-
-    pfns: tuple[int, ...]
-    window: Window
-    view: memoryview
-
-    def close(self) -> None:
-        self.view.release()
-        self.window.close()
-
-
-class NetworkVsc:
+class NetworkVsc(Sending):
     """A guest's network adapter.
 
     Attributes:
@@ -126,29 +91,12 @@ class NetworkVsc:
             DeviceError: the host refuses or does not answer.
             RemoteProtocolError: the host breaks the protocol.
         """
-        self.protocol = GuestProtocol(config or GuestConfig())
+        super().__init__(channel, pages, config or GuestConfig())
         self.timeout = timeout
         self.dropped_frames = 0
-        self.use_compiled_path = True
-        self._sent_frames = 0
-        self._sent_bytes = 0
-        self._failed_frames = 0
-        self._plain: GuestQueue | None = None
-        self._sections: SendPool | None = None
-        self._channels: dict[int, Channel] = {0: channel}
-        self._sent: dict[tuple[int, int], _Sent] = {}
-        self._next_id = 0
         self._received: deque[bytes] = deque()
         self._completions: dict[int, deque[int]] = {0: deque()}
         self._fragments: list[Frame] = []
-        self._hash = RssState(
-            HashTypes.IPV4 | HashTypes.IPV6 | HashTypes.TCP_IPV4 | HashTypes.TCP_IPV6,
-            (0,),
-            Toeplitz(DEFAULT_KEY),
-        )
-        self._lock = threading.RLock()
-        self._failure: Exception | None = None
-        self._lay_out(list(pages))
         channel.on_signal = lambda: self._drain(0)
         channel.on_closed = self._closed
         try:
@@ -181,25 +129,6 @@ class NetworkVsc:
             protocol.packets_per_message,
             protocol.alignment,
         )
-
-    def _lay_out(self, pages: list[int]) -> None:
-        fixed = CONTROL_PAGES + LARGE_BUFFERS * LARGE_PAGES
-        section = receive_section_size(self.protocol.config.mtu + 14)
-        least = fixed + MIN_SEND_PAGES + -(-18 * section // PAGE)
-        if len(pages) < least:
-            raise LocalProtocolError(f"a network client needs {least} pages for this MTU, not {len(pages)}")
-        rest = len(pages) - fixed
-        send = min(256, max(MIN_SEND_PAGES, min(rest // 4, rest - -(-18 * section // PAGE))))
-        self._control = self._area(pages[:CONTROL_PAGES])
-        self._large = self._area(pages[CONTROL_PAGES:fixed])
-        self._send = self._area(pages[fixed : fixed + send])
-        self._receive = self._area(pages[fixed + send :])
-        self._free_control = deque(range(CONTROL_PAGES))
-        self._free_large = deque(range(LARGE_BUFFERS))
-
-    def _area(self, pfns: Sequence[int]) -> _Area:
-        window = self._channels[0].memory.window(pfns, mirrored=False)
-        return _Area(tuple(pfns), window, window.view())
 
     # ---- the interface of a NIC
 
@@ -388,7 +317,7 @@ class NetworkVsc:
                 flags = COMPLETION_REQUESTED if step.wants_answer else 0
                 needed |= self._put(0, step.payload, self._next_id, IN_BAND, flags)
                 if step.wants_answer:
-                    self._sent[0, self._next_id] = _Sent(task=key)
+                    self._sent[0, self._next_id] = Sent(task=key)
             del self.protocol.outbox[0]
         return needed
 
@@ -404,152 +333,14 @@ class NetworkVsc:
         needed = channel.outgoing.send_gpa_direct(payload, ranges, self._next_id + 1)
         self._next_id += 1
         self._free_control.popleft()
-        self._sent[0, self._next_id] = _Sent(control=slot)
+        self._sent[0, self._next_id] = Sent(control=slot)
         channel.account.packets_sent += 1
         return needed
 
     def _send_step(self, key: int, step: Step) -> None:
         self.protocol.outbox.append((key, step))
         if self._flush_control():
-            _ring(self._channels[0])
-
-    def _put(self, index: int, payload: bytes, transaction_id: int, kind: int, flags: int) -> bool:
-        channel = self._channels[index]
-        needed = channel.outgoing.send(payload, transaction_id, kind, flags)
-        channel.account.packets_sent += 1
-        return needed
-
-    # ---- sending
-
-    def _spread(self, frames: Sequence[bytes | Frame]) -> list[tuple[int, list[Frame]]]:
-        """Runs of consecutive frames for the same channel, chosen by the host's table."""
-        runs: list[tuple[int, list[Frame]]] = []
-        table = self.protocol.send_table
-        for item in frames:
-            frame = _as_frame(item)
-            value = self._hash.hash(frame.data)
-            index = 0 if value is None else table[value % len(table)]
-            if index not in self._channels:
-                index = 0
-            if runs and runs[-1][0] == index:
-                runs[-1][1].append(frame)
-            else:
-                runs.append((index, [frame]))
-        return runs
-
-    def _send_plain(self, plain: GuestQueue, frames: Sequence[bytes | Frame]) -> int:
-        """Send by the compiled path as far as it can, other frames one by one; how many found room."""
-        channel, at, retried = self._channels[0], 0, False
-        account = channel.account
-        items = frames if type(frames) is list else list(frames)
-        while at < len(items):
-            before, copied, packets = at, plain.bytes_copied, channel.outgoing.packets
-            at, reason, ring = plain.send(items, at)
-            account.packets_sent += channel.outgoing.packets - packets
-            account.bytes_copied += plain.bytes_copied - copied
-            if ring:
-                _ring(channel)
-            elif at > before:
-                account.doorbells_suppressed += 1
-            if reason == SLOW:
-                if not self._send_on(0, [_as_frame(items[at])]):
-                    break
-                at += 1
-            elif at < len(items):
-                # No room: let the host catch up, take its completions, and try again while that helps.
-                if at == before and retried:
-                    break
-                retried = at == before
-                self._drain(0)
-                if 0 not in self._channels:
-                    break
-        return at
-
-    def _send_on(self, index: int, frames: Sequence[Frame]) -> int:
-        channel = self._channels[index]
-        done = 0
-        needed = False
-        retried = False
-        while done < len(frames):
-            try:
-                count, signal = self._send_some(index, frames, done)
-            except RingFull:
-                count, signal = 0, False
-            needed |= signal
-            done += count
-            if count == 0:
-                # No room: let the host catch up once, take its completions, and try again.
-                if needed:
-                    _ring(channel)
-                    needed = False
-                elif retried:
-                    break
-                retried = True
-                self._drain(index)
-                if index not in self._channels:
-                    return done
-            else:
-                retried = False
-        if needed:
-            _ring(channel)
-        elif done:
-            channel.account.doorbells_suppressed += 1
-        return done
-
-    def _send_some(self, index: int, frames: Sequence[Frame], start: int) -> tuple[int, bool]:
-        """Send frames in one VMBus packet: as many as go into a section, or one large one."""
-        size, _ = self.protocol.send_section
-        first = rndis.pack_packet(frames[start], alignment=self.protocol.alignment)
-        if not size or len(first) > size:
-            return self._send_large(index, frames[start], first)
-        pool = self._sections
-        if pool is None or not pool.available:
-            return 0, False
-        messages, total, count = [first], len(first), 1
-        while start + count < len(frames) and count < self.protocol.packets_per_message:
-            following = rndis.pack_packet(frames[start + count], alignment=self.protocol.alignment)
-            if total + len(following) > size:
-                break
-            messages.append(following)
-            total += len(following)
-            count += 1
-        section = pool.take()
-        pool.write(section, b"".join(messages))
-        self._next_id = self._next_id + 1 & 0xFFFFFFFF or 1
-        payload = self.protocol.rndis_packet(ChannelType.DATA, section, total)
-        try:
-            needed = self._put(index, payload, self._next_id, IN_BAND, COMPLETION_REQUESTED)
-        except RingFull:
-            pool.give(section)
-            raise
-        octets = sum(len(frame.data) for frame in frames[start : start + count])
-        self._sent[index, self._next_id] = _Sent(section=section, frames=count, size=octets)
-        self._channels[index].account.bytes_copied += total
-        return count, needed
-
-    def _send_large(self, index: int, frame: Frame, message: bytes) -> tuple[int, bool]:
-        if len(message) > LARGE_PAGES * PAGE:
-            raise LocalProtocolError(f"frame of {len(frame.data)} bytes")
-        if not self._free_large:
-            return 0, False
-        slot = self._free_large[0]
-        start = slot * LARGE_PAGES
-        self._large.view[start * PAGE : start * PAGE + len(message)] = message
-        # As Linux's driver does it: a range for the headers, and one for every page of the frame.
-        pages = -(-len(message) // PAGE)
-        parts = [
-            (min(PAGE, len(message) - page * PAGE), 0, [self._large.pfns[start + page]])
-            for page in range(pages)
-        ]
-        payload = self.protocol.rndis_packet(ChannelType.DATA)
-        channel = self._channels[index]
-        needed = channel.outgoing.send_gpa_direct(payload, GpaRanges(parts), self._next_id + 1)
-        self._next_id += 1
-        self._free_large.popleft()
-        self._sent[index, self._next_id] = _Sent(large=slot, frames=1, size=len(frame.data))
-        channel.account.packets_sent += 1
-        channel.account.bytes_copied += len(message)
-        return 1, needed
+            ring_peer(self._channels[0])
 
     # ---- from the host
 
@@ -579,7 +370,7 @@ class NetworkVsc:
                 channel.close()
                 return
             if needed:
-                _ring(channel)
+                ring_peer(channel)
             if not more:
                 return
 
@@ -749,19 +540,6 @@ class NetworkVsc:
             area.close()
 
 
-def _ring(channel: Channel) -> None:
-    """Ring the peer, unless the channel closed between two of our steps."""
-    with contextlib.suppress(LocalProtocolError):
-        channel.signal()
-
-
-def _as_frame(item: bytes | Frame) -> Frame:
-    if isinstance(item, Frame):
-        return item
-    plain, tci = strip_tag(item)
-    return Frame(plain, vlan=None if tci is None else rndis.pack_vlan(tci))
-
-
 def _checksum_again(data: bytes) -> bytes:
     """A coalesced packet with a TCP checksum of its own."""
     layers = parse(data)
@@ -769,10 +547,3 @@ def _checksum_again(data: bytes) -> bytes:
         raise RemoteProtocolError("a coalesced packet that is no IP packet")
     version4 = layers.version == 4
     return complete(data, TransmitChecksum(ipv4=version4, ipv6=not version4, tcp=True))
-
-
-def default_page_count(mtu: int = 1500, receive_sections: int = 256, send_sections: int = 64) -> int:
-    """Pages to give a `NetworkVsc` for about so many sections of its buffers."""
-    receive = -(-receive_sections * receive_section_size(mtu + 14) // PAGE)
-    send = -(-send_sections * SEND_SECTION_SIZE // PAGE)
-    return CONTROL_PAGES + LARGE_BUFFERS * LARGE_PAGES + max(receive + send, 4 * send)

@@ -12,12 +12,9 @@ A guest that does not read its ring, does not complete, or completes what it was
 and nothing else. Everything that waits is bounded.
 """
 
-import contextlib
 import logging
-import threading
-from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
@@ -25,11 +22,12 @@ from vmbus.bus.channel import Channel
 from vmbus.core.memory import Window
 from vmbus.core.netio import DONE, FULL, HostQueue, ReceivePool
 from vmbus.core.ring import COMPLETION, COMPLETION_REQUESTED, GPA_DIRECT, IN_BAND, Packet
-from vmbus.errors import GuestMemoryError, LocalProtocolError, RemoteProtocolError, RingError, RingFull
+from vmbus.errors import GuestMemoryError, RemoteProtocolError, RingError
 from vmbus.network import rndis
-from vmbus.network.offload import check, coalesce, complete, segment
-from vmbus.network.rndis import Frame, LargeSend, PacketIdFlags, ReceiveChecksum, RndisType, TransmitChecksum
-from vmbus.network.switch import Port, strip_tag, tag_frame
+from vmbus.network.offload import complete, segment
+from vmbus.network.rndis import Frame, LargeSend, RndisType, TransmitChecksum
+from vmbus.network.switch import Port, tag_frame
+from vmbus.network.vsp_delivery import BATCH, Delivery, Queue, ring_peer
 from vmbus.network.vsp_oid import AdapterConfig, AdapterStatistics
 from vmbus.network.vsp_protocol import (
     CONTROL_SECTIONS,
@@ -47,7 +45,6 @@ from vmbus.network.vsp_protocol import (
     SendBufferGranted,
 )
 from vmbus.network.wire import (
-    MAX_RSC_RANGES,
     NO_SECTION,
     ChannelType,
     MessageType,
@@ -59,34 +56,11 @@ __all__ = ["NetworkVsp"]
 
 log = logging.getLogger(__name__)
 
-BATCH: Final = 64
-"""Ring packets taken at once, and frames announced in one transfer-page packet."""
 SLOW_BATCH: Final = 16
 """Packets taken in Python before the compiled path gets its turn again."""
 MAX_MESSAGE: Final = 128 << 10
 """Longest RNDIS message: 64 KiB of an LSO frame, headers, and room for several packets in one message."""
-MAX_BACKLOG: Final = 2048
-"""Frames that wait for receive sections or ring space, per channel."""
 MAX_CONTROL_BACKLOG: Final = 64
-
-
-@dataclass(slots=True)
-class _Queue:
-    """One open channel and what waits for it.
-
-    Attributes:
-        completions: (transaction id, payload); without an id it is a message of our own.
-        backlog: packets for the guest, each a list of one RNDIS message a fragment.
-        plain: the compiled path, once there is a receive buffer.
-        wanted: payload size of the packet that did not fit into the ring.
-    """
-
-    channel: Channel
-    index: int
-    completions: deque[tuple[int | None, bytes]] = field(default_factory=deque)
-    backlog: deque[list[bytes]] = field(default_factory=deque)
-    plain: HostQueue | None = None
-    wanted: int = 0
 
 
 @dataclass(slots=True)
@@ -97,7 +71,7 @@ class _SendBuffer:
     section_count: int
 
 
-class NetworkVsp:
+class NetworkVsp(Delivery):
     """Serves one open adapter; a guest that closes and opens the channel again gets a new one.
 
     Attributes:
@@ -127,22 +101,13 @@ class NetworkVsp:
                 when the guest opened it. Without it the adapter has one queue.
             statistics: counters to go on with.
         """
-        self.statistics = statistics or AdapterStatistics()
-        self.protocol = HostProtocol(config, self.statistics)
-        self.port = port
+        counters = statistics or AdapterStatistics()
+        super().__init__(channel, port, HostProtocol(config, counters), counters)
         self.on_data_path: Callable[[bool], None] | None = None
-        self.use_compiled_path = True
         self._offer_subchannels = offer_subchannels
-        self._queues: dict[int, _Queue] = {0: _Queue(channel, 0)}
         self._send: _SendBuffer | None = None
         self._receive_window: Window | None = None
-        self._receive: ReceivePool | None = None
-        self._set_id = 0
         self._candidate: Window | None = None
-        self._control: deque[bytes] = deque()
-        self._next_packet_id = 0
-        self._deferred: list[Callable[[], None]] = []
-        self._lock = threading.RLock()
         channel.on_signal = lambda: self._drain(0)
         channel.on_closed = self._close
         port.receiver = self.deliver
@@ -161,7 +126,7 @@ class NetworkVsp:
         with self._lock:
             if not 0 < index <= self.protocol.subchannels or index in self._queues:
                 raise RemoteProtocolError(f"sub-channel {index} of {self.protocol.subchannels}")
-            self._queues[index] = _Queue(channel, index)
+            self._queues[index] = Queue(channel, index)
             self._make_plain(self._queues[index])
             channel.on_signal = lambda: self._drain(index)
             channel.on_closed = lambda: self._drop_queue(index)
@@ -199,14 +164,7 @@ class NetworkVsp:
                 self._fail(0, error)
                 return
         if needed:
-            _ring(queue.channel)
-
-    def _run_deferred(self) -> None:
-        """Call others, now that the lock is free: they have locks of their own."""
-        with self._lock:
-            calls, self._deferred = self._deferred, []
-        for call in calls:
-            call()
+            ring_peer(queue.channel)
 
     # ---- from the guest
 
@@ -232,7 +190,7 @@ class NetworkVsp:
                 self._fail(index, error)
                 return
             if needed:
-                _ring(channel)
+                ring_peer(channel)
             if self._deferred:
                 self._run_deferred()
             if frames:
@@ -240,7 +198,7 @@ class NetworkVsp:
             if not more:
                 return
 
-    def _take(self, queue: _Queue, frames: list[bytes]) -> tuple[int, bool, bool]:
+    def _take(self, queue: Queue, frames: list[bytes]) -> tuple[int, bool, bool]:
         """Take packets from the ring: how many, whether to ring the guest, whether to wait for it."""
         taken, ring = 0, False
         plain = queue.plain if self.use_compiled_path else None
@@ -261,7 +219,7 @@ class NetworkVsp:
             self._receive_packet(queue.index, queue, packet, frames)
         return taken + len(packets), ring, False
 
-    def _receive_packet(self, index: int, queue: _Queue, packet: Packet, frames: list[bytes]) -> None:
+    def _receive_packet(self, index: int, queue: Queue, packet: Packet, frames: list[bytes]) -> None:
         payload = packet.payload
         if packet.type == COMPLETION:
             self._release(queue, packet.transaction_id)
@@ -381,7 +339,7 @@ class NetworkVsp:
 
     # ---- actions of the protocol
 
-    def _perform(self, actions: Iterable[Action], queue: _Queue, packet: Packet | None) -> None:
+    def _perform(self, actions: Iterable[Action], queue: Queue, packet: Packet | None) -> None:
         for action in actions:
             match action:
                 case Complete(payload):
@@ -420,7 +378,7 @@ class NetworkVsp:
         for queue in self._queues.values():
             self._make_plain(queue)
 
-    def _make_plain(self, queue: _Queue) -> None:
+    def _make_plain(self, queue: Queue) -> None:
         """Let the compiled path serve a channel."""
         if self._receive is None:
             return
@@ -464,228 +422,6 @@ class NetworkVsp:
             self._send.window.close()
             self._send = None
 
-    # ---- to the guest
-
-    def deliver(self, frames: list[bytes]) -> None:
-        """Give frames of the switch to the guest: the receiver of the port."""
-        with self._lock:
-            if not self.protocol.can_receive or self._receive is None:
-                self.statistics.received_filtered += len(frames)
-                return
-            signals: list[Channel] = []
-            at = 0
-            while at < len(frames):
-                at = self._deliver_plain(frames, at, signals)
-                if at < len(frames):
-                    # One at a time as long as the compiled path may go on behind it, else all of them.
-                    end = at + 1 if self._can_deliver_plain() else len(frames)
-                    self._deliver_slowly(frames[at:end], signals)
-                    at = end
-        if self._deferred:
-            self._run_deferred()
-        for channel in signals:
-            _ring(channel)
-
-    def _can_deliver_plain(self) -> bool:
-        oids, queue = self.protocol.oids, self._queues.get(0)
-        wanted = oids.offloads.receive
-        return (
-            self.use_compiled_path
-            and queue is not None
-            and queue.plain is not None
-            and oids.rss is None
-            and not (queue.backlog or queue.completions or self._control)
-            and not any(self.protocol.rsc)
-            and not (wanted.tcp4 or wanted.tcp6 or wanted.udp4 or wanted.udp6 or wanted.ipv4_header)
-        )
-
-    def _deliver_plain(self, frames: list[bytes], at: int, signals: list[Channel]) -> int:
-        """Deliver the frames that the compiled path can, from `at` on; where it stopped."""
-        if not self._can_deliver_plain():
-            return at
-        queue, oids = self._queues[0], self.protocol.oids
-        plain = queue.plain
-        assert plain is not None
-        filtered, copied, packets = plain.filtered, plain.bytes_copied, queue.channel.outgoing.packets
-        mac = int.from_bytes(oids.current_mac, "big")
-        try:
-            at, _, ring = plain.deliver(frames, at, mac, oids.packet_filter)
-        except RingError as error:
-            self._deferred.append(partial(self._fail, 0, error))
-            return len(frames)
-        self.statistics.received_filtered += plain.filtered - filtered
-        self.statistics.add_received(plain.take_received())
-        account = queue.channel.account
-        account.bytes_copied += plain.bytes_copied - copied
-        account.packets_sent += queue.channel.outgoing.packets - packets
-        if ring:
-            signals.append(queue.channel)
-        else:
-            account.doorbells_suppressed += 1
-        return at
-
-    def _deliver_slowly(self, frames: list[bytes], signals: list[Channel]) -> None:
-        for index, batch in self._spread(frames).items():
-            queue = self._queues.get(index) or self._queues[0]
-            self._enqueue(queue, batch)
-            try:
-                if self._flush(queue):
-                    signals.append(queue.channel)
-            except RingError as error:
-                self._deferred.append(partial(self._fail, index, error))
-
-    def _spread(self, frames: list[bytes]) -> dict[int, list[tuple[bytes, int | None]]]:
-        """Frames that pass the filter, by queue, with their hashes."""
-        result: dict[int, list[tuple[bytes, int | None]]] = {}
-        oids, limit = self.protocol.oids, self.protocol.frame_size
-        for frame in frames:
-            if not oids.accepts(frame[:6]) or len(frame) > limit + 4 * (frame[12:14] == b"\x81\x00"):
-                self.statistics.received_filtered += 1
-                continue
-            value = None if oids.rss is None else oids.rss.hash(frame)
-            index = 0 if oids.rss is None else oids.rss.queue(value)
-            result.setdefault(index, []).append((frame, value))
-        return result
-
-    def _enqueue(self, queue: _Queue, batch: list[tuple[bytes, int | None]]) -> None:
-        """Make the RNDIS messages of frames; those that overflow the backlog are dropped."""
-        ipv4, ipv6 = self.protocol.rsc
-        hashes = dict(batch)
-        frames = [frame for frame, _ in batch]
-        groups = coalesce(frames, ipv4=ipv4, ipv6=ipv6) if ipv4 or ipv6 else [[frame] for frame in frames]
-        assert self._receive is not None
-        most = min(
-            self._receive.count - CONTROL_SECTIONS, MAX_RSC_RANGES, queue.channel.outgoing.capacity // 8 - 16
-        )
-        position = 0
-        for group in groups:
-            first = frames[position]
-            position += len(group)
-            if len(queue.backlog) >= MAX_BACKLOG or len(group) > most:
-                self.statistics.received_no_buffer += len(group)
-                continue
-            for frame in frames[position - len(group) : position]:
-                self.statistics.count_received(frame)
-            queue.backlog.append(self._messages(group, first, hashes[first]))
-
-    def _messages(self, group: list[bytes], original: bytes, hash_value: int | None) -> list[bytes]:
-        """The RNDIS messages of one packet: one a fragment."""
-        plain, tci = strip_tag(group[0])
-        vlan = None if tci is None else rndis.pack_vlan(tci)
-        checksum = self._checksum_of(original, len(group) > 1)
-        if len(group) == 1:
-            return [rndis.pack_packet(Frame(plain, checksum, None, vlan, hash_value))]
-        self._next_packet_id = self._next_packet_id + 1 & 0xFFFF
-        messages = []
-        for number, part in enumerate(group):
-            flags = PacketIdFlags.SUB_ALLOCATION
-            if number == 0:
-                flags |= PacketIdFlags.FIRST
-            if number == len(group) - 1:
-                flags |= PacketIdFlags.LAST
-            identity = 1 | flags << 8 | self._next_packet_id << 16
-            data = plain if number == 0 else part
-            messages.append(rndis.pack_packet(Frame(data, checksum, None, vlan, hash_value, identity)))
-        return messages
-
-    def _checksum_of(self, frame: bytes, coalesced: bool) -> int | None:
-        """What the guest is told of the checksums, as far as it asked for it."""
-        wanted = self.protocol.oids.offloads.receive
-        if not (wanted.tcp4 or wanted.tcp6 or wanted.udp4 or wanted.udp6 or wanted.ipv4_header or coalesced):
-            return None
-        found = check(frame)
-        if coalesced:
-            found |= ReceiveChecksum.TCP_VALUE_INVALID
-        return int(found) or None
-
-    def _flush(self, queue: _Queue) -> bool:
-        """Send what waits for `queue`: completions, control messages, frames. Whether to ring the guest."""
-        outgoing = queue.channel.outgoing
-        needed = False
-        for _ in range(_ATTEMPTS):
-            try:
-                needed |= self._flush_completions(queue)
-                needed |= self._flush_sections(queue)
-                outgoing.stop_waiting()
-                break
-            except RingFull:
-                # The guest is to ring when there is room; if there is by now, try again instead.
-                if not outgoing.want_space(queue.wanted):
-                    break
-        if not needed:
-            queue.channel.account.doorbells_suppressed += 1
-        return needed
-
-    def _flush_completions(self, queue: _Queue) -> bool:
-        outgoing, needed = queue.channel.outgoing, False
-        while queue.completions:
-            transaction_id, payload = queue.completions[0]
-            queue.wanted = len(payload)
-            if transaction_id is None:
-                needed |= outgoing.send(payload)
-            else:
-                needed |= outgoing.send(payload, transaction_id, COMPLETION)
-            queue.completions.popleft()
-            queue.channel.account.packets_sent += 1
-        return needed
-
-    def _flush_sections(self, queue: _Queue) -> bool:
-        needed = False
-        while self._receive is not None and self._control and queue is self._queues.get(0):
-            if not self._receive.available:
-                return needed
-            needed |= self._send_sections(queue, [self._control[0]], ChannelType.CONTROL)
-            self._control.popleft()
-        while self._receive is not None and queue.backlog:
-            packets = self._next_batch(queue)
-            if not packets:
-                break
-            messages = [message for packet in packets for message in packet]
-            needed |= self._send_sections(queue, messages, ChannelType.DATA)
-            for _ in packets:
-                queue.backlog.popleft()
-        return needed
-
-    def _next_batch(self, queue: _Queue) -> list[list[bytes]]:
-        """Packets from the backlog that fit into free sections now; fragments of a packet stay together."""
-        assert self._receive is not None
-        room = self._receive.available - CONTROL_SECTIONS
-        result: list[list[bytes]] = []
-        count = 0
-        for group in queue.backlog:
-            if count + len(group) > room or (result and count + len(group) > BATCH):
-                break
-            result.append(group)
-            count += len(group)
-        return result
-
-    def _send_sections(self, queue: _Queue, messages: list[bytes], kind: int) -> bool:
-        """Announce messages with one packet; the caller made sure that there are sections for them."""
-        pool = self._receive
-        assert pool is not None
-        sections = [pool.take() for _ in messages]
-        ranges = [
-            (len(message), pool.write(section, message))
-            for section, message in zip(sections, messages, strict=True)
-        ]
-        transaction_id = pool.commit(sections, queue.index)
-        queue.wanted = 8 + 8 * len(ranges) + 40  # rest of the header, ranges, NVSP message
-        try:
-            needed = queue.channel.outgoing.send_transfer_pages(
-                self.protocol.rndis_packet(kind), self._set_id, ranges, transaction_id
-            )
-        except RingError:
-            pool.release(transaction_id, queue.index)
-            raise
-        queue.channel.account.packets_sent += 1
-        queue.channel.account.bytes_copied += sum(map(len, messages))
-        return needed
-
-    def _release(self, queue: _Queue, transaction_id: int) -> None:
-        """The guest completed one of our packets; of others it is told nothing, they are counted."""
-        if self._receive is None or not self._receive.release(transaction_id, queue.index):
-            self.statistics.violations += 1
-
     # ---- the end
 
     def _drop_queue(self, index: int) -> None:
@@ -715,17 +451,9 @@ class NetworkVsp:
             self.port.receiver = _discard
 
 
-def _ring(channel: Channel) -> None:
-    """Ring the peer, unless the channel closed between two of our steps."""
-    with contextlib.suppress(LocalProtocolError):
-        channel.signal()
-
-
 def _discard(frames: list[bytes]) -> None:
     del frames
 
 
 _RNDIS_PACKET: Final = int(MessageType.SEND_RNDIS_PACKET).to_bytes(4, "little")
 _PACKET_MESSAGE: Final = int(RndisType.PACKET).to_bytes(4, "little")
-_ATTEMPTS: Final = 4
-"""How often a full ring is tried again when the guest made room just then."""

@@ -1,0 +1,317 @@
+"""The way of frames to the guest: from the switch's port into sections of the guest's receive buffer.
+
+`Delivery` holds the channels of an adapter and what waits for each: completions, control messages, frames. It is
+the half of `vmbus.network.vsp.NetworkVsp` that writes to the guest.
+"""
+
+import contextlib
+import threading
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Final
+
+from vmbus.bus.channel import Channel
+from vmbus.core.netio import HostQueue, ReceivePool
+from vmbus.core.ring import COMPLETION
+from vmbus.errors import LocalProtocolError, RingError, RingFull
+from vmbus.network import rndis
+from vmbus.network.offload import check, coalesce
+from vmbus.network.rndis import Frame, PacketIdFlags, ReceiveChecksum
+from vmbus.network.switch import Port, strip_tag
+from vmbus.network.vsp_oid import AdapterStatistics
+from vmbus.network.vsp_protocol import CONTROL_SECTIONS, HostProtocol
+from vmbus.network.wire import MAX_RSC_RANGES, ChannelType
+
+__all__ = ["BATCH", "MAX_BACKLOG", "Delivery", "Queue", "ring_peer"]
+
+BATCH: Final = 64
+"""Ring packets taken at once, and frames announced in one transfer-page packet."""
+MAX_BACKLOG: Final = 2048
+"""Frames that wait for receive sections or ring space, per channel."""
+_ATTEMPTS: Final = 4
+"""How often a full ring is tried again when the guest made room just then."""
+
+
+@dataclass(slots=True)
+class Queue:
+    """One open channel and what waits for it.
+
+    Attributes:
+        completions: (transaction id, payload); without an id it is a message of our own.
+        backlog: packets for the guest, each a list of one RNDIS message a fragment.
+        plain: the compiled path, once there is a receive buffer.
+        wanted: payload size of the packet that did not fit into the ring.
+    """
+
+    channel: Channel
+    index: int
+    completions: deque[tuple[int | None, bytes]] = field(default_factory=deque)
+    backlog: deque[list[bytes]] = field(default_factory=deque)
+    plain: HostQueue | None = None
+    wanted: int = 0
+
+
+class Delivery(ABC):
+    """What an adapter sends its guest.
+
+    Attributes:
+        protocol: the control state; read-only for others.
+        statistics: what passed.
+        port: the port of the switch.
+        use_compiled_path: False leaves all to Python, for comparison.
+    """
+
+    def __init__(
+        self, channel: Channel, port: Port, protocol: HostProtocol, statistics: AdapterStatistics
+    ) -> None:
+        self.statistics = statistics
+        self.protocol = protocol
+        self.port = port
+        self.use_compiled_path = True
+        self._queues: dict[int, Queue] = {0: Queue(channel, 0)}
+        self._receive: ReceivePool | None = None
+        self._set_id = 0
+        self._control: deque[bytes] = deque()
+        self._next_packet_id = 0
+        self._deferred: list[Callable[[], None]] = []
+        self._lock = threading.RLock()
+
+    @abstractmethod
+    def _fail(self, index: int, error: RingError) -> None:
+        """A channel's ring cannot be trusted any more."""
+
+    def _run_deferred(self) -> None:
+        """Call others, now that the lock is free: they have locks of their own."""
+        with self._lock:
+            calls, self._deferred = self._deferred, []
+        for call in calls:
+            call()
+
+    def deliver(self, frames: list[bytes]) -> None:
+        """Give frames of the switch to the guest: the receiver of the port."""
+        with self._lock:
+            if not self.protocol.can_receive or self._receive is None:
+                self.statistics.received_filtered += len(frames)
+                return
+            signals: list[Channel] = []
+            at = 0
+            while at < len(frames):
+                at = self._deliver_plain(frames, at, signals)
+                if at < len(frames):
+                    # One at a time as long as the compiled path may go on behind it, else all of them.
+                    end = at + 1 if self._can_deliver_plain() else len(frames)
+                    self._deliver_slowly(frames[at:end], signals)
+                    at = end
+        if self._deferred:
+            self._run_deferred()
+        for channel in signals:
+            ring_peer(channel)
+
+    def _can_deliver_plain(self) -> bool:
+        oids, queue = self.protocol.oids, self._queues.get(0)
+        wanted = oids.offloads.receive
+        return (
+            self.use_compiled_path
+            and queue is not None
+            and queue.plain is not None
+            and oids.rss is None
+            and not (queue.backlog or queue.completions or self._control)
+            and not any(self.protocol.rsc)
+            and not (wanted.tcp4 or wanted.tcp6 or wanted.udp4 or wanted.udp6 or wanted.ipv4_header)
+        )
+
+    def _deliver_plain(self, frames: list[bytes], at: int, signals: list[Channel]) -> int:
+        """Deliver the frames that the compiled path can, from `at` on; where it stopped."""
+        if not self._can_deliver_plain():
+            return at
+        queue, oids = self._queues[0], self.protocol.oids
+        plain = queue.plain
+        assert plain is not None
+        filtered, copied, packets = plain.filtered, plain.bytes_copied, queue.channel.outgoing.packets
+        mac = int.from_bytes(oids.current_mac, "big")
+        try:
+            at, _, ring = plain.deliver(frames, at, mac, oids.packet_filter)
+        except RingError as error:
+            self._deferred.append(partial(self._fail, 0, error))
+            return len(frames)
+        self.statistics.received_filtered += plain.filtered - filtered
+        self.statistics.add_received(plain.take_received())
+        account = queue.channel.account
+        account.bytes_copied += plain.bytes_copied - copied
+        account.packets_sent += queue.channel.outgoing.packets - packets
+        if ring:
+            signals.append(queue.channel)
+        else:
+            account.doorbells_suppressed += 1
+        return at
+
+    def _deliver_slowly(self, frames: list[bytes], signals: list[Channel]) -> None:
+        for index, batch in self._spread(frames).items():
+            queue = self._queues.get(index) or self._queues[0]
+            self._enqueue(queue, batch)
+            try:
+                if self._flush(queue):
+                    signals.append(queue.channel)
+            except RingError as error:
+                self._deferred.append(partial(self._fail, index, error))
+
+    def _spread(self, frames: list[bytes]) -> dict[int, list[tuple[bytes, int | None]]]:
+        """Frames that pass the filter, by queue, with their hashes."""
+        result: dict[int, list[tuple[bytes, int | None]]] = {}
+        oids, limit = self.protocol.oids, self.protocol.frame_size
+        for frame in frames:
+            if not oids.accepts(frame[:6]) or len(frame) > limit + 4 * (frame[12:14] == b"\x81\x00"):
+                self.statistics.received_filtered += 1
+                continue
+            value = None if oids.rss is None else oids.rss.hash(frame)
+            index = 0 if oids.rss is None else oids.rss.queue(value)
+            result.setdefault(index, []).append((frame, value))
+        return result
+
+    def _enqueue(self, queue: Queue, batch: list[tuple[bytes, int | None]]) -> None:
+        """Make the RNDIS messages of frames; those that overflow the backlog are dropped."""
+        ipv4, ipv6 = self.protocol.rsc
+        hashes = dict(batch)
+        frames = [frame for frame, _ in batch]
+        groups = coalesce(frames, ipv4=ipv4, ipv6=ipv6) if ipv4 or ipv6 else [[frame] for frame in frames]
+        assert self._receive is not None
+        most = min(
+            self._receive.count - CONTROL_SECTIONS, MAX_RSC_RANGES, queue.channel.outgoing.capacity // 8 - 16
+        )
+        position = 0
+        for group in groups:
+            first = frames[position]
+            position += len(group)
+            if len(queue.backlog) >= MAX_BACKLOG or len(group) > most:
+                self.statistics.received_no_buffer += len(group)
+                continue
+            for frame in frames[position - len(group) : position]:
+                self.statistics.count_received(frame)
+            queue.backlog.append(self._messages(group, first, hashes[first]))
+
+    def _messages(self, group: list[bytes], original: bytes, hash_value: int | None) -> list[bytes]:
+        """The RNDIS messages of one packet: one a fragment."""
+        plain, tci = strip_tag(group[0])
+        vlan = None if tci is None else rndis.pack_vlan(tci)
+        checksum = self._checksum_of(original, len(group) > 1)
+        if len(group) == 1:
+            return [rndis.pack_packet(Frame(plain, checksum, None, vlan, hash_value))]
+        self._next_packet_id = self._next_packet_id + 1 & 0xFFFF
+        messages = []
+        for number, part in enumerate(group):
+            flags = PacketIdFlags.SUB_ALLOCATION
+            if number == 0:
+                flags |= PacketIdFlags.FIRST
+            if number == len(group) - 1:
+                flags |= PacketIdFlags.LAST
+            identity = 1 | flags << 8 | self._next_packet_id << 16
+            data = plain if number == 0 else part
+            messages.append(rndis.pack_packet(Frame(data, checksum, None, vlan, hash_value, identity)))
+        return messages
+
+    def _checksum_of(self, frame: bytes, coalesced: bool) -> int | None:
+        """What the guest is told of the checksums, as far as it asked for it."""
+        wanted = self.protocol.oids.offloads.receive
+        if not (wanted.tcp4 or wanted.tcp6 or wanted.udp4 or wanted.udp6 or wanted.ipv4_header or coalesced):
+            return None
+        found = check(frame)
+        if coalesced:
+            found |= ReceiveChecksum.TCP_VALUE_INVALID
+        return int(found) or None
+
+    def _flush(self, queue: Queue) -> bool:
+        """Send what waits for `queue`: completions, control messages, frames. Whether to ring the guest."""
+        outgoing = queue.channel.outgoing
+        needed = False
+        for _ in range(_ATTEMPTS):
+            try:
+                needed |= self._flush_completions(queue)
+                needed |= self._flush_sections(queue)
+                outgoing.stop_waiting()
+                break
+            except RingFull:
+                # The guest is to ring when there is room; if there is by now, try again instead.
+                if not outgoing.want_space(queue.wanted):
+                    break
+        if not needed:
+            queue.channel.account.doorbells_suppressed += 1
+        return needed
+
+    def _flush_completions(self, queue: Queue) -> bool:
+        outgoing, needed = queue.channel.outgoing, False
+        while queue.completions:
+            transaction_id, payload = queue.completions[0]
+            queue.wanted = len(payload)
+            if transaction_id is None:
+                needed |= outgoing.send(payload)
+            else:
+                needed |= outgoing.send(payload, transaction_id, COMPLETION)
+            queue.completions.popleft()
+            queue.channel.account.packets_sent += 1
+        return needed
+
+    def _flush_sections(self, queue: Queue) -> bool:
+        needed = False
+        while self._receive is not None and self._control and queue is self._queues.get(0):
+            if not self._receive.available:
+                return needed
+            needed |= self._send_sections(queue, [self._control[0]], ChannelType.CONTROL)
+            self._control.popleft()
+        while self._receive is not None and queue.backlog:
+            packets = self._next_batch(queue)
+            if not packets:
+                break
+            messages = [message for packet in packets for message in packet]
+            needed |= self._send_sections(queue, messages, ChannelType.DATA)
+            for _ in packets:
+                queue.backlog.popleft()
+        return needed
+
+    def _next_batch(self, queue: Queue) -> list[list[bytes]]:
+        """Packets from the backlog that fit into free sections now; fragments of a packet stay together."""
+        assert self._receive is not None
+        room = self._receive.available - CONTROL_SECTIONS
+        result: list[list[bytes]] = []
+        count = 0
+        for group in queue.backlog:
+            if count + len(group) > room or (result and count + len(group) > BATCH):
+                break
+            result.append(group)
+            count += len(group)
+        return result
+
+    def _send_sections(self, queue: Queue, messages: list[bytes], kind: int) -> bool:
+        """Announce messages with one packet; the caller made sure that there are sections for them."""
+        pool = self._receive
+        assert pool is not None
+        sections = [pool.take() for _ in messages]
+        ranges = [
+            (len(message), pool.write(section, message))
+            for section, message in zip(sections, messages, strict=True)
+        ]
+        transaction_id = pool.commit(sections, queue.index)
+        queue.wanted = 8 + 8 * len(ranges) + 40  # rest of the header, ranges, NVSP message
+        try:
+            needed = queue.channel.outgoing.send_transfer_pages(
+                self.protocol.rndis_packet(kind), self._set_id, ranges, transaction_id
+            )
+        except RingError:
+            pool.release(transaction_id, queue.index)
+            raise
+        queue.channel.account.packets_sent += 1
+        queue.channel.account.bytes_copied += sum(map(len, messages))
+        return needed
+
+    def _release(self, queue: Queue, transaction_id: int) -> None:
+        """The guest completed one of our packets; of others it is told nothing, they are counted."""
+        if self._receive is None or not self._receive.release(transaction_id, queue.index):
+            self.statistics.violations += 1
+
+
+def ring_peer(channel: Channel) -> None:
+    """Ring the peer, unless the channel closed between two of our steps."""
+    with contextlib.suppress(LocalProtocolError):
+        channel.signal()
