@@ -96,11 +96,12 @@ def test_the_process_has_its_memory_and_its_lines_and_nothing_else(hv):
     assert report(child).split("|") == ["/memfd", "socket", "socket", "socket"]
 
 
-def test_interrupts_and_messages(hv):
+@pytest.mark.parametrize("spin", [0.0, 20e-6])
+def test_interrupts_and_messages(hv, spin):
     child = child_of(hv)
     got = []
     hv.create_message_port(child, 1, lambda vp, kind, payload: got.append((kind, payload)))
-    process = ChildProcess(child, "reference.process_guests:interrupts", {"count": 200})
+    process = ChildProcess(child, "reference.process_guests:interrupts", {"count": 200}, spin=spin)
     assert eventually(lambda: child.memory.read(REPORT, 5) == b"ready")
     for n in range(200):
         hv.post_message(child, 0, 2, 1, 0, n.to_bytes(4, "little"))

@@ -12,12 +12,12 @@ PR_SET_PDEATHSIG = 1
 
 
 def main(argument: str) -> None:
-    """Run ``{"target": "module:function", "arguments": {…}, "memory": [fd, size], "socket": fd, "lines": [fd…]}``."""
+    """Run what a `vmbus.hypervisor.process.ChildProcess` describes (JSON): target, arguments, descriptors, spin."""
     # A guest does not outlive its hypervisor.
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     task = json.loads(argument)
     memory_fd, memory_size = task["memory"]
-    partition = RemotePartition(memory_fd, memory_size, task["socket"], task["lines"])
+    partition = RemotePartition(memory_fd, memory_size, task["socket"], task["lines"], task["spin"])
     module, _, name = task["target"].partition(":")
     getattr(importlib.import_module(module), name)(partition, **task["arguments"])
 

@@ -18,6 +18,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from functools import partial
+from time import perf_counter
 from typing import Any, Final
 
 from vmbus.errors import HypercallError, LocalProtocolError, RemoteProtocolError, VmbusError
@@ -54,6 +55,8 @@ class ChildProcess:
             `vmbus.hypervisor.remote.RemotePartition`.
         arguments: JSON-ready keyword arguments.
         on_stopped: called once, from the serving thread, with the exit status.
+        spin: seconds that each side polls for the other's datagram before it sleeps. It pays where both have a
+            processor to themselves (20 µs is what a wake-up across processors costs), and costs a lot where not.
 
     Raises:
         LocalProtocolError: the partition is not running, or has no memory of its own.
@@ -67,6 +70,7 @@ class ChildProcess:
         arguments: Mapping[str, Any] | None = None,
         *,
         on_stopped: Callable[[int], None] | None = None,
+        spin: float = 0.0,
     ) -> None:
         if partition.state is not PartitionState.ACTIVE or partition.memory.fd < 0:
             raise LocalProtocolError(f"{partition!r} cannot run in a process of its own")
@@ -77,6 +81,7 @@ class ChildProcess:
         self._doorbells: dict[tuple[int, int, int], int] = {}
         self._bells: dict[int, tuple[VirtualProcessor, int, int]] = {}
         self._stopping = False
+        self._spin = spin
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         lines = [socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM) for _ in partition.vps]
         self._socket = ours
@@ -88,6 +93,7 @@ class ChildProcess:
             "memory": [partition.memory.fd, partition.memory.size],
             "socket": theirs.fileno(),
             "lines": line_fds,
+            "spin": spin,
         }
         command = [sys.executable, "-m", "vmbus.hypervisor.child_main", json.dumps(task)]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
@@ -160,11 +166,24 @@ class ChildProcess:
                 with contextlib.suppress(HypercallError):  # the connection is gone; the guest was told so
                     signal_event(vp, connection_id, flag, 0)
                 continue
-            data = self._socket.recv(MAX_DATAGRAM + 1)
+            if not self._serve_requests():
+                return False
+        return True
+
+    def _serve_requests(self) -> bool:
+        """Answer requests until none comes for `spin` seconds; False when the process has hung up."""
+        receive, end = self._socket.recv, 0.0
+        while True:
+            try:
+                data = receive(MAX_DATAGRAM + 1, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                if perf_counter() >= end:
+                    return True
+                continue
             if not data:
                 return False
             self._answer(data)
-        return True
+            end = perf_counter() + self._spin
 
     def _answer(self, data: bytes) -> None:
         if len(data) != Request.SIZE:

@@ -9,6 +9,7 @@ import os
 import socket
 import threading
 from collections.abc import Callable
+from time import perf_counter
 from typing import Final
 
 from vmbus.core.memory import GuestMemory
@@ -134,11 +135,14 @@ class RemotePartition:
         vps: its processors.
     """
 
-    def __init__(self, memory_fd: int, memory_size: int, hypercalls_fd: int, line_fds: list[int]) -> None:
+    def __init__(
+        self, memory_fd: int, memory_size: int, hypercalls_fd: int, line_fds: list[int], spin: float = 0.0
+    ) -> None:
         self.memory = GuestMemory(memory_size, fd=memory_fd)
         os.close(memory_fd)
         self._socket = socket.socket(fileno=hypercalls_fd)
         self._lock = threading.Lock()
+        self._spin = spin
         self.vps = [RemoteProcessor(self, n, socket.socket(fileno=fd)) for n, fd in enumerate(line_fds)]
 
     def ask(self, request: Request) -> tuple[Reply, bytes, int]:
@@ -152,7 +156,7 @@ class RemotePartition:
         with self._lock:
             try:
                 self._socket.send(request.pack())
-                data, ancillary, _, _ = self._socket.recvmsg(MAX_DATAGRAM, socket.CMSG_SPACE(4))
+                data, ancillary = self._receive()
             except OSError as error:
                 raise EngineError(f"the parent is gone: {error}") from None
         if not data:
@@ -169,6 +173,16 @@ class RemotePartition:
         if reply.answer == Answer.SUSPENDED:
             raise VpSuspended(f"vp{request.vp_index} waits for its parent")
         return reply, data[Reply.SIZE : Reply.SIZE + reply.output_size], descriptor
+
+    def _receive(self) -> tuple[bytes, list[tuple[int, int, bytes]]]:
+        """The answer: polled for as long as waking up would cost, then waited for."""
+        receive, space, end = self._socket.recvmsg, socket.CMSG_SPACE(4), perf_counter() + self._spin
+        while perf_counter() < end:
+            try:
+                return receive(MAX_DATAGRAM, space, socket.MSG_DONTWAIT)[:2]
+            except BlockingIOError:
+                continue
+        return receive(MAX_DATAGRAM, space)[:2]
 
     def post(self, request: Request) -> None:
         """Make a request that has no answer.
