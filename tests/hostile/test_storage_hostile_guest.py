@@ -333,12 +333,14 @@ def some_packet(numbers: random.Random) -> tuple[int, bytes, bytes]:
     return kind, mutate(numbers, payload), mutate(numbers, header)[: len(header) // 8 * 8]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_fuzzed_packets(workers: int) -> None:
+@pytest.mark.parametrize(
+    ("workers", "seconds"), [(0, SECONDS), (2, SECONDS), pytest.param(0, 60, marks=pytest.mark.slow)]
+)
+def test_fuzzed_packets(workers: int, seconds: float) -> None:
     seed = int(os.environ.get("VMBUS_FUZZ_SEED", "0")) or random.SystemRandom().getrandbits(32)
     print(f"VMBUS_FUZZ_SEED={seed}")
     numbers = random.Random(seed)
-    deadline = time.monotonic() + SECONDS
+    deadline = time.monotonic() + seconds
     disk = MemoryDisk(MIB, content=CONTENT)
     sent = 0
     while time.monotonic() < deadline:
