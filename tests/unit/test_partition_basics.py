@@ -259,3 +259,39 @@ def test_providers_in_other_threads_survive_a_childs_end(hv):
     for worker in workers:
         worker.join()
     assert failures == []
+
+
+def test_partitions_come_and_go_in_several_threads(hv):
+    ids, failures = [], []
+
+    def churn():
+        try:
+            for _ in range(60):
+                child = hv.create_child(hv.root, memory_size=1 << 16)
+                ids.append(child.id)
+                grandchild = hv.create_child(child, memory_size=1 << 16)
+                ids.append(grandchild.id)
+                child.destroy()
+        except Exception as error:
+            failures.append(error)
+
+    workers = [threading.Thread(target=churn) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert failures == []
+    assert len(set(ids)) == len(ids) == 480
+    assert set(hv.partitions) == {hv.root.id}
+
+
+def test_a_partition_whose_parent_objects_is_destroyed_all_the_same(hv, child):
+    def object_to(event):
+        raise RuntimeError(event.kind)
+
+    child.on_event = object_to
+    with pytest.raises(RuntimeError, match="destroyed"):
+        child.destroy()
+    assert child.state is PartitionState.DELETED
+    assert set(hv.partitions) == {hv.root.id}
+    child.destroy()

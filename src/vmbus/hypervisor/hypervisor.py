@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import threading
 from typing import Final
 
 from vmbus.core.memory import GuestMemory
@@ -62,6 +63,7 @@ class Hypervisor:
         self.partitions: dict[int, Partition] = {}
         """All partitions that are not deleted, by id."""
         self._next_id = 1
+        self._lock = threading.RLock()  # of the tree: partitions come and go in any thread
 
     # Partitions
 
@@ -134,23 +136,25 @@ class Hypervisor:
         privileges: int,
         pool: MemoryPool | None = None,
     ) -> Partition:
-        partition_id = self._next_id
-        self._next_id += 1
-        partition = Partition(
-            self,
-            partition_id,
-            name or self._free_name(parent),
-            parent,
-            memory,
-            personality,
-            privileges,
-            pool if pool is not None else MemoryPool(limited=False),
-        )
-        for _ in range(vps):
-            partition.add_vp()
-        self.partitions[partition_id] = partition
-        if parent is not None:
-            parent.children[partition_id] = partition
+        with self._lock:
+            if parent is not None and parent.state is not PartitionState.ACTIVE:
+                raise HypercallError(Status.INVALID_PARTITION_STATE)  # it was torn down meanwhile
+            partition = Partition(
+                self,
+                self._next_id,
+                name or self._free_name(parent),
+                parent,
+                memory,
+                personality,
+                privileges,
+                pool if pool is not None else MemoryPool(limited=False),
+            )
+            self._next_id += 1
+            for _ in range(vps):
+                partition.add_vp()
+            self.partitions[partition.id] = partition
+            if parent is not None:
+                parent.children[partition.id] = partition
         return partition
 
     @staticmethod
@@ -177,20 +181,37 @@ class Hypervisor:
 
     def destroy(self, partition: Partition) -> None:
         """Tear `partition` down, its children first; harmless when it is gone already."""
-        if partition.state is PartitionState.DELETED:
-            return
-        partition.finalize()
-        partition.state = PartitionState.DELETED
-        partition.notify("destroyed", None)
-        partition.on_event = partition.on_eoi = partition.on_tlb_flush = None
-        del self.partitions[partition.id]
-        if partition.parent is not None:
-            partition.parent.children.pop(partition.id, None)
-        else:
-            self.root = None
-        partition.pool.release()
-        with contextlib.suppress(BufferError):  # somebody still holds views: the memory goes when they do
-            partition.memory.close()
+        self._stop(partition)
+        with self._lock:
+            if partition.state is PartitionState.DELETED:
+                return
+            try:
+                partition.finalize()
+                partition.state = PartitionState.DELETED
+                partition.notify("destroyed", None)
+            finally:
+                partition.state = PartitionState.DELETED
+                partition.on_event = partition.on_eoi = partition.on_tlb_flush = None
+                del self.partitions[partition.id]
+                if partition.parent is not None:
+                    partition.parent.children.pop(partition.id, None)
+                else:
+                    self.root = None
+                partition.pool.release()
+                with contextlib.suppress(
+                    BufferError
+                ):  # somebody still holds views: the memory goes when they do
+                    partition.memory.close()
+
+    def _stop(self, partition: Partition) -> None:
+        """Stop what executes `partition` and everything below it.
+
+        Without the lock: it waits for threads that may be destroying a partition themselves.
+        """
+        for child in list(partition.children.values()):
+            self._stop(child)
+        if partition.stop is not None:
+            partition.stop()
 
     # Who may name whom
 
