@@ -207,12 +207,26 @@ cdef class Cpu:
             raise _mismatch("bounds of a hook")
 
     def __dealloc__(self):
+        self._release()
+        free(self.m.code)
+
+    cdef void _release(self) noexcept:
         _close(&self.m)
-        if self.m.code != NULL:
+        if self.m.code != NULL and self.memory.c.code == self.m.code:
             self.memory.c.code = NULL
-            free(self.m.code)
         if self.holds_memory:
+            self.holds_memory = False
             self.memory.exports -= 1
+
+    def close(self) -> None:
+        """Give back the library's memory and let go of the guest's; the counts stay.
+
+        Raises:
+            EngineError: it runs.
+        """
+        if self.running:
+            raise EngineError("the processor runs")
+        self._release()
 
     cdef int _hook(self, int kind, void *callback, int instruction=0) except -1:
         cdef size_t hook
@@ -231,6 +245,8 @@ cdef class Cpu:
         """Set the state in which a 64-bit kernel is entered: paging on, flat segments, interrupts off."""
         cdef cpu_t *m = &self.m
         cdef uint64_t value = 2
+        if m.uc == NULL:
+            raise EngineError("the processor is closed")
         _long_mode(m, cr3, gdt, code, data)
         m.lib.reg_write(m.uc, UC_X86_REG_RIP, &rip)
         m.lib.reg_write(m.uc, UC_X86_REG_RSI, &rsi)
@@ -251,8 +267,8 @@ cdef class Cpu:
         cdef cpu_t *m = &self.m
         cdef uint64_t rip = 0
         cdef int code
-        if self.running:
-            raise EngineError("the processor runs already")
+        if self.running or m.uc == NULL:
+            raise EngineError("the processor runs already" if self.running else "the processor is closed")
         m.stopping = False
         m.stop_reason = 0
         m.next_event = 0
@@ -279,7 +295,8 @@ cdef class Cpu:
 
     def stop(self) -> None:
         """Make `run` return; for calls from inside an exit."""
-        _halt_with(&self.m, 0)
+        if self.running:
+            _halt_with(&self.m, 0)
 
     def advance_to(self, uint64_t ticks) -> None:
         """Let time pass while the processor is halted; going back is ignored."""
@@ -289,6 +306,8 @@ cdef class Cpu:
     def describe(self) -> str:
         """The processor's registers, for error messages."""
         cdef cpu_t *m = &self.m
+        if m.uc == NULL:
+            return "closed"
         cdef uint64_t flags = _flags(m)
         m.lib.context_save(m.uc, m.context)
         names = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi")
@@ -300,7 +319,8 @@ cdef class Cpu:
     def rip(self) -> int:
         """The instruction pointer."""
         cdef uint64_t rip = 0
-        self.m.lib.reg_read(self.m.uc, UC_X86_REG_RIP, &rip)
+        if self.m.uc != NULL:
+            self.m.lib.reg_read(self.m.uc, UC_X86_REG_RIP, &rip)
         return rip
 
     @property

@@ -21,6 +21,8 @@ __all__ = ["Stop", "UnicornEngine", "find_library"]
 FOREVER = (1 << 64) - 1
 POLL_TICKS = 20_000_000
 """How often, in virtual ns, the host's own business is looked at: tens of milliseconds of host time."""
+POLL_EXITS = 2000
+"""The same in exits: a guest that polls a device takes far more host time than its own."""
 TSC_FREQUENCY = 1_000_000_000
 """Hz; a tick of the engine is a nanosecond."""
 
@@ -82,6 +84,7 @@ class UnicornEngine:
         self._next_poll = 0
         self._due = 0
         self._revision = -1
+        self._exits = 0
         self._wall_limit = float("inf")
         self.cpu = cpu_unicorn.Cpu(
             vp.partition.memory,
@@ -128,7 +131,17 @@ class UnicornEngine:
         self._stop = why
         self.cpu.stop()
 
+    def close(self) -> None:
+        """Give back the library's memory; the counts stay readable."""
+        self.vp.on_interrupt = None
+        self.cpu.close()
+
     def _before(self, ticks: int) -> None:
+        self._exits += 1
+        if self._exits >= POLL_EXITS:
+            self._exits = 0
+            self._next_poll = ticks
+            self.cpu.next_event = 0
         if ticks >= self._due:
             self._clock.advance_to(ticks)
         else:

@@ -14,6 +14,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -346,12 +347,19 @@ class Machine:
     # End of life
 
     def close(self) -> None:
-        """Tear the guest down; disks that this machine opened are flushed and closed."""
+        """Tear the guest down and free its memory; disks that this machine opened are flushed and closed.
+
+        The console's transcript, the counts and the ledger stay.
+        """
         if self.storage is not None:
             self.storage.shutdown()
         if self.bus is not None:
             self.bus.close()
         self._close_disks()
+        self.engine.close()
+        if self.hypervisor.root is not None:
+            with suppress(BufferError):  # somebody still looks at the guest's memory
+                self.hypervisor.root.destroy()
 
     def _close_disks(self) -> None:
         while self._opened:
