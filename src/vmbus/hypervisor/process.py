@@ -22,6 +22,7 @@ from time import perf_counter
 from typing import Any, Final
 
 from vmbus.errors import HypercallError, LocalProtocolError, RemoteProtocolError, VmbusError
+from vmbus.hypervisor.abi import FAST
 from vmbus.hypervisor.calls_ipc import signal_event
 from vmbus.hypervisor.faults import GuestFault, VpSuspended
 from vmbus.hypervisor.partition import Partition
@@ -37,7 +38,7 @@ STOP_TIMEOUT: Final = 5.0
 """Seconds that tearing a partition down waits for its process's thread (which a provider may be holding up)."""
 MAX_DOORBELLS: Final = 2048
 """Connections of one child that get an eventfd; events to further ones go through the socket."""
-_FAST_SIGNAL: Final = CallCode.SIGNAL_EVENT | 1 << 16
+_FAST_SIGNAL: Final = CallCode.SIGNAL_EVENT | FAST
 _MASK64: Final = 0xFFFF_FFFF_FFFF_FFFF
 _PORT_SIZES: Final = frozenset({1, 2, 4})
 _MMIO_SIZES: Final = frozenset({1, 2, 4, 8})
@@ -158,17 +159,17 @@ class ChildProcess:
             self._ended()
 
     def _serve_round(self) -> bool:
+        requests = False
         for fd, _ in self._poll.poll():
             bell = self._bells.get(fd)
-            if bell is not None:
-                vp, connection_id, flag = bell
-                vp.account.exits["doorbell"] += 1
-                with contextlib.suppress(HypercallError):  # the connection is gone; the guest was told so
-                    signal_event(vp, connection_id, flag, 0)
+            if bell is None:
+                requests = True  # after the bells: what was rung before a request is heard before it
                 continue
-            if not self._serve_requests():
-                return False
-        return True
+            vp, connection_id, flag = bell
+            vp.account.exits["doorbell"] += 1
+            with contextlib.suppress(HypercallError):  # the connection is gone; the guest was told so
+                signal_event(vp, connection_id, flag, 0)
+        return not requests or self._serve_requests()
 
     def _serve_requests(self) -> bool:
         """Answer requests until none comes for `spin` seconds; False when the process has hung up."""
@@ -196,9 +197,10 @@ class ChildProcess:
                 raise RemoteProtocolError(f"a request of processor {request.vp_index}")
             vp = self.partition.vps[request.vp_index]
             reply = self._perform(vp, request)
-            if request.operation == Operation.HYPERCALL:
-                output = vp.fast_output if request.a & 1 << 16 else b""
-                if request.a == _FAST_SIGNAL and reply.a == Status.SUCCESS:
+            if request.operation == Operation.HYPERCALL and request.a & FAST:
+                if request.a != _FAST_SIGNAL:
+                    output = vp.fast_output
+                elif reply.a == Status.SUCCESS:
                     descriptor = self._doorbell(vp, request.b)
         except GuestFault as fault:
             reply = Reply(Answer.FAULT, 0, 0, 0, fault.vector, 0, 0, 0)
