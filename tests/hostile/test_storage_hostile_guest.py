@@ -169,10 +169,14 @@ def test_packets_too_short_for_what_they_say(room: Room, size: int) -> None:
     assert room.attacker.works()
 
 
-def test_wrong_packet_types_are_passed_over(room: Room) -> None:
+def test_wrong_packet_types_are_passed_over_and_logged_once(
+    room: Room, caplog: pytest.LogCaptureFixture
+) -> None:
     for kind in (0, 1, 2, 5, 8, 10, COMPLETION, 12, 0xFFFF):
         room.attacker.send(kind, srb(read10(0, 1), 512))
         room.attacker.collect()
+    assert room.provider.violations == 9
+    assert len(caplog.records) == 1
     assert room.attacker.works()
 
 

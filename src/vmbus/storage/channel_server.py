@@ -1,5 +1,6 @@
 """One open channel of a storage provider: what is under way on it, and how its answers get out."""
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -13,6 +14,8 @@ from vmbus.storage.scsi.task import Outcome
 from vmbus.storage.wire import MAX_REQUEST_SIZE, Operation, PacketHeader
 
 __all__ = ["ChannelServer"]
+
+_log = logging.getLogger(__name__)
 
 _MOST_FUTILE = 16
 
@@ -30,6 +33,7 @@ class ChannelServer:
         fast_stale: units have changed since `fast` was told of them.
         fast_useful: `fast` has units to serve.
         notices: what the guest is to be told unasked.
+        violations: packets of the guest that broke the protocol. Only the first is logged.
         running: requests on worker threads.
     """
 
@@ -43,11 +47,20 @@ class ChannelServer:
         self.fast_useful = False
         self.completions: deque[tuple[int, bytes]] = deque()
         self.notices: set[Operation] = set()
+        self.violations = 0
         self.running: set[Future[Outcome]] = set()
         self._idle = threading.Condition()
         self._lock = threading.Lock()
         self._runner = 0
         self._again = False
+
+    def violation(self, what: str) -> None:
+        """The guest broke the protocol, without harm to anyone but itself."""
+        self.violations += 1
+        if self.violations == 1:
+            _log.warning(
+                "storage channel %d: %s; more of the kind is only counted", self.channel.channel_id, what
+            )
 
     def kick(self, run: Callable[["ChannelServer"], None]) -> None:
         """Run the server unless somebody does so already; then let that one look again.

@@ -480,12 +480,16 @@ class StorageVsc:
         pending = self._pending.get(packet.transaction_id) if packet.type == COMPLETION else None
         if pending is None or pending.result is not None:
             self.stale_completions += 1
-            _log.warning("the host completed request %#x, which is not pending", packet.transaction_id)
+            if self.stale_completions == 1:
+                _log.warning(
+                    "the host completed request %#x, which is not pending; more of the kind is only counted",
+                    packet.transaction_id,
+                )
             return
         try:
             pending.result = self._result(payload, pending)
         except RemoteProtocolError as error:
-            _log.warning("the host completed request %#x with nonsense: %s", packet.transaction_id, error)
+            _log.debug("the host completed request %#x with nonsense: %s", packet.transaction_id, error)
             pending.result = CommandResult(SrbStatus.ERROR, ScsiStatus.GOOD, 0, None)
 
     @staticmethod

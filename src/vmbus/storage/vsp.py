@@ -159,6 +159,11 @@ class StorageVsp:
         """Whether the guest has finished the negotiation."""
         return self._negotiation.state is State.READY
 
+    @property
+    def violations(self) -> int:
+        """Packets on the open channels that broke the protocol."""
+        return sum(server.violations for server in list(self._servers.values()))
+
     def add_disk(self, address: Address, disk: Disk | LogicalUnit) -> LogicalUnit:
         """Attach a disk, also while the guest runs: it is told to look.
 
@@ -389,7 +394,7 @@ class StorageVsp:
     def _packet(self, server: ChannelServer, packet: Packet) -> None:
         """Take one packet of the guest. A wrong one is answered, never fatal."""
         if packet.type not in (IN_BAND, GPA_DIRECT):
-            _log.warning("packet of type %d on storage channel %d", packet.type, server.channel.channel_id)
+            server.violation(f"a packet of type {packet.type}")
             return
         payload = packet.payload
         size = min(max(len(payload) - PacketHeader.SIZE, MIN_REQUEST_SIZE), MAX_REQUEST_SIZE)
@@ -400,7 +405,7 @@ class StorageVsp:
                 return
             status, body = self._control(server, header.operation, payload[PacketHeader.SIZE :])
         except RemoteProtocolError as error:
-            _log.warning("bad packet on storage channel %d: %s", server.channel.channel_id, error)
+            server.violation(str(error))
             status, body = NtStatus.INVALID_PARAMETER, b""
         server.complete(packet, size, status, body)
 
@@ -412,7 +417,7 @@ class StorageVsp:
                 return NtStatus.INVALID_DEVICE_STATE, b""
             return self._reset(Operation(operation), payload), b""
         if operation not in list(Operation):
-            _log.warning("unknown storage operation %d", operation)
+            server.violation(f"operation {operation}, which there is none of")
             return NtStatus.INVALID_DEVICE_REQUEST, b""
         return self._negotiation.receive(operation, payload)
 
@@ -474,8 +479,7 @@ class StorageVsp:
                 return Outcome(transferred=task.reply(absent_inquiry(), allocation_length(cdb)))
         except CheckCondition as condition:
             return Outcome(ScsiStatus.CHECK_CONDITION, 0, condition.sense.pack())
-        except GuestMemoryError as error:
-            _log.warning("a guest gave a data buffer outside its memory: %s", error)
+        except GuestMemoryError:
             return Outcome(ScsiStatus.CHECK_CONDITION, 0, _BAD_BUFFER)
         return _NO_UNIT
 

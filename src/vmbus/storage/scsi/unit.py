@@ -49,6 +49,7 @@ class LogicalUnit:
     Attributes:
         plain: reads and writes need nothing but the disk: no unit attention is pending, nothing is
             reserved or protected. Compiled code may then serve them.
+        faults: commands that ended with HARDWARE ERROR by a fault of this package; the first is logged.
     """
 
     device_type: int = DeviceType.DISK
@@ -56,6 +57,7 @@ class LogicalUnit:
     def __init__(self, identity: Identity, table: tuple[Command, ...]) -> None:
         self.identity = identity
         self.plain = False
+        self.faults = 0
         self.watchers: list[Callable[[], None]] = []
         """Called when `plain` or the capacity may have changed."""
         self._table = table
@@ -117,11 +119,12 @@ class LogicalUnit:
             return self._check(condition.sense, condition.overrun)
         except ReservationConflict:
             return Outcome(ScsiStatus.RESERVATION_CONFLICT)
-        except GuestMemoryError as error:
-            _log.warning("a guest gave a data buffer outside its memory: %s", error)
+        except GuestMemoryError:
             return self._check(invalid_field(0).sense)
         except Exception:  # a fault of ours must cost the guest this command, not the whole disk
-            _log.exception("command %s failed", task.cdb.hex())
+            self.faults += 1
+            if self.faults == 1:
+                _log.exception("command %s failed; more of the kind is only counted", task.cdb.hex())
             return self._check(_INTERNAL)
 
     def _check(self, sense: Sense, overrun: bool = False) -> Outcome:
