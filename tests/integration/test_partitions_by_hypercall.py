@@ -8,7 +8,7 @@ import pytest
 from reference.raw_guest import HYPERCALL_GPA, OUTPUT, RawGuest
 
 from vmbus.errors import GuestMemoryError
-from vmbus.hypervisor import VpSuspended
+from vmbus.hypervisor import GeneralProtectionFault, VpSuspended
 from vmbus.hypervisor.abi import control
 from vmbus.hypervisor.tlfs import (
     PARTITION_ID_SELF,
@@ -29,6 +29,7 @@ from vmbus.hypervisor.tlfs import (
 from vmbus.hypervisor.translate import Access
 from vmbus.hypervisor.wire import (
     ConnectPort,
+    CpuidInterceptMessage,
     CreatePartition,
     CreatePort,
     CreateVp,
@@ -342,6 +343,70 @@ def test_intercepts_answered_in_place(root):
     vp.io_write_string(0x1F7, 1, b"\x20")
     written, read = (1, 0x1F7, 1, 0x20), (0, 0x1F7, 1, 0x50)
     assert seen == [written, read, read, read, written]
+
+
+def intercept(root, child, kind, access, parameter):
+    data = InstallIntercept(child.id, access, kind, parameter).pack()
+    return root.call(CallCode.INSTALL_INTERCEPT, data)[0]
+
+
+def test_msr_and_cpuid_intercepts(root):
+    child = running(root)
+    vp = child.vps[0]
+    plain = vp.cpuid(0x4000_0002)
+    assert intercept(root, child, InterceptType.X64_CPUID, 4, 0x4000_0002) == Status.SUCCESS
+    assert intercept(root, child, InterceptType.X64_MSR, 3, 0) == Status.SUCCESS
+    seen = []
+
+    def handler(vector):
+        kind, _, payload = root.take_message(0)
+        if kind == MessageType.X64_CPUID_INTERCEPT:
+            message = CpuidInterceptMessage.unpack(payload)
+            defaults = message.default_rax, message.default_rbx, message.default_rcx, message.default_rdx
+            seen.append((message.rax, message.rcx, defaults))
+            registers = (
+                (RegisterName.RAX, 1),
+                (RegisterName.RBX, 2),
+                (RegisterName.RCX, 3),
+                (RegisterName.RDX, 4),
+            )
+        else:
+            message = MsrInterceptMessage.unpack(payload)
+            seen.append((message.header.access_type, message.msr_number, message.rdx << 32 | message.rax))
+            registers = (RegisterName.RAX, 0x89AB_CDEF), (RegisterName.RDX, 0x0123_4567)
+        assert (
+            set_registers(root, child, *registers, (RegisterName.INTERCEPT_SUSPEND, 0))[0] == Status.SUCCESS
+        )
+        root.vp.wrmsr(Msr.EOI, 0)
+
+    root.vp.interrupt_handler = handler
+    assert vp.cpuid(0x4000_0002, 9) == (1, 2, 3, 4)
+    assert vp.rdmsr(0x1234) == 0x0123_4567_89AB_CDEF  # an MSR that nobody else answers
+    vp.wrmsr(0x1234, 0xAAAA_BBBB_CCCC_DDDD)
+    assert vp.rdmsr(Msr.VP_INDEX) == 0  # the hypervisor's own are not asked about
+    assert seen == [
+        (0x4000_0002, 9, plain),
+        (0, 0x1234, 0),
+        (1, 0x1234, 0xAAAA_BBBB_CCCC_DDDD),
+    ]
+    assert intercept(root, child, InterceptType.X64_CPUID, 0, 0x4000_0002) == Status.SUCCESS
+    assert intercept(root, child, InterceptType.X64_MSR, 0, 0) == Status.SUCCESS
+    assert vp.cpuid(0x4000_0002, 9) == plain
+    with pytest.raises(GeneralProtectionFault):
+        vp.rdmsr(0x1234)
+
+
+def test_intercepts_that_do_not_exist(root):
+    child = running(root)
+    for kind, access, parameter in (
+        (InterceptType.X64_IO_PORT, 1, 0x10000),
+        (InterceptType.X64_IO_PORT, 4, 0x60),
+        (InterceptType.X64_CPUID, 1, 0),
+        (InterceptType.X64_MSR_INDEX, 1, 1 << 32),
+        (InterceptType.EXCEPTION, 4, 14),
+        (0x77, 1, 0),
+    ):
+        assert intercept(root, child, kind, access, parameter) == Status.INVALID_PARAMETER
 
 
 def test_an_unanswered_intercept_suspends_the_processor(root):

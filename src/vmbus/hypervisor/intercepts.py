@@ -32,6 +32,8 @@ __all__ = ["Intercepts"]
 
 INTERCEPT_SINT: Final = 0
 """Intercept messages go to SINT0 (TLFS, SynIC)."""
+MAX_MSR_INTERCEPTS: Final = 4096
+"""Single MSRs, and CPUID leaves, that one partition's parent may intercept."""
 _MASK32: Final = 0xFFFF_FFFF
 _NO_SEGMENT: Final = SegmentRegister(0, 0, 0, 0)
 
@@ -87,10 +89,6 @@ class Intercepts:
         self.msrs.clear()
         self.cpuid.clear()
         self.all_msrs = 0
-
-
-MAX_MSR_INTERCEPTS: Final = 4096
-"""Single MSRs, and CPUID leaves, that one partition's parent may intercept."""
 
 
 def _put(table: dict[int, int], key: int, access: int) -> None:
