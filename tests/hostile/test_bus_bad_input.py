@@ -521,3 +521,46 @@ def test_a_provider_that_fails_is_not_the_guests_to_exploit() -> None:
     assert set(child.connections) == connections
     assert not host.machine.gpadls
     guest.close()
+
+
+def test_one_child_cannot_name_what_is_anothers() -> None:
+    """Channels, GPADLs and connections of one partition mean nothing, or something else, in another."""
+    bus = Bus()
+    victim = bus.guest.open(bus.guest.offers[0])
+    gpadl_id = victim.create_gpadl(bus.guest.pages.allocate(2))
+    stranger = bus.hv.create_child(bus.root, memory_size=8 << 20)
+    host = VmbusHost(bus.hv, stranger)
+    guest = VmbusGuest(stranger.vps[0])
+    guest.connect()
+    vp = stranger.vps[0]
+    page = guest.pages.allocate(1)[0] << 12
+
+    def post(message: wire.Message, connection_id: int = 4) -> int:
+        payload = encode(message)
+        stranger.memory.write(page, struct.pack("<IIII", connection_id, 0, 1, len(payload)) + payload)
+        return vp.hypercall(0x5C, page, 0)
+
+    known = bus.host.machine.check, dict(bus.host.machine.gpadls), bus.host.machine.version
+    violations = 0
+    for message in (
+        wire.CloseChannel(victim.channel_id),
+        wire.GpadlTeardown(victim.channel_id, gpadl_id),
+        wire.RelIdReleased(victim.channel_id),
+        wire.GpadlBody(0, gpadl_id),
+    ):
+        assert post(message) == 0
+        violations += 1
+        assert host.violations == violations
+    assert vp.hypercall(0x1005D, 0x2000 | victim.channel_id, 0) == 0x12, "HV_STATUS_INVALID_CONNECTION_ID"
+    assert post(wire.Unload(), 0x2000 | victim.channel_id) == 0x12
+    assert known[1:] == (dict(bus.host.machine.gpadls), bus.host.machine.version)
+    assert victim.is_open
+    assert bus.works(victim)
+    # The same numbers, used rightly, are the stranger's own.
+    host.offer(Offer(KIND, UUID(int=1)), Bus.echo)
+    own = guest.open(guest.offers[0])
+    assert own.channel_id == victim.channel_id
+    assert bus.works(own)
+    assert bus.works(victim)
+    guest.close()
+    bus.guest.close()

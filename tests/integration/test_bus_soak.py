@@ -205,6 +205,12 @@ def mappings() -> int:
         return sum(1 for _ in maps)
 
 
+def resident() -> int:
+    """Bytes of this process in memory."""
+    with open("/proc/self/statm", encoding="ascii") as counts:
+        return int(counts.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def create_and_destroy(hv: Hypervisor, hosting: Hosting, rng: random.Random) -> None:
     child = hv.create_child(hv.root, memory_size=2 << 20)  # type: ignore[arg-type]
     host = VmbusHost(hv, child, hosting=hosting)
@@ -238,6 +244,7 @@ def rounds_without_leaks(rounds: int) -> None:
         create_and_destroy(hv, hosting, rng)
     gc.collect()
     before = open_files(), mappings(), len(gc.get_objects())
+    memory = resident()
     for _ in range(rounds):
         create_and_destroy(hv, hosting, rng)
     gc.collect()
@@ -246,6 +253,9 @@ def rounds_without_leaks(rounds: int) -> None:
     assert after[1] <= before[1] + 20, "mappings"
     # One ledger account for each partition name stays: that is what a ledger is for.
     assert after[2] <= before[2] + rounds * 60, "objects"
+    assert resident() - memory < (4 << 20) + rounds * 10_000, (
+        "memory: a child has 2 MiB, a ledger account little"
+    )
     assert len(hv.partitions) == 1
 
 
