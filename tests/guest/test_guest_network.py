@@ -19,7 +19,9 @@ import pytest
 
 from vmbus.errors import DeviceError
 from vmbus.machine.guest import Machine, Outcome
+from vmbus.machine.initramfs import cpio
 from vmbus.machine.network import GuestNetwork, Interface
+from vmbus.machine.packages import Guest
 from vmbus.network.oid import Offloads
 from vmbus.network.pcapng import PcapngReader
 from vmbus.network.uplink import StreamUplink, TapUplink
@@ -108,12 +110,13 @@ def tap() -> Iterator[TapUplink]:
 
 
 @pytest.fixture
-def connect(boot) -> Iterator[Callable[..., Networked]]:
+def connect(boot, guest: Guest) -> Iterator[Callable[..., Networked]]:
     """Boot the guest with an adapter on an uplink."""
     networks: list[GuestNetwork] = []
 
-    def start(uplink: object, **options: object) -> Networked:
-        machine = boot()
+    def start(uplink: object, *, files: bytes = b"", **options: object) -> Networked:
+        # The kernel unpacks one archive after the other.
+        machine = boot(initrd=guest.initramfs.read_bytes() + files) if files else boot()
         network = GuestNetwork(machine.bus)
         networks.append(network)
         interface = network.add(uplink, **options)  # type: ignore[arg-type]
@@ -231,6 +234,48 @@ def test_unplugged(connect, tap: TapUplink) -> None:
     run(f"ping -c 1 {HOST}")
     run.interface.adapter.remove()
     run("for n in 1 2 3 4 5 6 7 8 9; do [ -e /sys/class/net/eth0 ] || exit 0; sleep 1; done; exit 1")
+
+
+def archive_of(program: str) -> bytes:
+    """An initramfs with a program of this system and its libraries."""
+    path = shutil.which(program)
+    assert path is not None
+    linked = subprocess.run(["ldd", path], capture_output=True, text=True, check=True).stdout
+    libraries = re.findall(r"(/\S+) \(0x", linked)
+    folders = sorted({str(parent)[1:] for library in libraries for parent in Path(library).parents} - {""})
+    entries = [(folder, 0o040755, b"") for folder in folders]
+    entries += [(library[1:], 0o100755, Path(library).read_bytes()) for library in libraries]
+    return cpio([*entries, (f"bin/{program}", 0o100755, Path(path).read_bytes())])
+
+
+@pytest.mark.skipif(shutil.which("ethtool") is None, reason="no ethtool to put into the guest")
+def test_ethtool(connect, tap: TapUplink) -> None:
+    run = connect(tap, files=archive_of("ethtool"))
+    run.configure()
+    assert "driver: hv_netvsc" in run("ethtool -i eth0")
+    run(f"ping -c 3 {HOST}")
+    statistics = run("ethtool -S eth0")
+    sent = re.search(r"tx_queue_0_packets: (\d+)", statistics)
+    assert sent
+    assert int(sent[1]) >= 3
+    assert re.search(r"tx_send_full: 0\n", statistics)
+    features = run("ethtool -k eth0")
+    for feature in ("tcp-segmentation-offload: on", "rx-checksumming: on", "tx-checksumming: on"):
+        assert feature in features
+    assert re.search(r"Speed: 10000Mb/s", run("ethtool eth0"))
+    run.interface.adapter.set_link_speed(1_000_000_000)
+    assert re.search(r"Speed: 1000Mb/s", run("sleep 1; ethtool eth0"))
+    peer = Peer()
+    run("ethtool -K eth0 tso off gso off tx off rx off")
+    run(f"dd if=/dev/urandom of=/f bs=1k count=512 2>/dev/null; nc {HOST} {peer.port} </f")
+    peer.join(30)
+    assert peer.checksum.hexdigest() in run("sha256sum /f")
+    run("ethtool -K eth0 tx on tso on gso on rx on lro on")
+    peer = Peer()
+    run(f"nc {HOST} {peer.port} </f")
+    peer.join(30)
+    assert peer.checksum.hexdigest() in run("sha256sum /f")
+    assert run.interface.adapter.statistics.violations == 0
 
 
 @pytest.mark.skipif(shutil.which("passt") is None, reason="no passt")

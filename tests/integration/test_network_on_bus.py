@@ -1,6 +1,9 @@
 """Adapters on real buses: hypercalls, SynIC and channels under provider and client, on one thread and on several."""
 
-from collections.abc import Iterator
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from uuid import UUID
 
@@ -178,3 +181,64 @@ def test_unplugged_while_busy(world: World) -> None:
     assert a.adapter.vsp is None
     assert [port.name for port in world.switch.ports] == ["c2"]
     assert b.nic.send(frame(mac(1), mac(2)))
+
+
+def test_everything_at_once() -> None:
+    """Threads everywhere: frames both ways while links go down and up, guests reopen, one is unplugged."""
+    world = World("threads")
+    a, b, c = world.add(1), world.add(2), world.add(3)
+    stop = threading.Event()
+    errors: list[str] = []
+    counts = {"a": 0, "b": 0, "link": 0, "reopen": 0}
+
+    def worker(work: Callable[[], None]) -> threading.Thread:
+        def loop() -> None:
+            try:
+                while not stop.wait(0.002):
+                    work()
+            except Exception:
+                errors.append(traceback.format_exc())
+
+        thread = threading.Thread(target=loop)
+        thread.start()
+        return thread
+
+    def pump(me: Child, name: str, other: int, own: int) -> None:
+        me.nic.send_batch([frame(mac(other), mac(own), bytes(60)), frame(BROADCAST, mac(own))] * 8)
+        counts[name] += len(me.nic.receive(256))
+
+    def flap() -> None:
+        for up in (False, True):
+            a.adapter.set_link(up)
+            b.adapter.network_changed()
+        counts["link"] += 1
+
+    def reopen() -> None:
+        c.reopen()
+        c.nic.send_batch([frame(BROADCAST, mac(3))] * 20)
+        c.nic.receive(64)
+        counts["reopen"] += 1
+
+    threads = [
+        worker(lambda: pump(a, "a", 2, 1)),
+        worker(lambda: pump(b, "b", 1, 2)),
+        worker(flap),
+        worker(reopen),
+    ]
+    deadline = time.monotonic() + 60
+    while min(counts.values()) < 10 and not errors and time.monotonic() < deadline:
+        time.sleep(0.05)
+    stop.set()
+    for thread in threads:
+        thread.join(20)
+    assert errors == []
+    assert not any(thread.is_alive() for thread in threads)
+    assert min(counts.values()) >= 10
+    a.adapter.set_link(True)
+    assert a.nic._channels[0].wait(lambda: a.nic.link_up)
+    a.nic.receive(1 << 20)
+    b.nic.receive(1 << 20)
+    assert b.nic._channels[0].wait(lambda: b.nic.send(frame(mac(1), mac(2), b"last")))
+    assert frame(mac(1), mac(2), b"last") in a.collect(1)
+    assert [child.adapter.statistics.violations for child in (a, b, c)] == [0, 0, 0]
+    world.close()

@@ -12,7 +12,7 @@ from reference.netpair import frame, mac, make_guest, make_pair, receive_all, se
 
 from vmbus.errors import DeviceError, LocalProtocolError
 from vmbus.network.oid import HashTypes, Offloads, Oid, PacketFilter
-from vmbus.network.rndis import Frame, LargeSend, NdisStatus, TransmitChecksum
+from vmbus.network.rndis import Frame, LargeSend, NdisStatus, TransmitChecksum, pack_packet
 from vmbus.network.rss import DEFAULT_KEY
 from vmbus.network.switch import BROADCAST, Access, Switch, Trunk, tag_frame
 from vmbus.network.vsc_protocol import GuestConfig
@@ -450,3 +450,29 @@ def test_two_guests_in_threads() -> None:
         assert got == [
             frame(own, other, bytes([number, n]) + bytes(60)) for number in range(rounds) for n in range(size)
         ]
+
+
+def test_a_provider_that_waits_for_room_is_woken() -> None:
+    """The guest's ring is full of completions: the provider stops reading, and goes on when the guest reads."""
+    for plain, deliver in ((True, False), (True, True), (False, False), (False, True)):
+        _, a, b = make_pair()
+        a.vsp.use_compiled_path = plain
+        reading = a.guest_end.on_signal
+        a.guest_end.on_signal = None
+        frames = [frame(mac(2), mac(1), bytes([n % 256]) * 40) for n in range(100)]
+        message = pack_packet(Frame(frame(mac(9), mac(1))))
+        a.nic._send.view[: len(message)] = message
+        payload = a.nic.protocol.rndis_packet(0, 0, len(message))
+        while a.host_end.outgoing.free_bytes >= 64:  # the last completions that fit
+            a.guest_end.send(payload, 1, 6, 1)
+        for number in range(3):  # and some that do not
+            a.guest_end.send(payload, 100 + number, 6, 1)
+        assert a.host_end.incoming.available_bytes > 0 or a.vsp._queues[0].completions
+        if deliver:  # what is delivered meanwhile must not undo the waiting
+            b.nic.send_batch([frame(mac(1), mac(2))])
+        a.guest_end.on_signal = reading
+        a.nic.receive(1000)
+        assert a.host_end.incoming.available_bytes == 0
+        assert not a.vsp._queues[0].completions
+        send_all(a.nic, frames)
+        assert receive_all(b.nic) == frames

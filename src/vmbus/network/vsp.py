@@ -177,14 +177,15 @@ class NetworkVsp(Delivery):
                 with self._lock:
                     if not channel.is_open:
                         return
+                    queue.blocked = False
                     needed = self._flush(queue)
                     # A guest that does not read its completions gets no further until it does.
                     if not queue.completions:
                         channel.incoming.mask()
-                        taken, ring, blocked = self._take(queue, frames)
+                        taken, ring, queue.blocked = self._take(queue, frames)
                         channel.account.packets_received += taken
                         needed |= ring | channel.incoming.take_signal()
-                        more = not blocked and (taken > 0 or channel.incoming.unmask())
+                        more = not queue.blocked and (taken > 0 or channel.incoming.unmask())
                         needed |= self._flush(queue)
             except RingError as error:
                 self._fail(index, error)

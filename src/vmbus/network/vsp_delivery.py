@@ -44,6 +44,7 @@ class Queue:
         backlog: packets for the guest, each a list of one RNDIS message a fragment.
         plain: the compiled path, once there is a receive buffer.
         wanted: payload size of the packet that did not fit into the ring.
+        blocked: the guest's ring is not read until there is room for completions; the guest rings then.
     """
 
     channel: Channel
@@ -52,6 +53,7 @@ class Queue:
     backlog: deque[list[bytes]] = field(default_factory=deque)
     plain: HostQueue | None = None
     wanted: int = 0
+    blocked: bool = False
 
 
 class Delivery(ABC):
@@ -230,7 +232,8 @@ class Delivery(ABC):
             try:
                 needed |= self._flush_completions(queue)
                 needed |= self._flush_sections(queue)
-                outgoing.stop_waiting()
+                if not queue.blocked:
+                    outgoing.stop_waiting()
                 break
             except RingFull:
                 # The guest is to ring when there is room; if there is by now, try again instead.
