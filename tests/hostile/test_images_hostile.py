@@ -3,6 +3,7 @@
 import os
 import random
 import re
+import resource
 import shutil
 import struct
 from collections.abc import Callable
@@ -114,6 +115,46 @@ def vhd_footer(offset: int, layout: str, value: int) -> Callable[[bytearray], No
 def test_broken_vhds(dynamic_vhd: Path, change: Callable[[bytearray], None], sentence: str) -> None:
     edit(dynamic_vhd, change)
     refused(dynamic_vhd, sentence)
+
+
+def test_a_small_file_with_a_huge_table_costs_nothing(tmp_path: Path) -> None:
+    """Sparse files can claim anything: what they claim is not allocated, and not gone through."""
+    path = tmp_path / "huge.vhd"
+    create_vhd(path, 4 * MIB, block_size=4096).close()
+    edit(path, vhd_header(28, ">I", 0x1FE00000))
+    edit(path, vhd_footer(48, ">Q", 2040 << 30))
+    os.truncate(path, 4 << 30)
+    with pytest.raises(DiskError, match="entries is absurd"):
+        open_disk(path)
+    image = tmp_path / "huge.vhdx"
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with create_vhdx(image, 64 << 40, block_size=MIB) as disk:
+        disk.write(disk.size - 4096, b"x" * 4096)
+        disk.flush()
+        assert [tuple(extent) for extent in disk.extents(0, disk.size)] == [
+            (0, disk.size - 4096, False),
+            (disk.size - 4096, 4096, True),
+        ]
+        disk.unmap(0, disk.size)
+    with open_disk(image) as disk:
+        assert [extent.allocated for extent in disk.extents(0, disk.size)] == [False]
+    assert os.stat(image).st_blocks * 512 < 32 * MIB
+    assert (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 128 << 10
+    )  # in KiB; the table has 512 MiB
+
+
+@pytest.mark.slow
+def test_a_chain_may_be_long_but_not_without_an_end(tmp_path: Path) -> None:
+    create_vhd(tmp_path / "0", MIB, block_size=4096).close()
+    for number in range(1, 127):
+        with create_vhd(tmp_path / str(number), parent=tmp_path / str(number - 1), block_size=4096) as disk:
+            disk.write(number * 512, bytes([number]) * 512)
+    with open_disk(tmp_path / "126", read_only=True) as disk:
+        assert disk.read(0, 127 * 512) == b"".join(bytes([number]) * 512 for number in range(127))
+    create_vhd(tmp_path / "127", parent=tmp_path / "126", block_size=4096).close()
+    with pytest.raises(DiskError, match="longer than 128"):
+        create_vhd(tmp_path / "128", parent=tmp_path / "127", block_size=4096)
 
 
 def test_a_vhd_without_any_intact_footer(dynamic_vhd: Path) -> None:

@@ -1,5 +1,6 @@
 """Host disks that are full or fail, threads that share an image, logs that other software left."""
 
+import contextlib
 import errno
 import json
 import os
@@ -117,6 +118,33 @@ def test_after_a_failed_fsync_no_flush_succeeds(
     assert disk.read(0, 512) == b"x" * 512
     disk.close()
     open_disk(tmp_path / "image").close()
+
+
+def test_a_vhd_has_its_footer_again_after_a_write_that_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "image"
+    disk = MAKERS["vhd"](path)
+    faults = Faults(monkeypatch, errno.ENOSPC, ("write",), 1)
+    faults.active = True
+    for at in range(0, SIZE, MIB):  # the file grows, which takes the footer away
+        with contextlib.suppress(DiskError):
+            disk.write(at, bytes(512))
+    faults.active = False
+    disk.close()
+    raw = path.read_bytes()
+    assert raw[-512:] == raw[:512]
+
+
+def test_a_fixed_image_remembers_a_failed_fsync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = create_vhd(tmp_path / "image", MIB, variant="fixed")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda fd: os.close(-1))
+        with pytest.raises(DiskError, match="flush"):
+            disk.flush()
+    with pytest.raises(DiskError, match="earlier flush failed"):
+        disk.flush()
+    disk.close()
 
 
 @pytest.mark.parametrize("kind", MAKERS)

@@ -18,6 +18,8 @@ __all__ = ["BlockImage", "BlockState", "ImageDisk", "OpenParent"]
 _log = logging.getLogger(__name__)
 
 _MAX_PENDING = 64 << 20
+_LOOK_AHEAD = 1 << 16
+"""Blocks of the map that are searched at once."""
 
 
 class BlockState(IntEnum):
@@ -268,7 +270,8 @@ class BlockImage(ImageDisk):
                 part = min(self.block_size - start, end - offset)
                 state, base = self._locate(block)
                 if state == BlockState.ABSENT and self.parent is None:
-                    offset = (block + self._absent_run(block, end_block)) * self.block_size
+                    run = self._absent_run(block, min(end_block, block + _LOOK_AHEAD))
+                    offset = (block + run) * self.block_size
                     continue
                 whole = part == min(self.block_size, self.size - block * self.block_size)
                 if keep_space and state == BlockState.FULL:
@@ -319,7 +322,7 @@ class BlockImage(ImageDisk):
                 state, base = self._locate(block)
                 if state == BlockState.ABSENT:
                     end_block = (end + self.block_size - 1) // self.block_size
-                    run = self._absent_run(block, min(end_block, block + (1 << 16)))
+                    run = self._absent_run(block, min(end_block, block + _LOOK_AHEAD))
                     part = min(run * self.block_size - start, end - offset)
                 parts = list(self._block_extents(block, start, part, state, base))
             yield from parts
@@ -343,6 +346,9 @@ class BlockImage(ImageDisk):
 
     def _host_extents(self, offset: int, at: int, length: int) -> Iterator[Extent]:
         """The file's holes, rounded to sectors in favour of data."""
+        if self.host.overlay:  # what a log holds does not show in the file's holes
+            yield Extent(offset, length, True)
+            return
         sector, done, end = self.sector_size, 0, length
         for run_at, run_length, allocated in self.host.data_runs(at, length):
             stop = run_at + run_length - at

@@ -67,6 +67,8 @@ def create_vhd(
             raise DiskError(f"{target}: a disk of {size} bytes is not possible in a VHD", errno.EINVAL)
         if block_size & (block_size - 1) or not 4096 <= block_size <= 256 << 20:
             raise DiskError(f"{target}: a block size of {block_size} bytes is not possible", errno.EINVAL)
+        if variant != "fixed" and size > block_size << 24:
+            raise DiskError(f"{target}: blocks of {block_size} bytes are too many", errno.EINVAL)
         disk_type = {
             "fixed": DiskType.FIXED,
             "dynamic": DiskType.DYNAMIC,

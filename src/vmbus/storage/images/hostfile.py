@@ -188,6 +188,8 @@ class HostFile:
         Raises:
             DiskError: the host could not promise it.
         """
+        if self.sync_failed:  # the kernel reports a lost page once, and then no more
+            raise DiskError(f"{self.path}: an earlier flush failed, what was written may be lost", errno.EIO)
         try:
             self.account.backend_calls += 1
             os.fsync(self.fd)

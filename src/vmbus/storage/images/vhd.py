@@ -30,6 +30,7 @@ _log = logging.getLogger(__name__)
 
 _MAX_LOCATOR = 64 << 10
 _MAX_BLOCK = 256 << 20
+_MAX_ENTRIES = 1 << 24  # enough for 2040 GiB in blocks of 128 KiB, a quarter of the smallest in use
 
 
 def find_footer(host: HostFile) -> Footer | None:
@@ -201,6 +202,8 @@ class DynamicVhd(BlockImage):
             raise bad_image(
                 path, f"the block table has {header.max_table_entries} entries for {blocks} blocks"
             )
+        if blocks > _MAX_ENTRIES:
+            raise bad_image(path, f"a block table of {blocks} entries is absurd")
         self._table_size = -(-4 * header.max_table_entries // SECTOR) * SECTOR
         if header.table_offset % SECTOR or header.table_offset + 4 * blocks > self.host.size:
             raise bad_image(path, f"the block table at byte {header.table_offset} is not in the file")
@@ -326,7 +329,7 @@ class DynamicVhd(BlockImage):
         self._data_end = self._space.end
 
     def _dirty_pages(self) -> int:
-        return len(self._dirty_table) + len(self._bits.dirty)
+        return len(self._dirty_table) + len(self._bits.dirty) + (not self._tail_written)
 
     def _commit(self) -> None:
         if not self._dirty_pages():

@@ -129,29 +129,34 @@ class Vhdx(BlockImage):
     def _map_space(self) -> SpaceMap:
         structure, bat, host = self._structure, self._bat, self.host
         file_size = host.size
-        states = (bat & _STATE).astype(np.uint8)
-        numbers = np.arange(len(bat), dtype=np.uint64)
-        is_bitmap = numbers % np.uint64(self._ratio + 1) == np.uint64(self._ratio)
+        # Only what is not zero is looked at: the table of an empty 64 TiB disk has half a GiB, all of it holes.
+        entries = np.flatnonzero(bat)
+        states = (bat[entries] & _STATE).astype(np.uint8)
+        is_bitmap = entries % (self._ratio + 1) == self._ratio
         valid = np.isin(states, [state.value for state in BatState])
         valid[is_bitmap] = np.isin(states[is_bitmap], [BatState.NOT_PRESENT, BatState.FULLY_PRESENT])
         if structure.parent is None:
             valid &= states != BatState.PARTIALLY_PRESENT
         if not valid.all():
-            at = int(np.flatnonzero(~valid)[0])
-            raise bad_image(host.path, f"block table entry {at} has the impossible state {int(states[at])}")
+            wrong = int(np.flatnonzero(~valid)[0])
+            raise bad_image(
+                host.path, f"block table entry {entries[wrong]} has the impossible state {states[wrong]}"
+            )
         if structure.parent is not None:
-            partial = np.flatnonzero(states == BatState.PARTIALLY_PRESENT)
-            chunk = partial // (self._ratio + 1)
-            without = states[chunk * (self._ratio + 1) + self._ratio] != BatState.FULLY_PRESENT
-            if without.any():
-                at = int(partial[np.flatnonzero(without)[0]])
-                raise bad_image(host.path, f"block table entry {at} is partial but has no sector bitmap")
-        present = np.flatnonzero((states == BatState.FULLY_PRESENT) | (states == BatState.PARTIALLY_PRESENT))
-        rows = np.empty((len(present), 2), np.uint64)
-        rows[:, 0] = bat[present] & _OFFSET
+            partial = entries[states == BatState.PARTIALLY_PRESENT]
+            bitmaps = partial // (self._ratio + 1) * (self._ratio + 1) + self._ratio
+            without = partial[(bat[bitmaps] & _STATE) != BatState.FULLY_PRESENT]
+            if len(without):
+                raise bad_image(
+                    host.path, f"block table entry {without[0]} is partial but has no sector bitmap"
+                )
+        present = (states == BatState.FULLY_PRESENT) | (states == BatState.PARTIALLY_PRESENT)
+        rows = np.empty((int(present.sum()), 2), np.uint64)
+        rows[:, 0] = bat[entries[present]] & _OFFSET
         rows[:, 1] = np.where(is_bitmap[present], np.uint64(BITMAP_BLOCK), np.uint64(self.block_size))
-        if len(present) and int((rows[:, 0] + rows[:, 1]).max()) > file_size:
-            at = int(present[(rows[:, 0] + rows[:, 1]).argmax()])
+        stops = rows[:, 0] + rows[:, 1]
+        if len(stops) and int(stops.max()) > file_size:
+            at = entries[present][stops.argmax()]
             raise bad_image(
                 host.path, f"block table entry {at} reaches past the end of the file at {file_size}"
             )
