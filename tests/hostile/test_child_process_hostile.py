@@ -7,6 +7,7 @@ import os
 import random
 
 import pytest
+from reference.descriptors import open_descriptors
 
 from vmbus.hypervisor import ChildProcess, HostClock, Hypervisor
 from vmbus.hypervisor.tlfs import PartitionState
@@ -25,7 +26,7 @@ def test_random_requests(round_number, caplog):
     child = hv.create_child(root, "noisy", memory_size=1 << 20)
     hv.create_message_port(child, 1, lambda *message: None)
     hv.create_event_port(child, 2, lambda flag: None)
-    descriptors = len(os.listdir("/proc/self/fd"))
+    descriptors = open_descriptors()
     process = ChildProcess(
         child, "reference.process_guests:fuzz", {"seed": SEED + round_number, "count": 1500}
     )
@@ -35,5 +36,5 @@ def test_random_requests(round_number, caplog):
     assert not [record for record in caplog.records if record.exc_info], caplog.text
     assert (bystander.memory.read(0, 1 << 16), root.memory.read(0, 1 << 16)) == before
     assert child.state is PartitionState.ACTIVE
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert open_descriptors() == descriptors
     root.destroy()

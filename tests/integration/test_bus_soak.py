@@ -1,12 +1,12 @@
 """Twelve children with eight channels each at once, in every hosting, with offers rescinded and children killed."""
 
 import gc
-import os
 import random
 import time
 
 import pytest
 from reference.bus_soak import Provider
+from reference.descriptors import open_descriptors
 
 from vmbus.bus import GuestRun, Hosting, Inline, Processes, Threads, VmbusHost, start_guest
 from vmbus.bus.vmbus_guest import VmbusGuest
@@ -197,7 +197,7 @@ def test_equal_seeds_give_equal_traces() -> None:
 
 
 def open_files() -> int:
-    return len(os.listdir("/proc/self/fd"))
+    return open_descriptors()
 
 
 def mappings() -> int:

@@ -4,6 +4,7 @@ import os
 import time
 
 import pytest
+from reference.descriptors import open_descriptors
 from reference.process_guests import ECHO, REPORT
 
 from vmbus.bus import Offer, VmbusHost
@@ -195,9 +196,9 @@ def test_destroying_the_partition_stops_its_process(hv):
 )
 def test_a_process_that_misbehaves_is_ended_and_forgotten(hv, guest, arguments, status):
     child = child_of(hv)
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     assert run(child, guest, **arguments) == status
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before
     assert child.state is PartitionState.ACTIVE
     child.memory.write(REPORT, b"alive")
 

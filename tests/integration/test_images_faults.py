@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from reference.descriptors import open_descriptors
 from reference.disk_model import apply, fast_folder, pattern, qemu_img, tool
 from reference.image_readers import read_vhd, read_vhdx
 from reference.sector_history import perform, steps
@@ -312,7 +313,7 @@ def test_closing_keeps_what_was_written(tmp_path: Path) -> None:
 def test_nothing_stays_open(tmp_path: Path) -> None:
     create_vhdx(tmp_path / "base", SIZE).close()
     create_vhdx(tmp_path / "child", parent=tmp_path / "base").close()
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     for _ in range(5):
         open_disk(tmp_path / "child").close()
         with pytest.raises(DiskError):
@@ -321,4 +322,4 @@ def test_nothing_stays_open(tmp_path: Path) -> None:
         with pytest.raises(DiskError):
             open_disk(tmp_path / "child")
         (tmp_path / "gone").rename(tmp_path / "base")
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before

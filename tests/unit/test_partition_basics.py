@@ -1,11 +1,11 @@
 """A hypervisor, its root and its children, and what a child's processor shows."""
 
 import gc
-import os
 import threading
 import weakref
 
 import pytest
+from reference.descriptors import open_descriptors
 
 from vmbus.errors import GuestMemoryError, HypercallError, LocalProtocolError
 from vmbus.hypervisor import GeneralProtectionFault, Hypervisor, UndefinedOpcodeFault, VirtualClock
@@ -202,7 +202,7 @@ def test_destroying_a_parent_destroys_its_children(hv, child):
 
 def test_a_thousand_rounds_with_running_guests_leave_nothing_behind(hv):
     gc.collect()
-    descriptors, accounts = len(os.listdir("/proc/self/fd")), len(hv.ledger.accounts())
+    descriptors, accounts = open_descriptors(), len(hv.ledger.accounts())
     gone = []
     for _ in range(1000):
         partition = hv.create_child(hv.root, memory_size=1 << 16, vps=2)
@@ -224,7 +224,7 @@ def test_a_thousand_rounds_with_running_guests_leave_nothing_behind(hv):
     assert not any(reference() for reference in gone)
     assert hv.clock.next_deadline() is None
     assert len(hv.ledger.accounts()) == accounts + 1  # names come again
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert open_descriptors() == descriptors
     assert hv.root.children == {}
 
 
