@@ -49,7 +49,11 @@ def test_it_says_what_it_is(drive: CdromUnit) -> None:
     assert data[16:32] == b"Virtual DVD-ROM "
     assert good(drive, [0x25]) == struct.pack(">II", BLOCKS - 1, 2048)
     capabilities = good(drive, [0x5A, 0, 0x2A, 0, 0, 0, 0, 0, 128])
-    assert capabilities[8] == 0x2A
+    page = capabilities[8:]
+    assert (page[0], page[1]) == (0x2A, len(page) - 2)
+    assert page[2] == 0x0B  # reads CD-R, CD-RW, DVD-ROM
+    assert page[3:6] == bytes(3)  # writes nothing, plays nothing
+    assert page[6] == 0x29  # a tray that locks and ejects
     assert good(drive, [0x46, 0, 0, 0, 0, 0, 0, 4, 0])[6:8] == b"\0\x08"
 
 

@@ -189,8 +189,8 @@ def cdrom_mode_pages() -> ModePages:
         [
             ModePage.make(0x01, "0000 0000 0000 0000 0000"),
             ModePage.make(0x1A, "0000 0000 0000 0000 0000"),
-            # reads CD-R and CD-RW; tray that can lock and eject; 1 MiB buffer
-            ModePage.make(0x2A, "0300 0029 0000 0000 0000 0400 0000 0000 0000"),
+            # reads CD-R, CD-RW and DVD-ROM; tray that can lock and eject; 7056 kB/s; 1 MiB buffer
+            ModePage.make(0x2A, "0b00 0000 2900 1b90 0000 0400 1b90 0000 0000"),
         ],
         0,
     )
