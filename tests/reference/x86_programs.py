@@ -44,10 +44,17 @@ def interesting(rng: random.Random, bits: int) -> int:
 
 
 class Programs:
-    """Draws instructions for a processor of 32 or 64 bits."""
+    """Draws instructions for a processor of 32 or 64 bits, whose memory begins at `origin`.
 
-    def __init__(self, rng: random.Random, bits: int) -> None:
+    Without `faithful` those are left out that Unicorn executes otherwise than a processor does.
+    """
+
+    def __init__(self, rng: random.Random, bits: int, origin: int = 0, *, faithful: bool = False) -> None:
         self.rng = rng
+        self.faithful = faithful
+        self.code = origin + CODE
+        self.data = origin + DATA
+        self.top = origin + STACK
         self.bits = bits
         self.long = bits == 64
         self.bases = (RBX, RBP, 12, 13, 14) if self.long else (RBX, RBP)
@@ -65,7 +72,7 @@ class Programs:
     def draw(self) -> Instruction:
         """The next instruction, to be placed anywhere."""
         instruction = self.rng.choice(self.makers)()
-        instruction.registers.setdefault(RSP, STACK + 8 * self.rng.randrange(16))
+        instruction.registers.setdefault(RSP, self.top + 8 * self.rng.randrange(16))
         return instruction
 
     # encoding
@@ -121,7 +128,7 @@ class Programs:
     def operand(self, reg: int) -> tuple[bytes, dict[int, int], int]:
         """A memory operand with 32- or 64-bit addressing: its bytes, registers, REX bits."""
         rng = self.rng
-        at = DATA + 0x200 + rng.randrange(DATA_SIZE - 0x400)
+        at = self.data + 0x200 + rng.randrange(DATA_SIZE - 0x400)
         reg = (reg & 7) << 3
         if rng.random() < 0.15 and not self.long:
             return bytes((reg | 5,)) + at.to_bytes(4, "little"), {}, 0
@@ -145,7 +152,7 @@ class Programs:
     def operand16(self, reg: int) -> tuple[bytes, dict[int, int]]:
         """A memory operand with 16-bit addressing."""
         rng = self.rng
-        at = DATA + 0x200 + rng.randrange(DATA_SIZE - 0x400)
+        at = self.data + 0x200 + rng.randrange(DATA_SIZE - 0x400)
         reg = (reg & 7) << 3
         rm = rng.randrange(8)
         if rm < 4:  # two registers
@@ -209,7 +216,8 @@ class Programs:
     def one_operand(self) -> Instruction:
         size, memory, operation = self.size(), self.rng.random() < 0.5, self.rng.choice((2, 3))
         made = self.encode(bytes((0xF6 | (size > 1),)), size, operation, memory=memory)
-        return self.lock(made, memory and operation == 2)  # Unicorn's flags of LOCK NEG are not a processor's
+        # Unicorn's flags of LOCK NEG are not a processor's
+        return self.lock(made, memory and (operation == 2 or self.faithful))
 
     def increment(self) -> Instruction:
         size, memory = self.size(), self.rng.random() < 0.5
@@ -340,17 +348,18 @@ class Programs:
         size, memory = self.size(), True
         if self.rng.random() < 0.3:
             if self.long and self.rng.randrange(2):  # must be aligned, which Unicorn does not check
-                at = DATA + 16 * self.rng.randrange(0x100)
+                at = self.data + 16 * self.rng.randrange(0x100)
                 return Instruction(b"\x48\x0f\xc7\x0b", {RBX: at})
             return self.encode(b"\x0f\xc7", 4, 1, memory=True)
         if self.rng.random() < 0.5:
             made = self.encode(bytes((0x0F, 0xB0 | (size > 1))), size, self.register(), memory=memory)
-            if size == 4:
+            if size == 4 and not self.faithful:
                 made.registers.setdefault(RAX, interesting(self.rng, 32))
             return self.lock(made, memory)
         # an equal accumulator
         made = self.encode(bytes((0x0F, 0xB0 | (size > 1))), size, RDX, memory=False, rm=RCX)
-        value = interesting(self.rng, 32)  # Unicorn clears the upper half of RAX, a processor does not
+        # Unicorn clears the upper half of RAX, a processor does not
+        value = interesting(self.rng, self.bits if self.faithful else 32)
         made.registers |= {RAX: value, RCX: value}
         return made
 
@@ -391,9 +400,11 @@ class Programs:
         prefix = rng.choice((b"", b"\xf3", b"\xf2" if opcode & 0xFE in (0xA6, 0xAE) else b"\xf3"))
         made = self.plain(bytes((opcode,)), size)
         made.code = prefix + made.code
-        source = DATA + 0x800 + rng.randrange(0x800)
+        source = self.data + 0x800 + rng.randrange(0x800)
         target = (
-            source + rng.randrange(-24, 24) if rng.random() < 0.5 else DATA + 0x800 + rng.randrange(0x800)
+            source + rng.randrange(-24, 24)
+            if rng.random() < 0.5
+            else self.data + 0x800 + rng.randrange(0x800)
         )
         made.registers |= {RSI: source, RDI: target, RCX: rng.choice((0, 1, rng.randrange(64), 200))}
         return made
@@ -421,7 +432,7 @@ class Programs:
             made = self.encode(
                 b"\xff", self.bits // 8, self.rng.choice((2, 4)), memory=False, rm=RDX, widest_default=True
             )
-            made.registers[RDX] = CODE + self.rng.randrange(0x400)
+            made.registers[RDX] = self.code + self.rng.randrange(0x400)
         made.flows = True
         return made
 
@@ -433,7 +444,7 @@ class Programs:
     def frame(self) -> Instruction:
         if self.rng.randrange(2):
             return Instruction(b"\xc8" + self.rng.randrange(0x100).to_bytes(2, "little") + b"\x00")
-        return Instruction(b"\xc9", {RBP: STACK + 8 * self.rng.randrange(16)})
+        return Instruction(b"\xc9", {RBP: self.top + 8 * self.rng.randrange(16)})
 
     def miscellaneous(self) -> Instruction:
         kind = self.rng.randrange(4)
@@ -441,7 +452,7 @@ class Programs:
             size = self.rng.choice((4, 8)) if self.long else 4
             return self.plain(bytes((0x0F, 0xC8 + self.rng.randrange(8))), size)
         if kind == 1:
-            return Instruction(b"\xd7", {RBX: DATA + 0x300, RAX: interesting(self.rng, self.bits)})
+            return Instruction(b"\xd7", {RBX: self.data + 0x300, RAX: interesting(self.rng, self.bits)})
         if kind == 2:
             return self.encode(b"\x0f\x1f", self.size(byte=False), 0)
         return Instruction(self.rng.choice((b"\x90", b"\xf3\x90", b"\x0f\xae\xe8", b"\x0f\xae\xf0")))
@@ -449,7 +460,7 @@ class Programs:
     def absolute(self) -> Instruction:
         size = self.size()
         opcode = 0xA0 | self.rng.randrange(2) << 1 | (size > 1)
-        at = DATA + self.rng.randrange(DATA_SIZE - 8)
+        at = self.data + self.rng.randrange(DATA_SIZE - 8)
         return self.plain(bytes((opcode,)), size, at.to_bytes(self.bits // 8, "little"))
 
     def decimal(self) -> Instruction:
