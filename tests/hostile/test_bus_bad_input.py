@@ -541,15 +541,14 @@ def test_one_child_cannot_name_what_is_anothers() -> None:
         return vp.hypercall(0x5C, page, 0)
 
     known = bus.host.machine.check, dict(bus.host.machine.gpadls), bus.host.machine.version
-    violations = 0
-    for message in (
+    messages = [
         wire.CloseChannel(victim.channel_id),
         wire.GpadlTeardown(victim.channel_id, gpadl_id),
         wire.RelIdReleased(victim.channel_id),
         wire.GpadlBody(0, gpadl_id),
-    ):
+    ]
+    for violations, message in enumerate(messages, 1):
         assert post(message) == 0
-        violations += 1
         assert host.violations == violations
     assert vp.hypercall(0x1005D, 0x2000 | victim.channel_id, 0) == 0x12, "HV_STATUS_INVALID_CONNECTION_ID"
     assert post(wire.Unload(), 0x2000 | victim.channel_id) == 0x12
