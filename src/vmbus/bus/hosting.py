@@ -11,8 +11,8 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from itertools import count
 from typing import TYPE_CHECKING, Final
 from weakref import WeakKeyDictionary
@@ -53,6 +53,9 @@ class Task:
         self.home: _Worker | None = None
 
 
+_NOTHING: Final = nullcontext()
+
+
 class Hosting(ABC):
     """Runs tasks; see the module."""
 
@@ -78,10 +81,9 @@ class Hosting(ABC):
             whether it holds.
         """
 
-    @contextmanager
-    def held(self) -> Iterator[None]:
+    def held(self) -> AbstractContextManager[None]:
         """Within this, an inline hosting runs nothing by itself: the caller is in the middle of something."""
-        yield
+        return _NOTHING
 
     @abstractmethod
     def progressed(self) -> None:
@@ -98,6 +100,21 @@ class Hosting(ABC):
     @abstractmethod
     def close(self) -> None:
         """Stop; tasks that wait are dropped."""
+
+
+class _Held:
+    """The context in which an inline hosting waits."""
+
+    __slots__ = ("_hosting",)
+
+    def __init__(self, hosting: "Inline") -> None:
+        self._hosting = hosting
+
+    def __enter__(self) -> None:
+        self._hosting.hold()
+
+    def __exit__(self, *exception: object) -> None:
+        self._hosting.let_go()
 
 
 class Inline(Hosting):
@@ -118,6 +135,7 @@ class Inline(Hosting):
         self._eager = eager
         self._ready: list[Task] = []
         self._depth = 0
+        self._held = _Held(self)
         self.clock: Clock | None = None
 
     def progressed(self) -> None:
@@ -139,16 +157,19 @@ class Inline(Hosting):
         if self._eager and self._depth == 0:
             self.run()
 
-    @contextmanager
-    def held(self) -> Iterator[None]:
+    def held(self) -> AbstractContextManager[None]:
         """Queue rings until the outermost of these ends."""
+        return self._held
+
+    def hold(self) -> None:
+        """Enter a `held`; on every doorbell's path, so that it is no generator."""
         self._depth += 1
-        try:
-            yield
-        finally:
-            self._depth -= 1
-            if self._eager and self._depth == 0 and self._ready:
-                self.run()
+
+    def let_go(self) -> None:
+        """Leave a `held`."""
+        self._depth -= 1
+        if self._eager and self._depth == 0 and self._ready:
+            self.run()
 
     def close(self) -> None:
         """Drop what waits."""
@@ -169,11 +190,20 @@ class Inline(Hosting):
 
     def _step(self) -> bool:
         """Run one ready task; False if there is none. A task that runs (we are inside of it) is not entered again."""
-        free = [task for task in self._ready if not task.running]
-        if not free:
+        ready = self._ready
+        if not ready:
             return False
-        task = free[self._random.randrange(len(free))] if len(free) > 1 else free[0]
-        self._ready.remove(task)
+        if len(ready) == 1:
+            task = ready[0]
+            if task.running:
+                return False
+            ready.clear()
+        else:
+            free = [task for task in ready if not task.running]
+            if not free:
+                return False
+            task = free[self._random.randrange(len(free))] if len(free) > 1 else free[0]
+            ready.remove(task)
         task.queued = False
         if not task.closed:
             task.running = True

@@ -39,8 +39,8 @@ T = TypeVar("T")
 VECTOR: Final = 0xF3
 """Interrupt vector of the VMBus SINT (Linux: HYPERVISOR_CALLBACK_VECTOR)."""
 NO_GUID: Final = UUID(int=0)
-FAST: Final = 1 << 16
-"""Hypercall control bit: the input is in registers (TLFS 4.7)."""
+SIGNAL_EVENT: Final = int(CallCode.SIGNAL_EVENT) | 1 << 16
+"""Hypercall control of HvSignalEvent with its input in registers (bit 16: fast, TLFS 4.7)."""
 FROM_HOST_SINT: Final = 0
 FROM_GUEST_SINT: Final = 8
 """The halves of the shared interrupt page, as event-flag pages count them."""
@@ -414,7 +414,7 @@ class VmbusGuest:
             self._from_guest.set(channel.channel_id)
             connection_id = wire.EVENT_CONNECTION_ID
         with self.hosting.held():
-            self._ports[0].vp.hypercall(CallCode.SIGNAL_EVENT | FAST, connection_id, 0)
+            self._ports[0].vp.hypercall(SIGNAL_EVENT, connection_id, 0)
 
     def wait(self, channel: Channel, condition: Callable[[], bool], timeout: float) -> bool:
         """Let others work until the condition holds."""
