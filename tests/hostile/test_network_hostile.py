@@ -87,9 +87,9 @@ def everything() -> GuestConfig:
     return GuestConfig(offloads=Offloads.everything(), capabilities=capabilities)
 
 
-def seized(**adapter: object) -> tuple[Raw, Guest, Guest, Guest]:
-    """A hostile guest, itself, and two honest neighbours."""
-    switch, bad, good = make_pair(everything(), **adapter)
+def seized(*, plain: bool = False, **adapter: object) -> tuple[Raw, Guest, Guest, Guest]:
+    """A hostile guest, itself, and two honest neighbours; with `plain` frames reach it by the compiled path."""
+    switch, bad, good = make_pair(GuestConfig() if plain else everything(), **adapter)
     third = make_guest(switch, 3)
     third.start()
     return Raw(bad.guest_end), bad, good, third
@@ -214,8 +214,9 @@ def test_completion_of_an_unknown_id() -> None:
     neighbours_are_well(good, third)
 
 
-def test_completed_twice() -> None:
-    raw, bad, good, third = seized()
+@pytest.mark.parametrize("plain", [True, False])
+def test_completed_twice(plain: bool) -> None:
+    raw, bad, good, third = seized(plain=plain)
     send_all(good.nic, [frame(BROADCAST, mac(2))] * 10)
     ids = [p.transaction_id for p in raw.channel.incoming.recv_packets(64) if p.type != COMPLETION]
     assert ids
@@ -460,7 +461,7 @@ def test_fuzzed_guest(request: pytest.FixtureRequest) -> None:
     seed = seed_of(request)
     rng = random.Random(seed)
     deadline = time.monotonic() + SECONDS
-    raw, bad, good, third = seized(max_queues=4)
+    raw, bad, good, third = seized(max_queues=4, plain=seed % 2 == 0)
     controls = [
         rndis.pack_control(RndisType.QUERY, rndis.QueryRequest(1, oid, 0, 0, 0), bytes(18))
         for oid in (Oid.GEN_LINK_STATE, Oid.GEN_SUPPORTED_LIST, Oid.TCP_OFFLOAD_HARDWARE_CAPABILITIES)
@@ -479,8 +480,12 @@ def test_fuzzed_guest(request: pytest.FixtureRequest) -> None:
     rounds = 0
     while time.monotonic() < deadline or rounds < 200:
         rounds += 1
+        if rounds % 1000 == 0:
+            raw, bad, good, third = seized(max_queues=4, plain=rng.random() < 0.5)
         if not bad.vsp.is_open or bad.vsp.protocol.state != HostState.READY:
-            raw, bad, good, third = seized(max_queues=4)
+            raw, bad, good, third = seized(max_queues=4, plain=rng.random() < 0.5)
+        if rng.random() < 0.3:
+            good.nic.send_batch([frame(rng.choice((mac(1), BROADCAST)), mac(2))] * rng.randrange(1, 20))
         try:
             if rng.random() < 0.5:
                 data = GOOD if rng.random() < 0.5 else rng.choice(controls)
