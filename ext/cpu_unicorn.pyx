@@ -80,7 +80,6 @@ cdef uint64_t FRAME_MASK = 0x000F_FFFF_FFFF_F000
 
 STOP_REQUESTED = 0
 STOP_TRIPLE_FAULT = 1
-STOP_SHUTDOWN = 2
 
 cdef struct code_range_t:
     # Guest physical pages that hold translated code; `hook` keeps the library from treating them as plain data.
@@ -289,8 +288,9 @@ cdef class Cpu:
         if self.error is not None:
             error, self.error = self.error, None
             raise error
-        if code:
-            raise EngineError(f"the unicorn library stopped: {m.lib.strerror(code).decode()} ({self.describe()})")
+        if code or not m.stopping:
+            what = m.lib.strerror(code).decode() if code else "without a reason"
+            raise EngineError(f"the unicorn library stopped: {what} ({self.describe()})")
         return m.stop_reason
 
     def stop(self) -> None:

@@ -70,11 +70,13 @@ cdef void _on_interrupt(void *uc, uint32_t number, void *user) noexcept nogil:
             if vector == VECTOR_PAGE_FAULT:
                 m.head.cr[2] = (<uint64_t *>(m.control + VMCB_EXIT_INFO_2))[0]
             _deliver(m, vector, _has_error(vector), <uint32_t>m.icpt.error_code)
-    elif number < 256:
+    elif number < INTERCEPT:
         _software_interrupt(m, number)
-    else:
-        _halt_with(m, 2)
+    elif number == INTERCEPT + SVM_EXIT_SHUTDOWN:
+        _halt_with(m, 1)
         return
+    else:
+        _deliver(m, VECTOR_INVALID_OPCODE, False, 0)
     m.lib.context_restore(uc, m.context)
 
 

@@ -144,9 +144,11 @@ cdef int _intercepts(cpu_t *m) except -1:
     m.head.hflags |= HF_GUEST
     m.icpt.vmcb = CONTROL_GPA
     m.icpt.old_exception = -1
-    m.icpt.intercept = (<uint64_t>1 << (SVM_EXIT_MSR - SVM_EXIT_FIRST) | <uint64_t>1 << (SVM_EXIT_HLT - SVM_EXIT_FIRST)
-                        | <uint64_t>1 << (SVM_EXIT_VMMCALL - SVM_EXIT_FIRST)
-                        | <uint64_t>1 << (SVM_EXIT_SHUTDOWN - SVM_EXIT_FIRST))
+    m.icpt.intercept = 0
+    # What we need, and then what no guest may do: SVM itself (the library's processor has it, ours has not) and MWAIT.
+    for code in (SVM_EXIT_MSR, SVM_EXIT_HLT, SVM_EXIT_VMMCALL, SVM_EXIT_SHUTDOWN, SVM_EXIT_INVLPGA, SVM_EXIT_VMRUN,
+                 SVM_EXIT_MONITOR, SVM_EXIT_MWAIT, *range(SVM_EXIT_VMLOAD, SVM_EXIT_SKINIT + 1)):
+        m.icpt.intercept |= <uint64_t>1 << <int>(code - SVM_EXIT_FIRST)
     m.icpt.intercept_exceptions = <uint32_t>MASK32
     m.lib.context_restore(m.uc, m.context)
     return 0

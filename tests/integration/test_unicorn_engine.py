@@ -346,6 +346,59 @@ def test_accesses_to_device_addresses_and_beyond(address: str) -> None:
     assert said(source) in ("m", "f")
 
 
+@pytest.mark.parametrize(
+    "instruction",
+    [
+        "vmrun",
+        "vmload",
+        "vmsave",
+        "stgi",
+        "clgi",
+        "skinit",
+        "invlpga %rax, %ecx",
+        "mwait",
+        "monitor",
+        "rsm",
+        "rdpmc",
+    ],
+)
+def test_instructions_that_this_processor_does_not_have(instruction: str) -> None:
+    """The library's own processor has some of them; with VMRUN a guest could take its intercepts away."""
+    source = f"""
+    _start: gate 6, undefined
+        gate 13, protection
+        load_idt
+        mov $0xc0000080, %ecx; rdmsr; or $0x1000, %eax; wrmsr          # EFER.SVME, if it sticks
+        mov $0x300000, %eax; xor %ecx, %ecx; xor %edx, %edx
+    at: {instruction}
+        print 'n'
+        power_off
+    undefined: lea at(%rip), %rax; cmp %rax, (%rsp); jne 1f
+        print 'u'
+    1:  power_off
+    protection: print 'g'
+        power_off
+    """
+    assert said(source) in ("u", "g")
+
+
+def test_control_block_is_out_of_reach() -> None:
+    source = """
+    _start: gate 14, fault
+        load_idt
+        movq $0x8003, 0x3020
+        movabs $0x20000000083, %rax; mov %rax, 0x8000                  # 0x100000000 is 2**41
+        mov %cr3, %rax; mov %rax, %cr3
+        movabs $0x100000000, %rbx
+        mov 0x48(%rbx), %rax
+        print 'r'
+        power_off
+    fault: pop %rax; and $8, %al; add $'0', %al; putc                   # a reserved bit
+        power_off
+    """
+    assert said(source) == "8"
+
+
 def test_jump_into_device_memory_ends_the_run_with_an_error() -> None:
     with Machine(tiny_guest("_start: mov $0xe0000000, %rax; jmp *%rax"), memory=MEMORY) as machine:
         try:

@@ -6,7 +6,6 @@ from vmbus.core.memory import GuestMemory
 VERSION: Final[tuple[int, int]]
 STOP_REQUESTED: Final[int]
 STOP_TRIPLE_FAULT: Final[int]
-STOP_SHUTDOWN: Final[int]
 
 def load(path: str) -> str: ...
 

@@ -105,9 +105,15 @@ enum {
     SVM_EXIT_EXCEPTION = 0x40,
     SVM_EXIT_FIRST = 0x60,      /* bit 0 of x86_intercept_t.intercept */
     SVM_EXIT_HLT = 0x78,
+    SVM_EXIT_INVLPGA = 0x7a,
     SVM_EXIT_MSR = 0x7c,
     SVM_EXIT_SHUTDOWN = 0x7f,
+    SVM_EXIT_VMRUN = 0x80,
     SVM_EXIT_VMMCALL = 0x81,
+    SVM_EXIT_VMLOAD = 0x82,
+    SVM_EXIT_SKINIT = 0x86,
+    SVM_EXIT_MONITOR = 0x8a,
+    SVM_EXIT_MWAIT = 0x8b,
 };
 /* Fields of the control block that the library reads or writes (APM volume 2, appendix B). */
 enum {

@@ -122,8 +122,6 @@ class UnicornEngine:
         self._clock.advance_to(self.cpu.ticks)
         if reason == cpu_unicorn.STOP_TRIPLE_FAULT:
             return Stop.TRIPLE_FAULT
-        if reason == cpu_unicorn.STOP_SHUTDOWN:
-            raise EngineError(f"the guest used something that is not intercepted here: {self.cpu.describe()}")
         return self._stop
 
     def stop(self, why: Stop = Stop.REQUESTED) -> None:
