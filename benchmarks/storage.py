@@ -98,20 +98,38 @@ class Work:
                 raise AssertionError("the guest read something else than the image holds")
 
 
+_shared: dict[Callable[[], Work], tuple[Work, int]] = {}
+"""Work that is open, by its maker, with the number of its users."""
+
+
+@contextmanager
+def shared(make: Callable[[], Work]) -> Iterator[Work]:
+    """One image and one guest memory for all contestants of a comparison: other pages would be other work."""
+    work, users = _shared.get(make) or (make(), 0)
+    _shared[make] = work, users + 1
+    try:
+        yield work
+    finally:
+        users = _shared[make][1] - 1
+        _shared[make] = work, users
+        if not users:
+            del _shared[make]
+            work.close()
+
+
 @contextmanager
 def opened(
     make: Callable[[], Work], contestant: Callable[[Work], Callable[[Offsets], object]]
 ) -> Iterator[Run]:
-    work = make()
-    read = contestant(work)
-    work.check(read)
+    with shared(make) as work:
+        read = contestant(work)
+        work.check(read)
 
-    def run(count: int) -> None:
-        for part in work.batches(count):
-            read(part)
+        def run(count: int) -> None:
+            for part in work.batches(count):
+                read(part)
 
-    yield timed(run)
-    work.close()
+        yield timed(run)
 
 
 def through_channel(work: Work, disk: Callable[[Work], Disk]) -> Callable[[Offsets], object]:
