@@ -1,6 +1,7 @@
 """Twelve children with eight channels each at once, in every hosting, with offers rescinded and children killed."""
 
 import gc
+import os
 import random
 import time
 
@@ -196,10 +197,6 @@ def test_equal_seeds_give_equal_traces() -> None:
     assert first != other
 
 
-def open_files() -> int:
-    return open_descriptors()
-
-
 def mappings() -> int:
     with open("/proc/self/maps", encoding="ascii") as maps:
         return sum(1 for _ in maps)
@@ -243,12 +240,12 @@ def rounds_without_leaks(rounds: int) -> None:
     for _ in range(30):  # what is made once is made now
         create_and_destroy(hv, hosting, rng)
     gc.collect()
-    before = open_files(), mappings(), len(gc.get_objects())
+    before = open_descriptors(), mappings(), len(gc.get_objects())
     memory = resident()
     for _ in range(rounds):
         create_and_destroy(hv, hosting, rng)
     gc.collect()
-    after = open_files(), mappings(), len(gc.get_objects())
+    after = open_descriptors(), mappings(), len(gc.get_objects())
     assert after[0] == before[0], "file descriptors"
     assert after[1] <= before[1] + 20, "mappings"
     # One ledger account for each partition name stays: that is what a ledger is for.

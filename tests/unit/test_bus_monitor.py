@@ -10,6 +10,7 @@ from vmbus.bus.actions import MonitorPages
 from vmbus.bus.monitor import LATENCIES, PARAMETERS, HostMonitor, armed_bit, pending_bit
 from vmbus.core.dispatch import EventFlags
 from vmbus.core.memory import GuestMemory
+from vmbus.errors import RemoteProtocolError
 from vmbus.hypervisor import Hypervisor, VirtualClock
 
 PAGE = 0x5000
@@ -185,3 +186,32 @@ def test_polled_in_real_time_by_threads() -> None:
     assert child.account.hypercalls[0x5D] == 0
     guest.close()
     hosting.close()
+
+
+def test_monitor_page_taken_from_the_guest() -> None:
+    """The parent unmaps the page under a monitored channel: nothing is signalled, nothing breaks."""
+    hv = Hypervisor(clock=VirtualClock())
+    child = hv.create_child(hv.create_root(), memory_size=8 << 20)
+    host = VmbusHost(hv, child)
+    closed: list[Channel] = []
+    offered = host.offer(Offer(UUID(int=1), UUID(int=2), monitor_latency=LATENCY), echo, closed.append)
+    guest = VmbusGuest(child.vps[0])
+    guest.connect()
+    channel = guest.open(guest.offers[0])
+    pages = host.machine.monitor_pages
+    assert pages is not None
+    channel.send(b"unheard!")
+    child.memory.unmap(pages.child_to_parent, 4096)
+    hv.clock.advance(10 * LATENCY)  # type: ignore[attr-defined]
+    assert host.monitor.notifications == 0
+    channel.close()
+    assert len(closed) == 1
+    assert offered.channel is None
+    with pytest.raises(RemoteProtocolError, match="refused"):
+        guest.open(guest.offers[0])
+    host.machine.check()
+    guest.disconnect()
+    assert host.version == 0
+    guest.connect()
+    assert host.version == Version.V5_3, "a connection without the page it names still serves"
+    guest.close()

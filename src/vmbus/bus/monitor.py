@@ -21,12 +21,14 @@ offset what
 import struct
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
 from vmbus.bus.actions import MonitorPages
 from vmbus.core.dispatch import EventFlags
 from vmbus.core.memory import GuestMemory
+from vmbus.errors import GuestMemoryError
 from vmbus.hypervisor import Clock
 from vmbus.hypervisor.clock import Timer
 
@@ -127,11 +129,13 @@ class HostMonitor:
         with self._lock:
             if self._triggers.pop(monitor_id, None) is None or self._bits is None:
                 return
-            self._bits.clear(pending_bit(monitor_id))
-            self._bits.clear(armed_bit(monitor_id))
-            self._enable_groups()
             if not self._triggers:
                 self._stop()
+            with suppress(GuestMemoryError):  # the page may have been taken from the guest meanwhile
+                self._memory.read(self._page, 1)
+                self._bits.clear(pending_bit(monitor_id))
+                self._bits.clear(armed_bit(monitor_id))
+                self._enable_groups()
 
     def _enable_groups(self) -> None:
         groups = 0
@@ -150,7 +154,8 @@ class HostMonitor:
         self._timer = self._clock.schedule(self._clock.now() + step, self._on_time)
 
     def _on_time(self) -> None:
-        self.poll()
+        with suppress(GuestMemoryError):  # a page that is gone has nothing pending
+            self.poll()
         with self._lock:
             self._timer = None
             if self._triggers:
@@ -161,6 +166,9 @@ class HostMonitor:
 
         Returns:
             how many events were signalled.
+
+        Raises:
+            GuestMemoryError: the page was taken from the guest.
         """
         now = self._clock.now()
         due = []

@@ -248,7 +248,12 @@ class VmbusHost:
             self._performing = True
             try:
                 while self._todo:
-                    self._do(self._todo.popleft())
+                    action = self._todo.popleft()
+                    try:
+                        self._do(action)
+                    except VmbusError as error:
+                        # One thing that fails (a provider's, or pages that are gone) must not stop the others.
+                        log.warning("%s: %s: %s", self.child.name, type(action).__name__, error)
             finally:
                 self._performing = False
 
@@ -343,12 +348,12 @@ class VmbusHost:
 
     def _established(self, action: act.Established) -> None:
         self._record("connect", self.child.name, self._parent_name, version=version_name(action.version))
+        if action.version < Version.V2_4:
+            self._make_event_port(wire.EVENT_CONNECTION_ID, self._on_shared_event)
         if action.interrupt_page is not None:
             memory, page = self.child.memory, action.interrupt_page
             self._to_guest_flags = EventFlags(memory, page, FROM_HOST_SINT)
             self._from_guest_flags = EventFlags(memory, page, FROM_GUEST_SINT)
-        if action.version < Version.V2_4:
-            self._make_event_port(wire.EVENT_CONNECTION_ID, self._on_shared_event)
         self.monitor.use(action.monitor_pages)
 
     def _disconnected(self) -> None:
