@@ -1,6 +1,8 @@
 """Storage controllers on real buses: hypercalls, SynIC and sub-channels, on one thread and on several."""
 
 import os
+import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +11,7 @@ from vmbus.bus import Hosting, Inline, Threads, VmbusGuest, VmbusHost
 from vmbus.errors import DeviceError, VmbusError
 from vmbus.hypervisor import Hypervisor, VirtualClock
 from vmbus.storage.disk import Disk, MemoryDisk
+from vmbus.storage.guest_disk import StorageDisk
 from vmbus.storage.vsc import CommandError, StorageVsc
 from vmbus.storage.vsp import StorageVsp
 from vmbus.storage.wire import SrbStatus
@@ -146,3 +149,40 @@ def test_two_controllers_share_a_reserved_disk(world: World) -> None:
     one.check(0, 0, bytes([0x5F, 2, 3, 0, 0, 0, 0, 0, 24, 0]), data_out=key + bytes(16))
     two.disk().write(0, b"\2" * 512)
     assert one.disk().read(0, 512) == b"\2" * 512
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_closing_and_taking_away_in_the_middle_of_requests(world: World, workers: int) -> None:
+    """Whatever ends first - channel, disk or offer - nobody hangs, and the next client finds everything in order."""
+    disk = MemoryDisk(4 * MIB, content=CONTENT)
+    provider = world.provide(disk, max_sub_channels=2, workers=workers)
+    for turn in range(6):
+        client = world.connect(provider, sub_channels=2 if turn % 2 else 0)
+        device = client.disk()
+        client.timeout = 2
+        ended: list[object] = []
+
+        def work(device: StorageDisk = device, ended: list[object] = ended) -> None:
+            try:
+                while True:
+                    device.read_batch(range(0, MIB, 4096), 4096)
+            except VmbusError as error:
+                ended.append(error)
+
+        if world.hosting.kind == "inline":  # there is one thread, so the cut comes between two batches
+            assert device.read_batch(range(0, MIB, 4096), 4096)[0] == CONTENT[:4096]
+            client.close()
+        else:
+            thread = threading.Thread(target=work)
+            thread.start()
+            time.sleep(0.02 * (turn + 1))
+            if turn % 3 == 2:
+                provider.remove_disk((0, 0))
+                provider.add_disk((0, 0), disk)
+            client.close()
+            thread.join(20)
+            assert not thread.is_alive(), "a deadlock"
+            assert ended
+        assert world.guest is not None
+        assert world.guest.hosting.wait_for(lambda: not world.subs(provider))
+    assert world.connect(provider).disk().read(0, 4096) == CONTENT[:4096]
