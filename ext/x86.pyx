@@ -110,12 +110,12 @@ cdef class Cpu:
 
     @property
     def rip(self) -> int:
-        """Address of the next instruction."""
+        """Address of the next instruction. Changing it forgets an exit that is not completed."""
         return self.c.rip
 
     @rip.setter
     def rip(self, uint64_t value) -> None:
-        self._idle()
+        self.c.pending = 0
         self.c.rip = linear(&self.c, value)
         self.c.replays = 0
 
@@ -248,10 +248,6 @@ cdef class Cpu:
             raise EngineError(f"code {where} is outside of executable memory after {have} bytes: {code[:have].hex(' ')}")
         shown = code[:min(have, 15)].hex(" ")
         raise EngineError(f"unknown or unsupported instruction {where}: {shown}")
-
-    def _idle(self):
-        if self.c.pending:
-            raise LocalProtocolError("the last exit is not completed")
 
     def run(self, uint64_t limit=<uint64_t>-1) -> int:
         """Execute until an exit, or for `limit` steps: instructions, or iterations of repeated string instructions.

@@ -133,6 +133,26 @@ def test_errors_of_the_medium_reach_the_caller(child: Partition, interrupts: boo
     assert len(disk.read(0, 4096)) == 4096  # and goes on
 
 
+def test_a_device_that_raises_does_not_spoil_the_driver(child: Partition) -> None:
+    class Broken(MemoryDisk):
+        broken = False
+
+        def read(self, offset: int, length: int) -> bytes:
+            if self.broken:
+                raise RuntimeError("a bug in a backend")
+            return super().read(offset, length)
+
+    detach_ide(child)
+    medium = Broken(SECTORS * 512)
+    attach_ide(child, medium)
+    disk = IdeDisk(child.vps[0])
+    medium.broken = True
+    with pytest.raises(RuntimeError):
+        disk.read(0, 512)
+    medium.broken = False
+    assert disk.read(512, 4096) == bytes(4096)
+
+
 def test_a_disk_that_shrinks_under_the_driver_is_an_error(child: Partition, medium: MemoryDisk) -> None:
     disk = IdeDisk(child.vps[0])
     medium.sector_count = 100
