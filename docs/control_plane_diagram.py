@@ -1,6 +1,6 @@
-"""Draws the sequence diagram of docs/control-plane.md from a real run.
+"""Draws the sequence diagrams of docs/control-plane.md and README.md from real runs.
 
-    python docs/control_plane_diagram.py            # rewrite the page's diagrams
+    python docs/control_plane_diagram.py            # rewrite the pages' diagrams
     python docs/control_plane_diagram.py --check    # exit status 1 if they are not those of a run
 
 The run is inline on a virtual clock, so the diagram is the same every time unless the code does something else.
@@ -19,7 +19,7 @@ from vmbus.core.ring import Packet
 from vmbus.hypervisor import Hypervisor, VirtualClock
 from vmbus.trace.events import Event, EventTrace
 
-PAGE = Path(__file__).with_name("control-plane.md")
+DOCS = Path(__file__).parent
 START, END = "<!-- generated: {name} -->", "<!-- end of {name} -->"
 STORAGE = UUID("ba6163d9-04a1-4d29-b605-72e2ffb1dc7f")
 
@@ -67,7 +67,7 @@ def describe(event: Event, version: int) -> str:
     return f"{number.name} {text}".strip()
 
 
-def mermaid(version: int) -> str:
+def mermaid(version: int, *, brief: bool = False) -> str:
     """A Mermaid sequence diagram of a run with that version."""
     lines = [
         "```mermaid",
@@ -76,7 +76,7 @@ def mermaid(version: int) -> str:
         "    participant H as host (VSP side)",
     ]
     ends = {"child": "G", "root": "H"}
-    for event in run(version):
+    for event in run(version, brief=brief):
         source, target = ends[event.source], ends[event.target]
         particulars = dict(part.split("=", 1) for part in event.text.split())
         match event.kind:
@@ -102,8 +102,8 @@ def echo(channel: Channel) -> None:
     channel.serve(answer)
 
 
-def run(version: int) -> list[Event]:
-    """Connect, open, talk, retarget, rescind, unload; what happened."""
+def run(version: int, *, brief: bool = False) -> list[Event]:
+    """Connect, open, talk, retarget, rescind, unload (`brief`: one channel, opened, used, closed); what happened."""
     trace = EventTrace()
     hv = Hypervisor(clock=VirtualClock())
     root = hv.create_root("root")
@@ -111,55 +111,63 @@ def run(version: int) -> list[Event]:
     host = VmbusHost(hv, child, hosting=Inline(seed=1), trace=trace)
     disk = Offer(STORAGE, UUID(int=1))
     offered = host.offer(disk, echo, name="disk")
-    host.offer(disk.subchannel(1), echo, name="disk queue 1")
+    if not brief:
+        host.offer(disk.subchannel(1), echo, name="disk queue 1")
     guest = VmbusGuest(child.vps[0], versions=[version])
     guest.connect()
-    channel = guest.open(guest.offers[0], 16, 16)
+    channel = guest.open(guest.offers[0], *((4, 4) if brief else (16, 16)))
     answers: list[bytes] = []
     channel.serve(lambda packets: answers.extend(p.payload for p in packets))
     channel.send(b"request!")
     assert channel.wait(lambda: bool(answers))
-    if version >= Version.V4_1:
-        guest.retarget(channel, 1)
-    offered.rescind()
-    assert not host.offered
+    if not brief:
+        if version >= Version.V4_1:
+            guest.retarget(channel, 1)
+        offered.rescind()
+        assert not host.offered
     guest.close()
     return list(trace)
 
 
-DIAGRAMS: dict[str, Callable[[], str]] = {
-    "version 5.3": lambda: mermaid(Version.V5_3),
-    "version 1.1": lambda: mermaid(Version.V1_1),
+DIAGRAMS: dict[Path, dict[str, Callable[[], str]]] = {
+    DOCS / "control-plane.md": {
+        "version 5.3": lambda: mermaid(Version.V5_3),
+        "version 1.1": lambda: mermaid(Version.V1_1),
+    },
+    DOCS.parent / "README.md": {"a channel": lambda: mermaid(Version.V5_3, brief=True)},
 }
 
 
-def updated(text: str) -> str:
+def updated(page: Path) -> str:
     """The page with the diagrams of runs made now."""
-    for name, draw in DIAGRAMS.items():
+    text = page.read_text(encoding="utf-8")
+    for name, draw in DIAGRAMS[page].items():
         start, end = START.format(name=name), END.format(name=name)
         before, _, rest = text.partition(start)
         _, found, after = rest.partition(end)
         if not found:
-            raise SystemExit(f"{PAGE.name} has no place for the diagram of {name}")
+            raise SystemExit(f"{page.name} has no place for the diagram of {name}")
         text = f"{before}{start}\n{draw()}\n{end}{after}"
     return text
 
 
 def main() -> int:
-    """Rewrite or check the page."""
+    """Rewrite or check the pages."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--check", action="store_true", help="only say whether the page is up to date")
+    parser.add_argument("--check", action="store_true", help="only say whether the pages are up to date")
     check = parser.parse_args().check
-    old = PAGE.read_text(encoding="utf-8")
-    new = updated(old)
-    if check:
-        if old != new:
-            print(f"{PAGE.name} is out of date: run {Path(__file__).name}", file=sys.stderr)
-        return int(old != new)
-    PAGE.write_text(new, encoding="utf-8")
-    return 0
+    outdated = 0
+    for page in DIAGRAMS:
+        new = updated(page)
+        if new != page.read_text(encoding="utf-8"):
+            outdated += 1
+            if check:
+                print(f"{page.name} is out of date: run {Path(__file__).name}", file=sys.stderr)
+            else:
+                page.write_text(new, encoding="utf-8")
+    return int(check and outdated > 0)
 
 
 if __name__ == "__main__":

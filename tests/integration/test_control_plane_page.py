@@ -1,4 +1,4 @@
-"""The page's sequence diagrams are those of a run made now."""
+"""The sequence diagrams of the page and of the README are those of a run made now."""
 
 import subprocess
 import sys
