@@ -7,7 +7,8 @@ The parts from the bottom up; each room of the package has more:
 * the hypervisor: `Hypervisor`, `Partition`, `VirtualProcessor`, `HostClock`, `VirtualClock`, `PERSONALITIES`
 * VMBus: `VmbusHost` in the parent, `VmbusGuest` in the child, `Offer`, `Channel`, `loopback`
 * storage: `RawDisk`, `MemoryDisk`, `open_disk` for images and NBD, `RedirectDisk`, `StorageVsp`, `StorageVsc`
-* whole machines: `ModelMachine`, and `compare`, the experiment on both paths
+* whole machines: `ModelMachine`, and `compare`, the experiment on both paths; `Machine`, which runs an unmodified
+  Linux kernel, with its `Result` and `Outcome`
 * counts: `Ledger`, `Account`
 * errors: all under `VmbusError`
 """
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
         VirtualProcessor,
     )
     from vmbus.machine.comparison import Comparison, compare
+    from vmbus.machine.guest import Machine, Outcome, Result
     from vmbus.machine.model import ModelMachine
     from vmbus.storage.disk import Disk, MemoryDisk, RawDisk
     from vmbus.storage.guest_disk import StorageDisk
@@ -101,6 +103,11 @@ _ROOMS = {
         "Comparison",
         "compare",
     ),
+    "vmbus.machine.guest": (
+        "Machine",
+        "Outcome",
+        "Result",
+    ),
     "vmbus.machine.model": ("ModelMachine",),
     "vmbus.storage.disk": (
         "Disk",
@@ -144,15 +151,18 @@ __all__ = [
     "Hypervisor",
     "Ledger",
     "LocalProtocolError",
+    "Machine",
     "MemoryDisk",
     "ModelMachine",
     "Offer",
+    "Outcome",
     "Packet",
     "Partition",
     "ProtocolError",
     "RawDisk",
     "RedirectDisk",
     "RemoteProtocolError",
+    "Result",
     "RingCorrupt",
     "RingEmpty",
     "RingError",
