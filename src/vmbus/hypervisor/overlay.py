@@ -5,6 +5,8 @@ here is one mapping shared with providers and engines, so the overlay swaps cont
 that it hides is kept aside and put back.
 """
 
+from contextlib import suppress
+
 from vmbus.core.memory import GuestMemory
 from vmbus.errors import GuestMemoryError
 from vmbus.hypervisor.faults import GeneralProtectionFault
@@ -52,15 +54,16 @@ class OverlayPage:
         if self.gpa is None:
             return
         gpa, self.gpa = self.gpa, None
-        try:
+        with suppress(
+            GuestMemoryError
+        ):  # the parent unmapped the page meanwhile: there is nothing left to restore
             self._content = self._memory.read(gpa, HV_PAGE_SIZE)
             self._memory.write(gpa, self._hidden)
-        except GuestMemoryError:
-            pass  # the parent unmapped the page meanwhile: there is nothing left to restore
         self._hidden = b""
 
     def update(self, content: bytes) -> None:
         """Replace the page's contents from its start."""
         self._content = content.ljust(HV_PAGE_SIZE, b"\0")
         if self.gpa is not None:
-            self._memory.write(self.gpa, self._content)
+            with suppress(GuestMemoryError):  # the page went from the guest meanwhile: nobody can look at it
+                self._memory.write(self.gpa, self._content)
