@@ -174,7 +174,9 @@ def test_whatever_a_guest_does(privileges, round_number):
             if not attacker.partition.hypercalls_enabled:
                 attacker.partition.hypercall_msr = 0
                 attacker.wrmsr(Msr.GUEST_OS_ID, 1)
-                attacker.partition.set_hypercall_page(0x1001)
+                memory = attacker.partition.memory  # the guest may have given its own pages away
+                page = next(gpa for gpa in range(0x1000, memory.size, 0x1000) if memory.access(gpa) & 3 == 3)
+                attacker.partition.set_hypercall_page(page | 1)
             attacker.pop_interrupt()
             assert victims.clock.advance(generator.randrange(2_000_000)) < 10_000
         if step % 500 == 0:
