@@ -64,6 +64,7 @@ cdef enum:
 
 cdef enum:
     MOST_BATCH = 64             # requests that a Python backend gets at once
+    SINGLE_AFTER_NONE = 8       # and one by one, when it has carried out none of a batch
 
 cdef enum:
     MOST_UNITS = 64             # units served here; more are served by the Python provider
@@ -420,6 +421,7 @@ cdef class Requests:
     cdef block_request_t *items
     cdef uint32_t *places       # the ring's read index of each
     cdef uint32_t count
+    cdef uint64_t copied        # bytes that were moved by the processor
 
     def __cinit__(self):
         self.items = <block_request_t *>malloc(MOST_BATCH * sizeof(block_request_t))
@@ -480,6 +482,37 @@ cdef class Requests:
                     break
         if code:
             raise GuestMemoryError("a page of a buffer is outside the partition")
+        self.copied += most * self.items[0].length
+
+    def transfer_file(self, int fd, file_offsets, int count=-1) -> int:
+        """Move the data of requests between a host file and the guest's pages, without the GIL and without a copy.
+
+        Args:
+            fd: the file.
+            file_offsets: where in the file each request's data are, bytes; 64-bit integers.
+            count: how many requests, from the first on; -1 for all.
+
+        Returns:
+            how many went well, from the first on.
+
+        Raises:
+            ValueError: too few offsets, or no such requests.
+        """
+        cdef _Mapped places = _Mapped(file_offsets, False)
+        cdef uint32_t index = 0, most = self.count if count < 0 else count
+        cdef gpa_cursor_t cursor
+        cdef block_request_t *request
+        if most > self.count or places.view.itemsize != 8 or <uint64_t>places.view.len // 8 < most:
+            raise ValueError(f"{places.view.len // 8} offsets for {most} of {self.count} requests")
+        with nogil:
+            while index < most:
+                request = &self.items[index]
+                gpa_cursor_start(&cursor, <const uint8_t *>request.ranges, request.range_count)
+                if gpa_transfer(&self.memory.c, &cursor, fd, (<uint64_t *>places.view.buf)[index], request.length,
+                                not request.write) != <int64_t>request.length:
+                    break
+                index += 1
+        return index
 
 
 cdef inline int _relay(const guest_memory_t *guest, block_request_t *request, const guest_memory_t *other,
@@ -590,7 +623,7 @@ cdef class BlockServer:
             mapping: the disk's bytes as a buffer.
             handler: called with each `Request`; an exception lets the provider carry the request out again.
             batch: called with `Requests` where several follow each other; returns how many of them, from the first
-                on, were carried out. The provider carries out the next one. Needs a `handler`, too.
+                on, were carried out. The next one goes to the `handler`, which is needed, too.
 
         Returns:
             False if it cannot be served here now: `serve` is running, or there are too many units.
@@ -731,7 +764,7 @@ cdef class BlockServer:
         cdef uint8_t *start = NULL
         cdef unit_t *unit
         cdef Request request
-        cdef int code, taken
+        cdef int code, taken, single = 0
         while limit > 0:
             code = self._next(&packet, &start)
             if code:
@@ -740,12 +773,16 @@ cdef class BlockServer:
             if not _enter(unit):
                 return SERVE_DEFERRED
             try:
-                if unit.python and self.batches[self.request.index] is not None and limit > 1:
+                if unit.python and single == 0 and self.batches[self.request.index] is not None and limit > 1:
                     taken = self._serve_batch(&packet, limit)
                     if taken < 0:
-                        return -taken
+                        return SERVE_FULL
+                    if taken == 0:
+                        single = SINGLE_AFTER_NONE
                     limit -= taken
                     continue
+                if single:
+                    single -= 1
                 if unit.python:
                     request = Request.__new__(Request)
                     request.memory = self.memory
@@ -768,8 +805,8 @@ cdef class BlockServer:
     cdef int _serve_batch(self, ring_packet_t *packet, int limit) except? -99:
         """Collect the requests that follow `self.request` and are like it, hand them over, complete them.
 
-        Returns how many were completed, or a negative `SERVE_DEFERRED` or `SERVE_FULL`. What was not completed is in
-        the ring as if it had never been looked at.
+        Returns how many were completed, from the first on, or -1 if there is no room for completions. What was not
+        completed is in the ring as if it had never been looked at.
         """
         cdef Requests batch = Requests.__new__(Requests)
         cdef uint8_t *start = NULL
@@ -793,7 +830,7 @@ cdef class BlockServer:
                     break
         try:
             done = self.batches[unit_index](batch)
-        except Exception:   # the provider carries the first one out again and finds out what to tell the guest
+        except Exception:   # the first one is tried by itself, which tells what to say to the guest
             done = 0
         if done > batch.count:
             done = batch.count
@@ -805,12 +842,12 @@ cdef class BlockServer:
             _complete(&self.outgoing.c, start, &batch.items[index])
         self.packets += done
         self.backend_calls += done
-        self.bytes_copied += done * length
+        self.bytes_copied += batch.copied
         if done == batch.count:
             return done
         self.incoming.c.read = batch.places[done]
         self.incoming.c.packets -= batch.count - done
-        return -SERVE_FULL if code == RING_FULL else -SERVE_DEFERRED    # the provider meets a corrupt ring, too
+        return -1 if code else done     # a corrupt ring shows itself to the next who looks
 
     cdef inline void _done(self, const ring_packet_t *packet, uint8_t *start) noexcept nogil:
         _complete(&self.outgoing.c, start, &self.request)

@@ -18,9 +18,13 @@ from reference.disk_model import apply, fast_folder, pattern, qemu_img, tool
 from reference.image_readers import read_vhd, read_vhdx
 from reference.sector_history import perform, steps
 
+from vmbus.bus.channel import loopback
+from vmbus.core.memory import GuestMemory
 from vmbus.storage.disk import DiskError
 from vmbus.storage.images import create_vhd, create_vhdx, open_disk
 from vmbus.storage.images.hostfile import HostFile
+from vmbus.storage.vsc import StorageVsc
+from vmbus.storage.vsp import StorageVsp
 from vmbus.trace.ledger import Account
 
 MIB = 1 << 20
@@ -323,3 +327,48 @@ def test_nothing_stays_open(tmp_path: Path) -> None:
             open_disk(tmp_path / "child")
         (tmp_path / "gone").rename(tmp_path / "base")
     assert open_descriptors() == before
+
+
+@pytest.mark.parametrize("kind", ["vhd", "vhdx", "vhdx-differencing"])
+def test_batches_go_straight_to_the_file(kind: str, tmp_path: Path) -> None:
+    """What is in the image's file is neither copied nor touched by Python; the rest goes the usual way."""
+    path = tmp_path / "image"
+    if kind == "vhdx-differencing":
+        with create_vhdx(tmp_path / "base", SIZE, block_size=MIB) as base:
+            base.write(0, pattern(200, 0, SIZE))
+        disk: Any = create_vhdx(path, parent=tmp_path / "base", block_size=MIB)
+        model = bytearray(pattern(200, 0, SIZE))
+    else:
+        disk, model = MAKERS[kind](path), bytearray(SIZE)
+    disk.write(0, pattern(7, 0, 2 * MIB))  # the first blocks are in the file, the others are not
+    model[: 2 * MIB] = pattern(7, 0, 2 * MIB)
+    account = Account()
+    guest, host = loopback(GuestMemory(8 * MIB), 16, 16, host_account=account)
+    provider = StorageVsp({(0, 0): disk})
+    provider.open(host)
+    client = StorageVsc(guest, range(16, 1024))
+    client.connect()
+    device, rnd = client.disk(), random.Random(1)
+    for turn in range(30):
+        length = rnd.choice([512, 4096, 12288])
+        offsets = rnd.sample(range(0, SIZE - length, 12288), 64)
+        if turn % 3:
+            assert device.read_batch(offsets, length) == [bytes(model[at : at + length]) for at in offsets]
+        else:
+            pieces = [pattern(turn + 1, at, length) for at in offsets]
+            device.write_batch(offsets, pieces)
+            for at, piece in zip(offsets, pieces, strict=True):
+                model[at : at + length] = piece
+    before = account.copy()
+    offsets = list(range(4096, MIB, 16384))
+    assert device.read_batch(offsets, 4096) == [bytes(model[at : at + 4096]) for at in offsets]
+    device.write_batch(offsets, [pattern(99, 0, 4096)] * len(offsets))
+    assert (account - before).bytes_copied == 0
+    assert (account - before).backend_calls == 2 * len(offsets)
+    for at in offsets:
+        model[at : at + 4096] = pattern(99, 0, 4096)
+    provider.shutdown()
+    host.close()
+    disk.close()
+    with open_disk(path, read_only=True) as again:
+        assert again.read(0, SIZE) == model

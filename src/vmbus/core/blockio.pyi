@@ -40,6 +40,7 @@ class Requests:
     def transfer(
         self, memory: GuestMemory, pfns: array[int] | NDArray[Any], first: int = 0, count: int = -1
     ) -> None: ...
+    def transfer_file(self, fd: int, file_offsets: array[int] | NDArray[Any], count: int = -1) -> int: ...
 
 @final
 class BlockServer:

@@ -6,6 +6,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vmbus.storage.disk import DiskError, Extent
 from vmbus.storage.images.blocks import BlockImage, BlockState, ImageDisk, OpenParent
@@ -268,6 +269,12 @@ class DynamicVhd(BlockImage):
             return BlockState.ABSENT, 0
         state = BlockState.FULL if self.parent is None else BlockState.PARTIAL
         return state, sector * SECTOR + self._bitmap_size
+
+    def _locate_full(self, blocks: NDArray[np.uint64]) -> tuple[NDArray[np.bool_], NDArray[np.uint64]]:
+        sectors = self._table[blocks]
+        offsets = sectors.astype(np.uint64) * np.uint64(SECTOR) + np.uint64(self._bitmap_size)
+        full = sectors != UNUSED if self.parent is None else np.zeros(len(blocks), np.bool_)
+        return full, offsets
 
     def _absent_run(self, block: int, end: int) -> int:
         present = np.flatnonzero(self._table[block:end] != UNUSED)

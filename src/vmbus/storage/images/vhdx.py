@@ -7,6 +7,7 @@ from dataclasses import replace
 from uuid import UUID, uuid4
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vmbus.storage.disk import DiskError
 from vmbus.storage.images.blocks import BlockImage, BlockState, ImageDisk, OpenParent
@@ -186,6 +187,10 @@ class Vhdx(BlockImage):
     def _locate(self, block: int) -> tuple[int, int]:
         entry = self._bat.item(block + block // self._ratio)
         return _STATES[entry & 7], entry & _OFFSET_MASK
+
+    def _locate_full(self, blocks: NDArray[np.uint64]) -> tuple[NDArray[np.bool_], NDArray[np.uint64]]:
+        entries = self._bat[blocks + blocks // np.uint64(self._ratio)]
+        return (entries & _STATE) == BatState.FULLY_PRESENT, entries & _OFFSET
 
     def _absent_run(self, block: int, end: int) -> int:
         entries = np.arange(block, end, dtype=np.int64)
