@@ -21,6 +21,7 @@ from vmbus.bus.channel import loopback
 from vmbus.core.blockio import BlockClient, BlockServer, run_without_gil
 from vmbus.core.memory import PAGE_SIZE, GuestMemory
 from vmbus.storage.disk import Buffer, Disk, MemoryDisk, RawDisk
+from vmbus.storage.images import create_vhdx
 from vmbus.storage.vsc import StorageVsc
 from vmbus.storage.vsp import StorageVsp
 
@@ -60,7 +61,8 @@ class Work:
     def __init__(self, length: int, *, sequential: bool = False) -> None:
         folder = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
         self._folder = tempfile.TemporaryDirectory(prefix="vmbus-", dir=folder)
-        path = Path(self._folder.name, "image")
+        self.folder = self._folder.name
+        path = Path(self.folder, "image")
         path.write_bytes(os.urandom(1 << 20) * (IMAGE_BYTES >> 20))
         self.disk = RawDisk(path, read_only=True)
         self.memory = GuestMemory(64 << 20)
@@ -199,6 +201,12 @@ def memory_disk(work: Work) -> Disk:
     return MemoryDisk(IMAGE_BYTES, content=work.disk.read(0, IMAGE_BYTES), read_only=True)
 
 
+def vhdx_disk(work: Work) -> Disk:
+    disk = create_vhdx(Path(work.folder, "image.vhdx"), IMAGE_BYTES)
+    disk.write(0, work.disk.read(0, IMAGE_BYTES))
+    return disk
+
+
 def python_disk(work: Work) -> Disk:
     return PythonDisk(work.disk)
 
@@ -240,6 +248,12 @@ COMPARISONS = [
         "4 KiB random read, QD 32",
         RANDOM_4K,
         ("raw image", partial(through_channel, disk=file_disk)),
+        share(0.60),
+    ),
+    _against_preadv(
+        "4 KiB random read, QD 32",
+        RANDOM_4K,
+        ("VHDX image", partial(through_channel, disk=vhdx_disk)),
         share(0.60),
     ),
     _against_preadv(
