@@ -134,8 +134,6 @@ class LogicalUnit:
     def _dispatch(self, task: Task) -> int:
         cdb = task.cdb
         command, known = commands.find(self._table, cdb)
-        if cdb[0] == Opcode.REPORT_LUNS:  # the controller's to answer, which knows the other units
-            raise CheckCondition.of(SenseKey.ILLEGAL_REQUEST, AdditionalSense.INVALID_OPERATION_CODE)
         if command is None:
             if known:
                 raise invalid_field(1, 4)
