@@ -110,6 +110,7 @@ def test_every_command_does_what_the_slow_disk_does(
 @given(st.binary(min_size=16, max_size=16), st.binary(max_size=600))
 @settings(max_examples=500, deadline=None)
 def test_no_command_at_all_breaks_the_target(cdb: bytes, data: bytes) -> None:
+    assume(cdb[0] != 0xA0)  # REPORT LUNS never reaches a unit: the controller answers it
     with MemoryDisk(BLOCKS * 512) as disk:
         unit = DiskUnit(disk, SERIAL)
         buffer = BytesBuffer(data)
