@@ -4,7 +4,7 @@ import struct
 from uuid import UUID
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from reference.scsi_disk import ScsiDisk
 
