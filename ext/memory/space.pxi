@@ -1,0 +1,259 @@
+# Guest physical address spaces. Included by memory.pyx.
+
+cdef class GuestMemory:
+    """One guest physical address space, from address 0 up.
+
+    Args:
+        size: bytes, a multiple of 4096.
+        mapped: back every page with a memfd of the space's own, with all access rights. Otherwise the space
+            starts empty and is filled with `map`.
+        fd: an existing memfd to use (a duplicate of it) instead of a new one: the same memory in another process.
+
+    Raises:
+        ValueError: the size is not a positive multiple of 4096 below 2**46, or `fd` is smaller or could shrink.
+        OSError: the host has no memory or address space for it.
+    """
+
+    def __cinit__(self, size, *, bint mapped=True, int fd=-1):
+        self.fd = -1
+        self.sources = {}
+        if not 0 < size < MOST_MEMORY or size % PAGE_BYTES:
+            raise ValueError(f"guest memory of {size} bytes: not a positive multiple of {PAGE_BYTES} below 2**46")
+        cdef uint64_t length = size, page
+        cdef int flags = MAP_PRIVATE | MAP_ANONYMOUS
+        if fd >= 0:
+            if os.fstat(fd).st_size < size or not fcntl_module.fcntl(fd, fcntl_module.F_GET_SEALS) & F_SEAL_SHRINK:
+                raise ValueError("guest memory in a file that is too small or not sealed against shrinking")
+            self.fd = fcntl_module.fcntl(fd, fcntl_module.F_DUPFD_CLOEXEC, 0)
+            mapped = True
+            flags = MAP_SHARED
+        elif mapped:
+            self.fd = memfd_create("vmbus-guest", MFD_CLOEXEC | MFD_ALLOW_SEALING)
+            if self.fd < 0 or ftruncate(self.fd, length) < 0:
+                raise _os_error("guest memory")
+            # A peer that holds the descriptor must not be able to shrink it under us: that would be SIGBUS.
+            fcntl(self.fd, F_ADD_SEALS, <int>(F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL))
+            flags = MAP_SHARED
+        self.c.base = _reserve(length)
+        if self.c.base == NULL:
+            raise _os_error("guest memory")
+        self.c.size = length
+        if mmap(self.c.base, length, PROT_READ | PROT_WRITE, flags | MAP_NORESERVE | MAP_FIXED, self.fd, 0) == MAP_FAILED:
+            raise _os_error("guest memory")
+        self.c.pages = <guest_page_t *>calloc(length >> 12, sizeof(guest_page_t))
+        if self.c.pages == NULL:
+            raise MemoryError()
+        for page in range(length >> 12):
+            self.c.pages[page].fd = self.fd
+            if mapped:
+                self.c.pages[page].access = ACCESS_READ | ACCESS_WRITE | ACCESS_EXECUTE
+                self.c.pages[page].offset = page << 12
+
+    def __dealloc__(self):
+        if self.c.base != NULL:
+            _give_back(self.c.base, self.c.size)
+        if self.fd >= 0:
+            close_fd(self.fd)
+        free(self.c.pages)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the address space."""
+        return self.c.size
+
+    @property
+    def address(self) -> int:
+        """Host virtual address of guest physical address 0; 0 once closed."""
+        return <size_t>self.c.base
+
+    cdef uint8_t *pointer(self, uint64_t gpa, uint64_t length, uint32_t access) except NULL:
+        cdef uint8_t *p = guest_pointer(&self.c, gpa, length, access)
+        if p == NULL or self.c.base == NULL:
+            raise GuestMemoryError(f"{length} bytes at guest physical address {gpa:#x}: outside the partition's "
+                                   f"{self.c.size:#x} bytes or mapped without the access")
+        return p
+
+    def read(self, uint64_t gpa, uint64_t length) -> bytes:
+        """A copy of `length` bytes.
+
+        Raises:
+            GuestMemoryError: the range is not wholly readable.
+        """
+        return PyBytes_FromStringAndSize(<char *>self.pointer(gpa, length, ACCESS_READ), length)
+
+    def write(self, uint64_t gpa, data) -> None:
+        """Copy `data` in.
+
+        Raises:
+            GuestMemoryError: the range is not wholly writable; nothing was written.
+        """
+        cdef Py_buffer view
+        PyObject_GetBuffer(data, &view, PyBUF_CONTIG_RO)
+        try:
+            memcpy(self.pointer(gpa, view.len, ACCESS_WRITE), view.buf, view.len)
+        finally:
+            PyBuffer_Release(&view)
+
+    def view(self, uint64_t gpa, uint64_t length, *, bint writable=True) -> memoryview:
+        """The guest's own bytes, not a copy: they may change at any time.
+
+        Raises:
+            GuestMemoryError: the range is not wholly accessible.
+        """
+        self.pointer(gpa, length, ACCESS_READ | (ACCESS_WRITE if writable else 0))
+        whole = memoryview(self)[gpa:gpa + length]
+        return whole if writable else whole.toreadonly()
+
+    def __getbuffer__(self, Py_buffer *buffer, int flags):
+        if self.c.base == NULL:
+            raise GuestMemoryError("the guest memory is closed")
+        PyBuffer_FillInfo(buffer, self, self.c.base, self.c.size, 0, flags)
+        self.exports += 1
+
+    def __releasebuffer__(self, Py_buffer *buffer):
+        self.exports -= 1
+
+    def access(self, uint64_t gpa) -> int:
+        """The access rights of the page at `gpa`; 0 where nothing is mapped or outside the space."""
+        return self.c.pages[gpa >> 12].access if gpa < self.c.size else 0
+
+    def backing(self, uint64_t gpa) -> tuple:
+        """Where the byte at `gpa` really is: the descriptor of a memfd, and an offset in it (its system address).
+
+        Two addresses, of whichever partitions, are the same memory exactly if these are equal.
+
+        Raises:
+            GuestMemoryError: no page is mapped there.
+        """
+        if gpa >= self.c.size or self.c.pages[gpa >> 12].fd < 0:
+            raise GuestMemoryError(f"no page is mapped at {gpa:#x}")
+        return self.c.pages[gpa >> 12].fd, self.c.pages[gpa >> 12].offset + (gpa & 0xfff)
+
+    cdef int _check_extent(self, uint64_t gpa, uint64_t length) except -1:
+        if gpa % PAGE_BYTES or length % PAGE_BYTES:
+            raise ValueError(f"{length:#x} bytes at {gpa:#x}: not whole pages")
+        if gpa > self.c.size or length > self.c.size - gpa:
+            raise GuestMemoryError(f"{length:#x} bytes at {gpa:#x} are outside the address space of {self.c.size:#x}")
+        return 0
+
+    def map(self, uint64_t gpa, GuestMemory source, uint64_t source_gpa, uint64_t length, uint32_t access) -> None:
+        """Map pages of another address space (or of this one) at `gpa`, replacing what was there.
+
+        The mapping refers to the pages that back `source` now; it stays when `source` changes its own map.
+
+        Raises:
+            GuestMemoryError: either range is outside its space, or the source has no page there.
+            ValueError: an address or the length is not page aligned.
+            OSError: the host cannot map it.
+        """
+        cdef uint64_t page = 0, run, pages = length >> 12
+        cdef guest_page_t *backing
+        cdef guest_page_t *ours
+        self._check_extent(gpa, length)
+        source._check_extent(source_gpa, length)
+        for page in range(pages):
+            if source.c.pages[(source_gpa >> 12) + page].fd < 0:
+                raise GuestMemoryError(f"the source has no page at {source_gpa + (page << 12):#x}")
+        page = 0
+        while page < pages:
+            backing = &source.c.pages[(source_gpa >> 12) + page]
+            ours = &self.c.pages[(gpa >> 12) + page]
+            run = 1
+            while page + run < pages and backing[run].fd == backing.fd and backing[run].offset == backing.offset + (run << 12):
+                run += 1
+            if mmap(self.c.base + gpa + (page << 12), run << 12, PROT_READ | PROT_WRITE,
+                    MAP_SHARED | MAP_FIXED | MAP_NORESERVE, backing.fd, backing.offset) == MAP_FAILED:
+                raise _os_error("mapping guest pages")
+            page += run
+            while run:
+                run -= 1
+                ours[run] = backing[run]
+                ours[run].access = access
+        if source is not self:
+            # The descriptors behind our pages must stay open as long as windows may be made of them.
+            self.sources[id(source)] = source
+            self.sources.update(source.sources)
+
+    def unmap(self, uint64_t gpa, uint64_t length) -> None:
+        """Take pages out of the space; their contents stay with whoever else has them mapped.
+
+        Raises:
+            GuestMemoryError: the range is outside the space.
+            ValueError: the address or the length is not page aligned.
+        """
+        cdef uint64_t page
+        self._check_extent(gpa, length)
+        if length == 0:
+            return
+        for page in range(gpa >> 12, (gpa + length) >> 12):
+            self.c.pages[page].access = 0
+            self.c.pages[page].fd = -1
+        # Harmless anonymous pages instead of a hole: code that runs without the GIL may still be copying.
+        if mmap(self.c.base + gpa, length, PROT_READ | PROT_WRITE,
+                MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0) == MAP_FAILED:
+            raise _os_error("unmapping guest pages")
+
+    def protect(self, uint64_t gpa, uint64_t length, uint32_t access) -> None:
+        """Change the access rights of mapped pages.
+
+        Raises:
+            GuestMemoryError: the range is outside the space or not wholly mapped.
+            ValueError: the address or the length is not page aligned.
+        """
+        cdef uint64_t page
+        self._check_extent(gpa, length)
+        for page in range(gpa >> 12, (gpa + length) >> 12):
+            if self.c.pages[page].fd < 0:
+                raise GuestMemoryError(f"no page is mapped at {page << 12:#x}")
+        for page in range(gpa >> 12, (gpa + length) >> 12):
+            self.c.pages[page].access = access
+
+    def window(self, pfns, *, bint mirrored=True) -> Window:
+        """Map the pages `pfns` (page frame numbers, in this order) as one flat range.
+
+        Args:
+            pfns: guest page frame numbers; they may repeat and come in any order.
+            mirrored: for a ring: the pages after the first are mapped twice in a row.
+
+        Raises:
+            GuestMemoryError: a page is outside the space, or not both readable and writable.
+            ValueError: no pages, or too few for a ring.
+            OSError: the host cannot map it.
+        """
+        cdef Window window = Window.__new__(Window)
+        cdef uint64_t pfn
+        cdef size_t index = 0
+        numbers = list(pfns)
+        cdef guest_page_t *pages = <guest_page_t *>calloc(len(numbers) or 1, sizeof(guest_page_t))
+        if pages == NULL:
+            raise MemoryError()
+        try:
+            for number in numbers:
+                if not 0 <= number < self.c.size >> 12:
+                    raise GuestMemoryError(f"page {number:#x} is outside the partition")
+                pfn = number
+                if (self.c.pages[pfn].access & (ACCESS_READ | ACCESS_WRITE)) != ACCESS_READ | ACCESS_WRITE:
+                    raise GuestMemoryError(f"page {pfn:#x} is mapped without the access")
+                pages[index] = self.c.pages[pfn]
+                index += 1
+            window._map(pages, len(numbers), mirrored)
+        finally:
+            free(pages)
+        return window
+
+    def close(self) -> None:
+        """Give the memory back now instead of when the last reference goes.
+
+        Raises:
+            BufferError: views of it, or native users, still exist.
+        """
+        if self.exports:
+            raise BufferError("views of this guest memory still exist")
+        if self.c.base != NULL:
+            _give_back(self.c.base, self.c.size)
+            self.c.base = NULL
+            self.c.size = 0
+        if self.fd >= 0:
+            close_fd(self.fd)
+            self.fd = -1
+        self.sources.clear()

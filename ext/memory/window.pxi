@@ -1,0 +1,114 @@
+# Scattered pages as one flat range. Included by memory.pyx.
+
+cdef class Window:
+    """Guest pages mapped as one flat range of host addresses; made by `GuestMemory.window` or `Window.allocate`.
+
+    Supports the buffer protocol over its pages, each once. A mirrored window is what a ring lives in: one control
+    page, then the data area.
+
+    Attributes:
+        size: bytes of the pages, each counted once.
+        mirrored: the pages after the first are mapped twice in a row.
+    """
+
+    cdef int _map(self, const guest_page_t *pages, size_t count, bint mirrored) except -1:
+        cdef size_t index = 0, run
+        if count < (2 if mirrored else 1):
+            raise ValueError("a ring needs a control page and at least one data page" if mirrored else "no pages")
+        if count > MOST_WINDOW_PAGES:
+            raise ValueError(f"a window of {count} pages is too large")
+        cdef size_t data = count - 1
+        cdef size_t total = count + (data if mirrored else 0)
+        self.base = _reserve(total << 12)
+        if self.base == NULL:
+            raise _os_error("mapping a window")
+        self.mapped = total << 12
+        self.size = count << 12
+        self.mirrored = mirrored
+        cdef const guest_page_t *page
+        while index < total:
+            page = &pages[index if index < count else index - data]
+            run = 1
+            # Adjacent pages of one file go into one mapping; the mirror starts a new one.
+            while (index + run < total and index + run != count and page[run].fd == page.fd
+                   and page[run].offset == page.offset + (run << 12)):
+                run += 1
+            if mmap(self.base + (index << 12), run << 12, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED,
+                    page.fd, page.offset) == MAP_FAILED:
+                raise _os_error("mapping a window")
+            index += run
+        return 0
+
+    def __dealloc__(self):
+        if self.base != NULL:
+            _give_back(self.base, self.mapped)
+
+    @staticmethod
+    def allocate(data_pages) -> Window:
+        """A mirrored window of new, zeroed memory: one control page and `data_pages` pages of data."""
+        if not 0 < data_pages < MOST_WINDOW_PAGES:
+            raise ValueError(f"a ring of {data_pages} data pages")
+        fd = os.memfd_create("vmbus-ring")
+        try:
+            os.ftruncate(fd, (data_pages + 1) * PAGE_BYTES)
+            return Window.from_fd(fd, range(data_pages + 1))
+        finally:
+            os.close(fd)
+
+    @staticmethod
+    def from_fd(int fd, pages, *, bint mirrored=True) -> Window:
+        """Map `pages` (page numbers within the file `fd`, in this order); the descriptor may be closed afterwards.
+
+        The file must not shrink while the window exists: seal it if a peer holds its descriptor.
+
+        Raises:
+            ValueError: a page is beyond the end of the file, or there are too few.
+            OSError: the host cannot map it.
+        """
+        cdef Window window = Window.__new__(Window)
+        cdef size_t index
+        numbers = list(pages)
+        cdef guest_page_t *backing = <guest_page_t *>calloc(len(numbers) or 1, sizeof(guest_page_t))
+        if backing == NULL:
+            raise MemoryError()
+        try:
+            limit = os.fstat(fd).st_size // PAGE_BYTES
+            for index, number in enumerate(numbers):
+                if not 0 <= number < limit:
+                    raise ValueError(f"page {number} of a file of {limit} pages")
+                backing[index].fd = fd
+                backing[index].offset = <uint64_t>number << 12
+            window._map(backing, len(numbers), mirrored)
+        finally:
+            free(backing)
+        return window
+
+    @property
+    def address(self) -> int:
+        """Host virtual address of the first byte; 0 once closed."""
+        return <size_t>self.base
+
+    def view(self) -> memoryview:
+        """The pages' bytes, writable, each page once."""
+        return memoryview(self)
+
+    def __getbuffer__(self, Py_buffer *buffer, int flags):
+        if self.base == NULL:
+            raise GuestMemoryError("the window is closed")
+        PyBuffer_FillInfo(buffer, self, self.base, self.size, 0, flags)
+        self.exports += 1
+
+    def __releasebuffer__(self, Py_buffer *buffer):
+        self.exports -= 1
+
+    def close(self) -> None:
+        """Unmap now instead of when the last reference goes.
+
+        Raises:
+            BufferError: rings or views over it still exist.
+        """
+        if self.exports:
+            raise BufferError("rings or views over this window still exist")
+        if self.base != NULL:
+            _give_back(self.base, self.mapped)
+            self.base = NULL
