@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             results[topic] = list(importlib.import_module(f"benchmarks.{topic}").rows(arguments.quick))
     console = Console() if sys.stdout.isatty() else Console(width=148)
     console.print(table(results, about))
-    console.print(verdict([row for rows in results.values() for row in rows]), highlight=False)
+    console.print(verdict(results), highlight=False)
     if arguments.quick:
         console.print("[bold]--quick: these figures show that everything runs, not how fast it is.[/bold]")
     if arguments.json is not None:
@@ -111,7 +111,7 @@ def table(results: dict[str, list[Row]], about: dict[str, str]) -> Table:
     made.add_column("peer", min_width=34)
     for name in ("ours, ns", "peer, ns", "peer ÷ ours"):
         made.add_column(name, justify="right", no_wrap=True)
-    made.add_column("target", no_wrap=True)
+    made.add_column("target", min_width=17)
     made.add_column("", no_wrap=True)
     verdicts = {True: "[green]met[/green]", False: "[red]missed[/red]", None: ""}
     for topic, rows in results.items():
@@ -127,14 +127,21 @@ def table(results: dict[str, list[Row]], about: dict[str, str]) -> Table:
     return made
 
 
-def verdict(rows: list[Row]) -> str:
+def verdict(results: dict[str, list[Row]]) -> str:
     """How many targets were met, and which were not."""
-    judged = [row for row in rows if row.target.text]
-    missed = [f"{row.what} beside {row.peer} ({row.target.text})" for row in judged if row.met is False]
-    silent = [f"{row.what} beside {row.peer} ({row.note})" for row in judged if row.met is None]
-    text = f"{len(judged)} targets: {len(judged) - len(missed) - len(silent)} met"
-    text += f", {len(missed)} missed: {'; '.join(missed)}" if missed else ", none missed"
-    return text + (f", {len(silent)} not measured: {'; '.join(silent)}" if silent else "")
+    judged = [(topic, row) for topic, rows in results.items() for row in rows if row.target.text]
+    missed = [
+        f"  missed: {topic}: {row.what}, beside {row.peer}: {row.target.text}"
+        for topic, row in judged
+        if row.met is False
+    ]
+    silent = [
+        f"  not measured: {topic}: {row.what}, beside {row.peer}: {row.note}"
+        for topic, row in judged
+        if row.met is None
+    ]
+    met = len(judged) - len(missed) - len(silent)
+    return "\n".join([f"{met} of {len(judged)} targets met", *missed, *silent])
 
 
 def number(value: float | None) -> str:

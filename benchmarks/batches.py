@@ -6,7 +6,18 @@ from functools import partial
 
 import numpy as np
 
-from benchmarks.harness import NO_TARGET, Case, Comparison, Row, Run, Target, at_most_ns, rows_of, timed
+from benchmarks.harness import (
+    NO_TARGET,
+    SHORT,
+    Case,
+    Comparison,
+    Row,
+    Run,
+    Target,
+    at_most_ns,
+    rows_of,
+    timed,
+)
 from benchmarks.nogil_ring import loop
 from benchmarks.processes import raw
 from vmbus.core.memory import Window
@@ -129,7 +140,7 @@ def _comparisons(payload_size: int, label: str, target: Target) -> Iterator[Comp
             f"{label}, {kind} of {batch}",
             Case("ring", partial(ours, payload_size)),
             [(memcpy, target), (floor, NO_TARGET), (fifo, NO_TARGET)],
-            round_seconds=0.004,
+            rounds=SHORT,
         )
 
 

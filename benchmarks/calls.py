@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from itertools import repeat
 from queue import SimpleQueue
 
-from benchmarks.harness import Case, Comparison, Row, Run, at_most_times, faster, rows_of, timed
+from benchmarks.harness import SHORT, Case, Comparison, Row, Run, at_most_times, faster, rows_of, timed
 from vmbus.core.memory import Window
 from vmbus.core.ring import RingReader, RingWriter
 
@@ -78,7 +78,7 @@ COMPARISONS = [
             (Case("pyzmq inproc", zmq_inproc, needs="zmq"), faster(3)),
             (Case("queue.SimpleQueue", simple_queue), at_most_times(2)),
         ],
-        round_seconds=0.004,
+        rounds=SHORT,
     )
 ]
 

@@ -3,7 +3,7 @@
 import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
 from typing import TypeAlias
@@ -11,10 +11,21 @@ from typing import TypeAlias
 Run: TypeAlias = Callable[[int], float]
 """Does that many operations and returns the seconds they took (set-up and tear-down of a round excluded)."""
 
-ROUNDS = 15
-ROUND_SECONDS = 0.02
-QUICK_ROUNDS = 3
-QUICK_ROUND_SECONDS = 0.001
+
+@dataclass(frozen=True)
+class Rounds:
+    """How often everybody has a turn, and how many seconds the fastest then works."""
+
+    number: int
+    seconds: float
+
+
+LONG = Rounds(15, 0.02)
+"""For what takes several processes: starting and ending a round does not count."""
+SHORT = Rounds(61, 0.001)
+"""For one thread: shorter than a scheduler's slice, so that most rounds are undisturbed on a busy machine."""
+QUICK = Rounds(3, 0.001)
+"""Shows that everything runs, not how fast."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +134,7 @@ class Comparison:
     what: str
     ours: Case
     peers: Sequence[tuple[Case, Target]]
-    round_seconds: float = field(default=ROUND_SECONDS)
+    rounds: Rounds = LONG
 
     def cases(self) -> list[Case]:
         """All contestants, ours first."""
@@ -145,9 +156,9 @@ def measure(comparison: Comparison, quick: bool) -> Iterator[Row]:
             for case in comparison.cases()
             if case.name not in refused
         }
-        seconds = QUICK_ROUND_SECONDS if quick else comparison.round_seconds
-        count = calibrate(runs.values(), seconds)
-        times = interleave(runs, count, QUICK_ROUNDS if quick else ROUNDS)
+        rounds = QUICK if quick else comparison.rounds
+        count = calibrate(runs.values(), rounds.seconds)
+        times = interleave(runs, count, rounds.number)
     mine = times.get(comparison.ours.name)
     for case, target in comparison.peers:
         theirs = times.get(case.name)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
-from benchmarks.harness import Case, Comparison, Row, Run, Target, at_most_ns, at_most_times, rows_of
+from benchmarks.harness import SHORT, Case, Comparison, Row, Run, Target, at_most_ns, at_most_times, rows_of
 from benchmarks.native import compiled
 from vmbus.core.memory import Window
 
@@ -33,6 +33,7 @@ def _comparison(what: str, length: int, batch: int, target: Target) -> Compariso
         what,
         Case("ring", partial(loop, "through_ring", length, batch)),
         [(Case("memcpy of the same bytes", partial(loop, "copies_only", length, batch)), target)],
+        rounds=SHORT,
     )
 
 
