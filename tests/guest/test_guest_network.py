@@ -228,6 +228,32 @@ def test_module_unload_and_load(connect, tap: TapUplink) -> None:
     assert run.interface.adapter.statistics.violations == 0
 
 
+def test_every_nvsp_version(connect, tap: TapUplink) -> None:
+    """Linux asks for the newest version first and takes what the host has, down to that of Server 2008."""
+    run = connect(tap)
+    for version in sorted(Version):
+        run("rmmod hv_netvsc")
+        run.interface.adapter.config.versions = frozenset({version})
+        run("insmod /lib/modules/hv_netvsc.ko; sleep 1")
+        assert run.protocol.version == version
+        run.configure()
+        run(f"ping -c 2 {HOST}")
+        exchange(run, 512 << 10)
+    statistics = run.interface.adapter.statistics
+    assert statistics.violations == statistics.sent_errors == 0
+
+
+def test_virtual_function_and_network_change(connect, tap: TapUplink) -> None:
+    run = connect(tap)
+    run.configure()
+    run.interface.adapter.associate_vf(7)
+    assert "VF slot 7 added" in run("sleep 1; dmesg")
+    run.interface.adapter.associate_vf(None)
+    assert "VF slot 7 removed" in run("sleep 1; dmesg")
+    run.interface.adapter.network_changed()
+    run(f"sleep 3; ping -c 2 -W 5 {HOST}")
+
+
 def test_unplugged(connect, tap: TapUplink) -> None:
     run = connect(tap)
     run.configure()
