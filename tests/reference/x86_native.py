@@ -101,7 +101,10 @@ class Native:
         os.ftruncate(fd, MEMORY)
         self.theirs = mmap.mmap(fd, MEMORY)
         command = [program, str(fd), hex(ORIGIN), hex(MEMORY), hex(ORIGIN + CODE)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[fd])
+        # no environment: a sanitizer preloaded there would take the faults that the program is to report
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[fd], env={}
+        )
         os.close(fd)
         self.memory = GuestMemory(ORIGIN + MEMORY)
         self.ours = x86.Cpu(self.memory)
