@@ -202,6 +202,49 @@ def test_impossible_capacities_are_refused(host: Host, capacity: bytes) -> None:
         host.client.disk()
 
 
+def lba_status(*descriptors: tuple[int, int, int], told: int | None = None) -> bytes:
+    body = b"".join(struct.pack(">QIB3x", *descriptor) for descriptor in descriptors)
+    return struct.pack(">I4x", len(body) + 4 if told is None else told) + body
+
+
+@pytest.mark.parametrize(
+    ("answer", "states"),
+    [
+        (b"", None),
+        (bytes(8), None),
+        (lba_status((0, 0, 0)), None),
+        (lba_status((1, 8, 1)), None),
+        (lba_status((1 << 63, 8, 1)), None),
+        (lba_status((0, 8, 1), (0, 8, 0)), None),
+        (lba_status((0, 8, 1), (16, 8, 0)), None),
+        (lba_status((0, 8, 1), told=8), None),
+        (lba_status((0, 8, 1), (8, 8, 0), told=0xFFFFFFFF), [(0, 4096, False), (4096, 4096, True)]),
+        (lba_status((0, 0xFFFFFFFF, 0xF1)), [(0, MIB, False)]),
+        (lba_status((0, 8, 1)) + bytes(5), [(0, 4096, False)]),
+    ],
+)
+def test_states_of_allocation_that_cannot_be(
+    host: Host, answer: bytes, states: list[tuple[int, int, bool]] | None
+) -> None:
+    def lying(packet: Packet) -> list[tuple[int, bytes]]:
+        if packet.payload[28:30] == b"\x9e\x12" and packet.ranges is not None:
+            packet.ranges.write(host.memory, answer)
+            return [(packet.transaction_id, completion(moved=len(answer)))]
+        answers = host.honest(packet)
+        if packet.payload[28] == 0x9E and packet.ranges is not None:
+            packet.ranges.write(host.memory, struct.pack(">QIxBH16x", 2 * MIB // 512 - 1, 512, 0, 0xC000))
+        return answers
+
+    host.answer = lying
+    disk = host.client.disk()
+    assert disk.thin
+    if states is None:
+        with pytest.raises(RemoteProtocolError, match="GET LBA STATUS"):
+            disk.lba_status(0, MIB)
+    else:
+        assert [tuple(extent) for extent in disk.lba_status(0, MIB)] == states
+
+
 def test_notices_of_any_kind_and_length(host: Host) -> None:
     told: list[bool] = []
     host.client.on_change = lambda: told.append(True)

@@ -15,7 +15,7 @@ from reference.disk_model import apply, operations
 from vmbus.bus.channel import Channel, loopback
 from vmbus.core.memory import GuestMemory
 from vmbus.errors import DeviceError, LocalProtocolError
-from vmbus.storage.disk import Disk, DiskError, MemoryDisk, RawDisk
+from vmbus.storage.disk import Buffer, Disk, DiskError, MemoryDisk, RawDisk
 from vmbus.storage.guest_disk import StorageDisk
 from vmbus.storage.images import create_vhdx, open_disk
 from vmbus.storage.redirect import RedirectDisk
@@ -110,10 +110,71 @@ def test_random_work_over_three_hops(work: list[tuple[str, int, int, int]]) -> N
     last = RedirectDisk(chain.device)  # so that it can be asked like any disk
     model = bytearray(MIB)
     for operation in work:
-        if operation[0] != "extents":  # a redirected disk does not know its holes
-            apply(last, model, operation)
+        apply(last, model, operation)
     assert last.read(0, MIB) == model
     chain.close()
+
+
+@pytest.mark.parametrize("kind", ["raw", "vhdx"])
+def test_holes_are_seen_and_made_through_three_hops(chains: list[Chain], tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "image"
+    disk = RawDisk.create(path, SIZE) if kind == "raw" else create_vhdx(path, SIZE, block_size=MIB)
+    chain = Chain(disk, 3)
+    chains.append(chain)
+    last = RedirectDisk(chain.device)
+    assert [tuple(extent) for extent in last.extents(0, SIZE)] == [(0, SIZE, False)]
+    for at in range(3):
+        chain.device.write(at * MIB, b"\xcd" * MIB)
+    chain.device.flush()
+    before = path.stat().st_blocks
+    assert list(last.extents(0, SIZE)) == list(disk.extents(0, SIZE)) == list(chain.device.extents(0, SIZE))
+    assert [extent.allocated for extent in last.extents(0, SIZE)] == [True, False]
+    chain.device.unmap(MIB, MIB)
+    chain.device.flush()
+    assert [tuple(extent) for extent in last.extents(512, SIZE - 1024)] == [
+        (512, MIB - 512, True),
+        (MIB, MIB, False),
+        (2 * MIB, MIB, True),
+        (3 * MIB, MIB - 512, False),
+    ]
+    assert path.stat().st_blocks <= before - MIB // 512
+    # What the last hop's own child would be told.
+    assert [tuple(extent) for extent in chain.hops[0].device.lba_status(0, SIZE)][:2] == [
+        (0, MIB, True),
+        (MIB, MIB, False),
+    ]
+
+
+def test_more_holes_than_one_answer_tells_of(chains: list[Chain]) -> None:
+    disk = MemoryDisk(SIZE)
+    chain = Chain(disk, 2)
+    chains.append(chain)
+    for at in range(0, SIZE, 8192):
+        chain.device.write(at, b"\x01" * 4096)
+    holes = list(RedirectDisk(chain.device).extents(0, SIZE))
+    assert holes == list(disk.extents(0, SIZE))
+    assert len(holes) == SIZE // 4096 > 2 * 255
+
+
+def test_forced_unit_access_reaches_the_disk_as_such(chains: list[Chain]) -> None:
+    class Recording(MemoryDisk):
+        def __init__(self) -> None:
+            super().__init__(SIZE)
+            self.calls: list[str] = []
+
+        def write_through(self, offset: int, data: Buffer) -> None:
+            self.calls.append("write through")
+            super().write_through(offset, data)
+
+        def flush(self) -> None:
+            self.calls.append("flush")
+
+    disk = Recording()
+    chain = Chain(disk, 3)
+    chains.append(chain)
+    chain.device.write(4096, b"\x05" * 512, fua=True)
+    assert disk.calls == ["write through"]
+    assert disk.read(4096, 512) == b"\x05" * 512
 
 
 def test_a_vhdx_behind_three_hops_keeps_what_was_flushed(chains: list[Chain], tmp_path: Path) -> None:
@@ -247,6 +308,8 @@ def test_a_hop_that_closes_its_channel_gives_errors_at_once(
             chain.device.write_batch([0, 8192], [bytes(4096)] * 2)
         with pytest.raises(gone):
             chain.device.flush()
+        with pytest.raises(gone):
+            list(chain.device.extents(0, SIZE))
         assert time.monotonic() - began < 2
 
 
@@ -349,6 +412,9 @@ def test_a_redirected_disk_of_any_other_device() -> None:
     disk = RedirectDisk(Plain())
     disk.write(512, b"x" * 1024)
     disk.unmap(1024, 512)
+    disk.write_through(4096, b"y" * 512)
+    assert disk.unmap_granularity == 0
+    assert [tuple(extent) for extent in disk.extents(512, MIB - 512)] == [(512, MIB - 512, True)]
     assert disk.read(0, 2048) == bytes(512) + b"x" * 512 + bytes(1024)
     with pytest.raises(DiskError, match="past the end"):
         disk.read(MIB - 512, 1024)

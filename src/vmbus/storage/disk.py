@@ -12,7 +12,7 @@ import mmap
 import os
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Self, TypeAlias
 from uuid import UUID
@@ -22,7 +22,7 @@ from vmbus.errors import DeviceError
 if TYPE_CHECKING:
     from vmbus.core.blockio import Requests
 
-__all__ = ["Buffer", "Disk", "DiskError", "Extent", "MemoryDisk", "RawDisk"]
+__all__ = ["Buffer", "Disk", "DiskError", "Extent", "MemoryDisk", "RawDisk", "merged"]
 
 _log = logging.getLogger(__name__)
 
@@ -55,6 +55,21 @@ class Extent(NamedTuple):
     offset: int
     length: int
     allocated: bool
+
+
+def merged(extents: Iterable[Extent]) -> Iterator[Extent]:
+    """Extents that follow each other, with neighbours of one state joined."""
+    last: Extent | None = None
+    for extent in extents:
+        if last is None:
+            last = extent
+        elif last.allocated == extent.allocated:
+            last = Extent(last.offset, last.length + extent.length, last.allocated)
+        else:
+            yield last
+            last = extent
+    if last is not None:
+        yield last
 
 
 class Disk(ABC):

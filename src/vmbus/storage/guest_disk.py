@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from vmbus.bus.channel import Channel
 from vmbus.core.blockio import BlockClient
 from vmbus.core.memory import PAGE_SIZE, GpaRanges
-from vmbus.errors import LocalProtocolError, RemoteProtocolError
-from vmbus.storage.disk import Buffer
-from vmbus.storage.scsi.codes import Opcode, ServiceIn16
+from vmbus.errors import DeviceError, LocalProtocolError, RemoteProtocolError
+from vmbus.storage.disk import Buffer, Extent, merged
+from vmbus.storage.scsi.codes import AdditionalSense, Opcode, ServiceIn16
 
 if TYPE_CHECKING:
     from vmbus.storage.vsc import StorageVsc
@@ -23,6 +23,8 @@ __all__ = ["Integers", "StorageDisk"]
 
 Integers: TypeAlias = "array[int] | NDArray[np.uint64]"
 """A one-dimensional run of unsigned 64-bit integers."""
+
+_DEALLOCATED = 1  # provisioning status: mapped 0, deallocated 1, anchored 2 (SBC-3 5.6.2)
 
 
 class StorageDisk:
@@ -102,6 +104,14 @@ class StorageDisk:
             cdb[1] |= 0x08 if fua else 0
             self._check(bytes(cdb), data_out=part)
 
+    def write_through(self, offset: int, data: Buffer) -> None:
+        """Write all of `data`; it is durable on return.
+
+        Raises:
+            CommandError: the disk refused or failed.
+        """
+        self.write(offset, data, fua=True)
+
     def flush(self) -> None:
         """Return when everything written before is durable."""
         self._check(bytes([Opcode.SYNCHRONIZE_CACHE_10]) + bytes(9))
@@ -113,6 +123,62 @@ class StorageDisk:
             size = min(most, offset + length - at)
             data = struct.pack(">HH4xQI4x", 22, 16, at // self.sector_size, size // self.sector_size)
             self._check(struct.pack(">B6xHx", Opcode.UNMAP, len(data)), data_out=data)
+
+    def lba_status(self, offset: int, length: int) -> list[Extent]:
+        """The states of allocation from `offset` on, as far as one GET LBA STATUS tells: a part of the range, or all.
+
+        Everything is allocated on a disk that is not thin, and on one that does not know the command.
+
+        Raises:
+            CommandError: the disk failed.
+            RemoteProtocolError: the answer makes no sense.
+        """
+        everything = [Extent(offset, length, True)]
+        if not self.thin:
+            return everything
+        size = self.sector_size
+        cdb = struct.pack(
+            ">BBQIxx", Opcode.SERVICE_ACTION_IN_16, ServiceIn16.GET_LBA_STATUS, offset // size, PAGE_SIZE
+        )
+        try:
+            data = self._check(cdb, data_in=PAGE_SIZE)
+        except DeviceError as error:
+            sense = getattr(error, "sense", None)
+            if sense is not None and sense.additional == AdditionalSense.INVALID_OPERATION_CODE:
+                return everything
+            raise
+        told = int.from_bytes(data[:4], "big") + 4
+        found: list[Extent] = []
+        at, end = offset, offset + length
+        for place in range(8, min(told, len(data)) - 15, 16):
+            lba, blocks, state = struct.unpack_from(">QIB", data, place)
+            if lba * size != at or not blocks:
+                raise RemoteProtocolError(
+                    f"GET LBA STATUS tells of {blocks} blocks at {lba}, not from {at // size}"
+                )
+            found.append(Extent(at, min(blocks * size, end - at), state & 0xF != _DEALLOCATED))
+            at += blocks * size
+            if at >= end:
+                break
+        if not found:
+            raise RemoteProtocolError("GET LBA STATUS tells nothing of the block asked for")
+        return found
+
+    def extents(self, offset: int, length: int) -> Iterator[Extent]:
+        """The states of allocation within the range, in order, adjacent ones different.
+
+        Raises:
+            CommandError: the disk failed.
+            RemoteProtocolError: an answer makes no sense.
+        """
+        return merged(self._states(offset, length))
+
+    def _states(self, offset: int, length: int) -> Iterator[Extent]:
+        at, end = offset, offset + length
+        while at < end:
+            for extent in self.lba_status(at, end - at):
+                yield extent
+                at = extent.offset + extent.length
 
     def read_batch(self, offsets: Sequence[int], length: int) -> list[bytes]:
         """`length` bytes at each of the offsets, `queue_depth` requests at once.

@@ -10,12 +10,12 @@ the physical device. Nothing in a hop knows how many follow.
 import errno
 import threading
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from vmbus.core.memory import PAGE_SIZE
 from vmbus.errors import DeviceError, LocalProtocolError, RingError, VmbusError
-from vmbus.storage.disk import Buffer, Disk, DiskError
+from vmbus.storage.disk import Buffer, Disk, DiskError, Extent, merged
 from vmbus.storage.scsi.codes import AdditionalSense, SenseKey
 from vmbus.trace.ledger import Account
 
@@ -30,7 +30,8 @@ __all__ = ["BlockDevice", "RedirectDisk"]
 class BlockDevice(Protocol):
     """A guest's block device, whatever it is reached through: enlightened storage or an emulated controller.
 
-    A device may also have ``unmap(offset, length)`` and ``physical_sector_size``.
+    A device may also have ``physical_sector_size``, ``write_through(offset, data)``, ``unmap(offset, length)`` (which
+    must leave zeros) and ``lba_status(offset, length)``: the first states of allocation within a range.
     """
 
     sector_size: int
@@ -84,8 +85,11 @@ class RedirectDisk(Disk):
         self.physical_sector_size = getattr(device, "physical_sector_size", device.sector_size)
         self.sector_count = device.size // device.sector_size
         self.read_only = read_only
-        self._unmap = getattr(device, "unmap", None)
-        if self._unmap is not None and getattr(device, "thin", True):
+        thin = getattr(device, "thin", True)
+        self._unmap = getattr(device, "unmap", None) if thin else None
+        self._status = getattr(device, "lba_status", None) if thin else None
+        self._write_through = getattr(device, "write_through", None)
+        if self._unmap is not None:
             self.unmap_granularity = max(PAGE_SIZE, self.physical_sector_size)
         self._failure: DiskError | None = None
         self._pages = array("Q", pages)
@@ -108,6 +112,15 @@ class RedirectDisk(Disk):
         with _Hop(self, "write", offset):
             self.device.write(offset, data)
 
+    def write_through(self, offset: int, data: Buffer) -> None:
+        """See `Disk.write_through`; a device that knows forced unit access is asked for it."""
+        if self._write_through is None:
+            super().write_through(offset, data)
+            return
+        self.check(offset, len(data), writing=True)
+        with _Hop(self, "write", offset):
+            self._write_through(offset, data)
+
     def flush(self) -> None:
         """See `Disk.flush`; it is the physical disk that is flushed."""
         with _Hop(self, "flush", 0):
@@ -122,6 +135,21 @@ class RedirectDisk(Disk):
         if length:
             with _Hop(self, "unmap", offset):
                 self._unmap(offset, length)
+
+    def extents(self, offset: int, length: int) -> Iterator[Extent]:
+        """See `Disk.extents`; the holes are those of the physical disk."""
+        self.check(offset, length)
+        return merged(self._states(offset, length))
+
+    def _states(self, offset: int, length: int) -> Iterator[Extent]:
+        at, end = offset, offset + length
+        while at < end:
+            found = [Extent(at, end - at, True)]
+            if self._status is not None:
+                with _Hop(self, "query", at):
+                    found = self._status(at, end - at)
+            yield from found
+            at = found[-1].offset + found[-1].length
 
     def close(self) -> None:
         """Refuse all further requests; the device belongs to the partition and stays open."""
