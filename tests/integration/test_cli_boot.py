@@ -17,6 +17,7 @@ from vmbus.cli.boot import EXIT_STATUS
 from vmbus.engine.unicorn import find_library
 from vmbus.errors import EngineError
 from vmbus.machine.guest import Outcome
+from vmbus.network.pcapng import PcapngReader
 
 try:
     find_library()
@@ -38,6 +39,12 @@ def kernel(tmp_path: Path):
 
 def boot(*arguments: object) -> int:
     return main(["boot", *(str(a) for a in arguments), "--memory", "16M"])
+
+
+def _fill(argument: str, places: dict[str, Path]) -> str:
+    for word, path in places.items():
+        argument = argument.replace(word, str(path))
+    return argument
 
 
 def test_every_ending_has_its_own_exit_status() -> None:
@@ -103,6 +110,12 @@ def test_report_in_json_and_as_a_table(kernel, tmp_path: Path, capsys) -> None:
         (elf(b"\xf4"), ("--disk", "DIRECTORY"), "DIRECTORY"),
         (elf(b"\xf4"), ("--append", "x" * 3000), "command line"),
         (elf(b"\xf4"), ("--no-enlightenments", "--disk", "DISK"), "emulated disk controller"),
+        (elf(b"\xf4"), ("--no-enlightenments", "--net", "none"), "no synthetic network adapter"),
+        (elf(b"\xf4"), ("--net", "wire"), "give tap, tap:NAME"),
+        (elf(b"\xf4"), ("--net", "none,mtu=80"), "mtu=80: not in 576 to 9000"),
+        (elf(b"\xf4"), ("--net", "none,pcap=DIRECTORY"), "Is a directory"),
+        (elf(b"\xf4"), ("--net", "stream:DIRECTORY/nobody"), "stream uplink"),
+        (elf(b"\xf4"), ("--pcap", "DISK"), "--pcap needs --net"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(
@@ -113,11 +126,23 @@ def test_bad_input_is_one_line_and_status_2(
     (tmp_path / "initrd").write_bytes(bytes(16 << 20))
     (tmp_path / "disk").write_bytes(bytes(1 << 20))
     places = {"INITRD": tmp_path / "initrd", "DIRECTORY": tmp_path, "DISK": tmp_path / "disk"}
-    assert boot("--kernel", kernel, "--quiet", *(places.get(a, a) for a in arguments)) == 2
+    assert boot("--kernel", kernel, "--quiet", *(_fill(a, places) for a in arguments)) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1, lines
     assert message.replace("DIRECTORY", str(tmp_path)) in lines[0]
     assert (tmp_path / "disk").read_bytes() == bytes(1 << 20)
+
+
+def test_networks(kernel, tmp_path: Path, capsys) -> None:
+    path, capture = kernel(POWER_OFF), tmp_path / "second.pcapng"
+    options = ("--net", "none", "--net", f"none,mac=02-00-00-00-00-07,mtu=1400,pcap={capture}")
+    assert boot("--kernel", path, "--timeout", 30, *options, "--pcap", tmp_path / "first.pcapng") == 0
+    said = capsys.readouterr().err
+    assert "network adapter 00:15:5d:00:00:01 on nothing" in said
+    assert "network adapter 02:00:00:00:00:07 on nothing" in said
+    for name in ("first", "second"):
+        with PcapngReader(tmp_path / f"{name}.pcapng") as reader:
+            assert list(reader) == []
 
 
 def test_without_a_kernel_it_says_what_to_do(tmp_path: Path, monkeypatch, capsys) -> None:

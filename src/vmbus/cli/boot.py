@@ -9,7 +9,6 @@ import termios
 import time
 import tty
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,7 +18,7 @@ from rich.table import Table
 from vmbus.cli.units import size
 from vmbus.machine.guest import Machine, Outcome, Result
 from vmbus.machine.linux import BootError
-from vmbus.machine.network import GuestNetwork
+from vmbus.machine.network import FORMS, OPTIONS
 from vmbus.machine.packages import load_guest
 
 __all__ = ["EXIT_STATUS", "add_parser", "run"]
@@ -73,11 +72,17 @@ def add_parser(subparsers: Any) -> None:
         "--net",
         action="append",
         default=[],
-        metavar="UPLINK",
-        help="a network adapter on tap, tap:NAME, stream:PATH (passt, QEMU's framing) or none; may be repeated",
+        metavar="UPLINK[,OPTION=VALUE...]",
+        help=(
+            f"a network adapter on {FORMS} (stream: QEMU's framing; passt is started for the guest); "
+            f"options: {OPTIONS}; may be repeated. The prepared guest gets an address by DHCP with --append ip=dhcp"
+        ),
     )
     parser.add_argument(
-        "--pcap", type=Path, metavar="FILE", help="record the first adapter's frames (pcapng)"
+        "--pcap",
+        type=Path,
+        metavar="FILE",
+        help="record the first adapter's frames (pcapng); for others use --net's pcap=",
     )
     parser.add_argument("--append", default="", metavar="TEXT", help="added to the kernel's command line")
     parser.add_argument("--memory", type=size, default=512 << 20, metavar="SIZE", help="RAM (default: 512M)")
@@ -116,22 +121,26 @@ def run(args: argparse.Namespace) -> int:
         raise BootError("--send needs --until")
     _note(args, f"loading {kernel}")
     command_line = f"console=ttyS0 {args.append}".strip()
-    with (
-        Machine(
-            kernel,
-            initrd=initrd,
-            disks=args.disk,
-            append=command_line,
-            memory=args.memory,
-            enlightenments=not args.no_enlightenments,
-            unpack=args.unpack,
-        ) as machine,
-        _network(machine, args) as network,
-    ):
+    if args.pcap is not None and not args.net:
+        raise BootError("--pcap needs --net")
+    with Machine(
+        kernel,
+        initrd=initrd,
+        disks=args.disk,
+        append=command_line,
+        memory=args.memory,
+        enlightenments=not args.no_enlightenments,
+        unpack=args.unpack,
+    ) as machine:
+        for number, description in enumerate(args.net):
+            interface = machine.network.add(description, capture=args.pcap if number == 0 else None)
+            joined = interface.uplink
+            name = "nothing" if joined is None else getattr(joined.uplink, "name", description)
+            _note(args, f"network adapter {interface.adapter.config.mac.hex(':')} on {name}")
         _note(args, "starting; Ctrl-] leaves" if sys.stdin.isatty() else "starting")
         if not args.quiet:
             machine.console.echo = _show
-        with _Keyboard(machine, network) as keyboard:
+        with _Keyboard(machine) as keyboard:
             result = _run_guest(machine, args, keyboard)
         _report(machine, result, args)
         return EXIT_STATUS[result.outcome]
@@ -159,21 +168,6 @@ def _run_guest(machine: Machine, args: argparse.Namespace, keyboard: "_Keyboard"
     return result
 
 
-def _network(machine: Machine, args: argparse.Namespace) -> AbstractContextManager[GuestNetwork | None]:
-    """The guest's adapters, if it has any."""
-    if args.pcap is not None and not args.net:
-        raise BootError("--pcap needs --net")
-    if not args.net:
-        return nullcontext(None)
-    network = GuestNetwork(machine.bus)
-    for number, uplink in enumerate(args.net):
-        interface = network.add(uplink, capture=args.pcap if number == 0 else None)
-        joined = interface.uplink
-        name = getattr(joined.uplink, "name", uplink) if joined is not None else "nothing"
-        _note(args, f"network adapter {interface.adapter.config.mac.hex(':')} on {name}")
-    return network
-
-
 def _note(args: argparse.Namespace, text: str) -> None:
     if not args.quiet:
         print(f"vmbus: {text}", file=sys.stderr)
@@ -191,9 +185,8 @@ class _Keyboard:
     time is skipped.
     """
 
-    def __init__(self, machine: Machine, network: GuestNetwork | None = None) -> None:
+    def __init__(self, machine: Machine) -> None:
         self._machine = machine
-        self._network = network
         self._fd = sys.stdin.fileno() if _has_descriptor(sys.stdin) else -1
         self._interactive = self._fd >= 0 and os.isatty(self._fd)
         self._mode: list[Any] | None = None
@@ -215,15 +208,13 @@ class _Keyboard:
             termios.tcsetattr(self._fd, termios.TCSADRAIN, self._mode)
 
     def poll(self) -> None:
-        """Pass on what was typed and what came from the network, without waiting."""
-        if self._network is not None:
-            self._network.poll()
+        """Pass on what was typed, without waiting."""
         self._take(0.0)
 
     def idle(self, until_timer: int | None) -> bool:
         """The guest waits: for a key, or for its next timer in `until_timer` virtual ns."""
-        if self._network is not None:
-            came = self._network.idle(until_timer, [self._fd] if self._fd >= 0 else [])
+        if self._machine.network.is_live:
+            came = self._machine.network.idle(until_timer, [self._fd] if self._fd >= 0 else [])
             return self._take(0.0) or came
         if not self._interactive:
             return False  # time is skipped; a pipe's input was passed on by poll

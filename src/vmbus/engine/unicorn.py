@@ -208,4 +208,5 @@ class UnicornEngine:
             return False
         if self.poll is not None:
             self.poll()
-        return self.idle(until_timer)
+        # The host's own business may have woken the guest.
+        return self.vp.interrupt_pending or self.idle(until_timer)

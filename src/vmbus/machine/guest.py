@@ -34,6 +34,7 @@ from vmbus.machine.acpi import POWER_PORTS, SLEEP_CONTROL_PORT, PowerAction, Pow
 from vmbus.machine.console import Console, Pattern
 from vmbus.machine.kernel_payload import unpack_kernel
 from vmbus.machine.linux import ACPI_ADDRESS, BootError, Kernel, load_linux, parse_kernel
+from vmbus.machine.network import GuestNetwork
 from vmbus.storage.disk import Disk
 from vmbus.storage.images import open_disk
 from vmbus.storage.vsp import Address, StorageVsp
@@ -110,6 +111,7 @@ class Machine:
         initrd: an initial RAM disk or initramfs: a path or bytes.
         disks: what the storage controller has, as LUN 0, 1, …: images that `vmbus.storage.images.open_disk` takes, or
             open `Disk` objects, which stay open afterwards.
+        networks: a network adapter each, as `vmbus.machine.network.parse_network` takes it.
         append: the kernel's command line.
         memory: bytes of RAM.
         enlightenments: show the guest a hypervisor and a VMBus. Without, it sees a plain PC.
@@ -120,12 +122,12 @@ class Machine:
 
     Raises:
         BootError: the kernel or the sizes do not fit together.
-        DeviceError: a disk cannot be opened.
+        DeviceError: a disk or a network cannot be opened.
         EngineError: there is no engine to run it.
         OSError: a file cannot be read.
 
     Attributes:
-        hypervisor, partition, engine, console, bus, storage: the parts.
+        hypervisor, partition, engine, console, bus, storage, network: the parts.
         crash: what the guest reported when it crashed.
     """
 
@@ -135,6 +137,7 @@ class Machine:
         *,
         initrd: str | os.PathLike[str] | bytes | None = None,
         disks: Sequence[str | os.PathLike[str] | Disk] = (),
+        networks: Sequence[str] = (),
         append: str = "console=ttyS0",
         memory: int = DEFAULT_MEMORY,
         enlightenments: bool = True,
@@ -171,6 +174,7 @@ class Machine:
                     else VmbusHost(self.hypervisor, self.partition, versions=versions)
                 )
                 self._add_storage(opened)
+            self.network = GuestNetwork(self.bus)
             entry = load_linux(
                 self.partition.memory,
                 image,
@@ -186,7 +190,11 @@ class Machine:
             self.engine.cpu.enter_long_mode(
                 entry.rip, entry.rsi, entry.rsp, entry.cr3, entry.gdt, entry.code, entry.data
             )
+            for description in networks:
+                self.network.add(description)
         except BaseException:
+            if hasattr(self, "network"):
+                self.network.close()
             self._close_disks()
             raise
 
@@ -282,15 +290,18 @@ class Machine:
                 expression). Output that an earlier run matched does not count again.
             virtual_seconds: stop after so much of the guest's time.
             wall_seconds: stop after so much host time.
-            idle, poll: see `UnicornEngine`.
+            idle, poll: see `UnicornEngine`. The machine's networks are polled in any case; without `idle`, a guest
+                with a network to the outside waits in real time, and idle time of others is skipped.
 
         Raises:
             LocalProtocolError: the guest has ended already.
+            DeviceError: the other side of a network is gone.
             EngineError: the engine cannot go on.
         """
         if self._ended is not None:
             raise LocalProtocolError(f"this guest has ended: {self._ended.value}")
-        self.engine.idle, self.engine.poll = idle, poll
+        self.engine.idle = self.network.idle if idle is None else idle
+        self.engine.poll = lambda: self._poll(poll)
         self._outcome = None
         wall, cpu = time.monotonic(), time.process_time()
         if until is not None:
@@ -316,6 +327,11 @@ class Machine:
         return Result(
             outcome, self.virtual_seconds, time.monotonic() - wall, time.process_time() - cpu, self.crash
         )
+
+    def _poll(self, more: Callable[[], None] | None) -> None:
+        self.network.poll()
+        if more is not None:
+            more()
 
     def stop(self) -> None:
         """Make `run` return; for calls from inside it."""
@@ -351,6 +367,7 @@ class Machine:
 
         The console's transcript, the counts and the ledger stay.
         """
+        self.network.close()
         if self.storage is not None:
             self.storage.shutdown()
         if self.bus is not None:

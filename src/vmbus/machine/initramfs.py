@@ -1,7 +1,8 @@
 """An initramfs made of one static busybox, the kernel modules that a guest needs, and a small init.
 
-The init loads the modules, then mounts the root disk that the kernel's command line names (``root=/dev/sda``) and
-goes on there, or gives a shell on the console. Everything is built here: no tool of the host is run.
+The init loads the modules, asks for network addresses if the kernel's command line says ``ip=dhcp``, then mounts the
+root disk that it names (``root=/dev/sda``) and goes on there, or gives a shell on the console. Everything is built
+here: no tool of the host is run.
 """
 
 import lzma
@@ -32,15 +33,28 @@ mount -t devpts devpts /dev/pts
 while read -r module; do
     insmod "/lib/modules/$module.ko" || echo "initramfs: cannot load $module"
 done </lib/modules/order
-root= init=/sbin/init type=ext4 options=rw
+root= init=/sbin/init type=ext4 options=rw dhcp=
 for word in $(cat /proc/cmdline); do
     case "$word" in
         root=*) root=${word#root=} ;;
         init=*) init=${word#init=} ;;
         rootfstype=*) type=${word#rootfstype=} ;;
         ro) options=ro ;;
+        ip=dhcp) dhcp=yes ;;
     esac
 done
+if [ -n "$dhcp" ]; then
+    tries=0
+    while [ ! -e /sys/class/net/eth0 ] && [ $tries -lt 50 ]; do
+        sleep 0.1
+        tries=$((tries + 1))
+    done
+    for link in /sys/class/net/eth*; do
+        link=${link##*/}
+        ip link set "$link" up && udhcpc -i "$link" -n -q -t 5 -T 2 -s /etc/udhcpc.script >/dev/null 2>&1 ||
+            echo "initramfs: no address for $link"
+    done
+fi
 if [ -n "$root" ]; then
     tries=0
     while [ ! -b "$root" ] && [ $tries -lt 100 ]; do
@@ -60,6 +74,21 @@ while true; do
     setsid cttyhack sh -l
 done
 """
+
+DHCP_SCRIPT: Final = r"""#!/bin/busybox sh
+[ "$1" = bound ] || [ "$1" = renew ] || exit 0
+ip addr replace "$ip/$mask" dev "$interface"
+[ -z "$mtu" ] || ip link set "$interface" mtu "$mtu"
+for via in $router; do
+    ip route replace default via "$via" dev "$interface"
+    break
+done
+for server in $dns; do
+    echo "nameserver $server"
+done >/etc/resolv.conf
+echo "$interface: $ip/$mask, router $router" >/dev/console
+"""
+"""What busybox's DHCP client runs with the answer in its environment."""
 
 
 def cpio(entries: Iterable[tuple[str, int, bytes]]) -> bytes:
@@ -164,14 +193,15 @@ def build_initramfs(
         raise BootError("busybox is not an executable file")
     folder, executable, plain, character = 0o040755, 0o100755, 0o100644, 0o020600
     entries: list[tuple[str, int, bytes]] = [
-        (name, folder, b"") for name in ("bin", "dev", "lib", "lib/modules")
+        (name, folder, b"") for name in ("bin", "dev", "etc", "lib", "lib/modules")
     ]
     entries.append(("dev/console", character, b""))
     entries.append(("bin/busybox", executable, busybox))
     entries.append(("init", executable, INIT.encode()))
+    entries.append(("etc/udhcpc.script", executable, DHCP_SCRIPT.encode()))
     entries.append(("lib/modules/order", plain, "".join(f"{name}\n" for name in modules).encode()))
     entries += [(f"lib/modules/{name}.ko", plain, data) for name, data in modules.items()]
-    made = {"bin", "dev", "lib", "lib/modules"}
+    made = {"bin", "dev", "etc", "lib", "lib/modules"}
     for name, data in (files or {}).items():
         for parent in reversed(PurePosixPath(name).parents[:-1]):
             if str(parent) not in made:

@@ -1,9 +1,9 @@
 """Network adapters of a booted guest: a switch in the parent, uplinks to the world, and the host's part of the loop.
 
-machine = Machine(kernel, …)
-with GuestNetwork(machine.bus) as network:
-    network.add("tap:vmbus0", mac=bytes.fromhex("00155d000001"))
-    machine.run(until="# ", idle=network.idle, poll=network.poll)
+with Machine(kernel, initrd=…, append="console=ttyS0 ip=dhcp", networks=["passt,tcp=2222:22"]) as machine:
+    lan = machine.network.add("tap:vmbus0", mac=parse_mac("00:15:5d:00:00:01"), mtu=9000)
+    machine.run(until="# ")
+    lan.adapter.set_link(False)
 
 A guest on a virtual clock skips idle time. With a network it must not: what the world answers takes real time. So
 `GuestNetwork.idle` lets a guest that waits for its next timer wait as long in real time, unless a frame comes.
@@ -22,12 +22,14 @@ from vmbus.bus import VmbusHost
 from vmbus.errors import DeviceError
 from vmbus.network.adapter import NetworkAdapter
 from vmbus.network.oid import Offloads
+from vmbus.network.passt import PasstUplink
 from vmbus.network.pcapng import PcapngWriter
-from vmbus.network.switch import Mirror, Switch, SwitchKind
+from vmbus.network.switch import Mirror, Port, Switch, SwitchKind
 from vmbus.network.uplink import StreamUplink, TapUplink, Uplink, UplinkPort, attach
 from vmbus.network.vsp_oid import AdapterConfig
+from vmbus.network.wire import ETHERNET_HEADER
 
-__all__ = ["GuestNetwork", "Interface", "open_uplink", "parse_mac"]
+__all__ = ["FORMS", "OPTIONS", "GuestNetwork", "Interface", "Wanted", "parse_mac", "parse_network"]
 
 NAMESPACE: Final = UUID("5d0b0b6c-3f0e-4a53-9f4e-8b6a3f1f0d11")
 """Instance ids of adapters come from their address, so that runs repeat."""
@@ -36,47 +38,107 @@ LONGEST_IDLE: Final = 2.0
 LONGEST_WAIT: Final = 0.1
 """Seconds that a guest without a timer waits before limits are looked at again."""
 MICROSOFT_PREFIX: Final = b"\x00\x15\x5d"
+MTU_RANGE: Final = range(576, 9001)
+FORMS: Final = "tap, tap:NAME, stream:PATH, passt or none"
+OPTIONS: Final = (
+    "mac=, mtu=, queues=, offloads=on|off, pcap=FILE and, for passt, tcp=HOST:GUEST and udp=HOST:GUEST"
+)
 
 
 @dataclass(slots=True)
-class Interface:
-    """One adapter of the guest and what it is connected to.
+class Wanted:
+    """An adapter as a user describes it in one line of text.
 
     Attributes:
-        adapter: the adapter.
-        switch: a switch of its own.
-        uplink: None for an adapter on a private switch.
-        capture: where its traffic is recorded, or None.
+        kind: ``tap``, ``stream``, ``passt`` or ``none``.
+        name: the interface or socket; empty for a new interface.
+        mac: None for the next one of 00-15-5D-00-00-01 and so on.
+        mtu: None for up to 9000; else what the guest gets at most, and what the uplink is set to.
+        queues: channels that the guest may open.
+        offloads: what the adapter offers.
+        capture: pcapng file that gets a copy of all frames.
+        tcp, udp: ports that passt leads to the guest.
     """
 
-    adapter: NetworkAdapter
-    switch: Switch
-    uplink: UplinkPort | None
-    capture: PcapngWriter | None
+    kind: str
+    name: str = ""
+    mac: bytes | None = None
+    mtu: int | None = None
+    queues: int = 1
+    offloads: Offloads | None = None
+    capture: Path | None = None
+    tcp: tuple[str, ...] = ()
+    udp: tuple[str, ...] = ()
 
-    def close(self) -> None:
-        """Leave the switch and close uplink and capture; the adapter itself goes with the guest's bus."""
-        self.adapter.port.disconnect()
-        if self.uplink is not None:
-            self.uplink.close()
-        if self.capture is not None:
-            self.capture.close()
+    def open(self) -> Uplink | None:
+        """The uplink, None for an adapter that is connected to nothing.
+
+        Raises:
+            DeviceError: it cannot be opened.
+        """
+        if self.kind == "tap":
+            return TapUplink(self.name, mtu=self.mtu, up=True)
+        if self.kind == "stream":
+            return StreamUplink.connect(self.name)
+        if self.kind == "passt":
+            return PasstUplink(mtu=self.mtu, tcp=self.tcp, udp=self.udp)
+        return None
 
 
-def open_uplink(text: str) -> Uplink | None:
-    """The uplink that ``tap``, ``tap:NAME``, ``stream:PATH`` or ``none`` names.
+def parse_network(text: str) -> Wanted:
+    """The adapter that ``UPLINK[,OPTION=VALUE…]`` describes, ``tap:vmbus0,mtu=9000,pcap=/tmp/x.pcapng`` for instance.
+
+    The uplink is ``tap`` (a new interface), ``tap:NAME``, ``stream:PATH`` (a UNIX socket with QEMU's framing),
+    ``passt`` (started for it) or ``none``.
 
     Raises:
-        DeviceError: it cannot be opened, or the text names none.
+        DeviceError: it describes none; says what is possible.
     """
-    kind, _, name = text.partition(":")
-    if kind == "tap":
-        return TapUplink(name, up=True)
-    if kind == "stream" and name:
-        return StreamUplink.connect(name)
-    if text == "none":
-        return None
-    raise DeviceError(f"no network called {text!r}: give tap, tap:NAME, stream:PATH or none")
+    uplink, *options = text.split(",")
+    kind, colon, name = uplink.partition(":")
+    if (
+        kind not in ("tap", "stream", "passt", "none")
+        or (kind == "stream") > bool(name)
+        or (kind in ("passt", "none") and colon)
+    ):
+        raise DeviceError(f"no network called {uplink!r}: give {FORMS}")
+    wanted = Wanted(kind, name)
+    for option in options:
+        key, equals, value = option.partition("=")
+        try:
+            if not (equals and value and _take_option(wanted, key, value)):
+                raise DeviceError(f"network {uplink}: no option {option!r}; there are {OPTIONS}")
+        except ValueError as error:
+            raise DeviceError(f"network {uplink}: {option}: {error}") from error
+    return wanted
+
+
+def _take_option(wanted: Wanted, key: str, value: str) -> bool:
+    """Note one option; False if there is none of that name for this uplink."""
+    if key == "mac":
+        wanted.mac = parse_mac(value)
+    elif key == "mtu":
+        wanted.mtu = _number(value, MTU_RANGE)
+    elif key == "queues":
+        wanted.queues = _number(value, range(1, 65))
+    elif key == "offloads" and value in ("on", "off"):
+        wanted.offloads = Offloads.everything() if value == "on" else Offloads.nothing()
+    elif key == "pcap":
+        wanted.capture = Path(value)
+    elif key == "tcp" and wanted.kind == "passt":
+        wanted.tcp += (value,)
+    elif key == "udp" and wanted.kind == "passt":
+        wanted.udp += (value,)
+    else:
+        return False
+    return True
+
+
+def _number(text: str, allowed: range) -> int:
+    number = int(text)
+    if number not in allowed:
+        raise ValueError(f"not in {allowed.start} to {allowed.stop - 1}")
+    return number
 
 
 def parse_mac(text: str) -> bytes:
@@ -90,65 +152,133 @@ def parse_mac(text: str) -> bytes:
     return mac
 
 
+@dataclass(slots=True)
+class Interface:
+    """One adapter of the guest and what it is connected to.
+
+    Attributes:
+        adapter: the adapter: link, statistics, virtual function.
+        switch: the switch that it is on.
+        uplink: None for an adapter on a private switch, or on one that somebody else made.
+        capture: where its traffic is recorded, or None.
+    """
+
+    adapter: NetworkAdapter
+    switch: Switch
+    uplink: UplinkPort | None
+    capture: "Capture | None"
+
+    def close(self) -> None:
+        """Leave the switch and close uplink and capture; the adapter itself goes with the guest's bus."""
+        self.adapter.port.disconnect()
+        if self.uplink is not None:
+            self.uplink.close()
+        if self.capture is not None:
+            self.capture.close()
+
+
+@dataclass(slots=True)
+class Capture:
+    """A capture file on a mirror port of a switch."""
+
+    writer: PcapngWriter
+    port: Port
+
+    def close(self) -> None:
+        """Stop recording."""
+        self.port.disconnect()
+        self.writer.close()
+
+
 class GuestNetwork:
-    """All adapters of one guest.
+    """All adapters of one guest; `vmbus.machine.guest.Machine.network` is one.
 
     Attributes:
         interfaces: in the order of `add`.
     """
 
     def __init__(self, bus: VmbusHost | None) -> None:
-        """`bus` is the guest's; a machine without one has no adapters.
-
-        Raises:
-            DeviceError: there is no bus.
-        """
-        if bus is None:
-            raise DeviceError("a machine without enlightenments has no synthetic network adapter")
+        """`bus` is the guest's; a machine without one can have no adapters."""
         self._bus = bus
+        self._added = 0
         self.interfaces: list[Interface] = []
 
     def add(
         self,
-        uplink: str | Uplink | None = None,
+        uplink: str | Uplink | Switch | None = None,
         *,
         mac: bytes | None = None,
+        mtu: int | None = None,
         offloads: Offloads | None = None,
         capture: str | os.PathLike[str] | None = None,
-        queues: int = 1,
+        queues: int | None = None,
     ) -> Interface:
-        """Give the guest an adapter.
+        """Give the guest an adapter, before it starts or while it runs.
 
         Args:
-            uplink: what it is connected to; text as `open_uplink` takes it.
+            uplink: what it is connected to: text as `parse_network` takes it, an open uplink, or a switch that others
+                are on too. None for nothing.
             mac: its address; 00-15-5D-00-00-01 and so on if not given.
+            mtu: the largest that the guest may use; 9000 if not given. An uplink made here is set to it.
             offloads: what it offers; everything if not given.
             capture: pcapng file that gets a copy of all frames.
-            queues: channels that the guest may open.
+            queues: channels that the guest may open; one if not given.
 
         Raises:
-            DeviceError: the uplink cannot be opened.
+            DeviceError: there is no bus, the text describes no adapter, or the uplink cannot be opened.
             OSError: the capture file cannot be written.
         """
-        opened = open_uplink(uplink) if isinstance(uplink, str) else uplink
-        number = len(self.interfaces) + 1
-        address = mac or MICROSOFT_PREFIX + number.to_bytes(3, "big")
-        switch = Switch(
-            SwitchKind.EXTERNAL if opened is not None else SwitchKind.PRIVATE, name=f"net{number}"
+        if self._bus is None:
+            raise DeviceError("a machine without enlightenments has no synthetic network adapter")
+        wanted = parse_network(uplink) if isinstance(uplink, str) else Wanted("none")
+        wanted.mac, wanted.mtu = mac or wanted.mac, mtu or wanted.mtu
+        wanted.offloads, wanted.queues = offloads or wanted.offloads, queues or wanted.queues
+        wanted.capture = Path(capture) if capture is not None else wanted.capture
+        number = self._added + 1
+        config = AdapterConfig(
+            wanted.mac or MICROSOFT_PREFIX + number.to_bytes(3, "big"),
+            offloads=wanted.offloads or Offloads.everything(),
+            max_queues=wanted.queues,
         )
-        recorder = None
-        if capture is not None:
-            recorder = PcapngWriter(Path(capture), interface=f"net{number}")
-            switch.connect("capture", mirror=Mirror.DESTINATION, receiver=recorder)
-        port = switch.connect("guest", mirror=Mirror.SOURCE if recorder else Mirror.NONE)
-        config = AdapterConfig(address, offloads=offloads or Offloads.everything(), max_queues=queues)
-        adapter = NetworkAdapter(
-            self._bus, port, config, instance_id=uuid5(NAMESPACE, address.hex()), name=f"net{number}"
-        )
+        if wanted.mtu is not None:
+            config.max_frame = wanted.mtu + ETHERNET_HEADER
+        opened = uplink if isinstance(uplink, Uplink) else wanted.open()
+        if isinstance(uplink, Switch):
+            switch = uplink
+        else:
+            kind = SwitchKind.PRIVATE if opened is None else SwitchKind.EXTERNAL
+            switch = Switch(kind, name=f"net{number}")
         joined = None if opened is None else attach(switch, opened)
+        try:
+            recorder = None if wanted.capture is None else _record(switch, wanted.capture, config.mac)
+        except OSError:
+            if joined is not None:
+                joined.close()
+            raise
+        port = switch.connect(
+            f"guest {config.mac.hex(':')}", mirror=Mirror.SOURCE if recorder else Mirror.NONE
+        )
+        identity = uuid5(NAMESPACE, config.mac.hex())
+        adapter = NetworkAdapter(self._bus, port, config, instance_id=identity, name=f"net{number}")
         interface = Interface(adapter, switch, joined, recorder)
+        self._added = number
         self.interfaces.append(interface)
         return interface
+
+    def remove(self, interface: Interface) -> None:
+        """Unplug an adapter while the guest runs, and close what it was connected to.
+
+        Raises:
+            ValueError: it is not one of this guest's.
+        """
+        self.interfaces.remove(interface)
+        interface.adapter.remove()
+        interface.close()
+
+    @property
+    def is_live(self) -> bool:
+        """Whether frames may come from outside of this process, so that the guest's idle time has to be real."""
+        return any(i.uplink is not None and i.uplink.uplink.fileno() >= 0 for i in self.interfaces)
 
     def poll(self) -> None:
         """Bring in what has come from the uplinks.
@@ -170,6 +300,8 @@ class GuestNetwork:
         Returns:
             whether something came, or may still come; see `vmbus.engine.unicorn.UnicornEngine`.
         """
+        if not self.is_live and not also:
+            return False  # nothing can come: time is skipped
         wait = LONGEST_WAIT if until_timer is None else min(until_timer / 1e9, LONGEST_IDLE)
         sources = [i.uplink.uplink for i in self.interfaces if i.uplink is not None]
         readers: list[int] = [u.fileno() for u in sources if u.fileno() >= 0]
@@ -199,3 +331,10 @@ class GuestNetwork:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _record(switch: Switch, path: Path, mac: bytes) -> Capture:
+    """Copy what a switch's mirrored ports see into a file."""
+    writer = PcapngWriter(path, interface=mac.hex(":"))
+    port = switch.connect(f"capture for {mac.hex(':')}", mirror=Mirror.DESTINATION, receiver=writer)
+    return Capture(writer, port)

@@ -26,7 +26,7 @@ KERNEL_PACKAGES: Final = ("linux-image-cloud-amd64", "linux-image-amd64", "linux
 """Meta packages that depend on the newest kernel, best first: Debian's cloud kernel is small."""
 BUSYBOX_PACKAGE: Final = "busybox-static"
 MANIFEST: Final = "manifest.json"
-MANIFEST_FORMAT: Final = 2
+MANIFEST_FORMAT: Final = 3
 """Counted up when the initramfs is built differently, so that old ones are not reused."""
 NEEDED: Final = ("apt-get", "apt-cache", "dpkg-deb")
 

@@ -2,6 +2,7 @@
 
 from vmbus.network.adapter import NetworkAdapter
 from vmbus.network.oid import Offloads, PacketFilter
+from vmbus.network.passt import PasstUplink
 from vmbus.network.pcapng import PcapngReader, PcapngWriter
 from vmbus.network.rndis import Frame, LargeSend, TransmitChecksum
 from vmbus.network.switch import Access, Mirror, Port, PortKind, Switch, SwitchKind, Trunk
@@ -27,6 +28,7 @@ __all__ = [
     "NetworkVsp",
     "Offloads",
     "PacketFilter",
+    "PasstUplink",
     "PcapngReader",
     "PcapngWriter",
     "Port",
