@@ -3,6 +3,7 @@
 Packets are laid out here by hand, from the wire format alone, with the slow reference ring.
 """
 
+import random
 import struct
 import time
 from collections.abc import Sequence
@@ -11,9 +12,14 @@ from reference.ring import ReferenceRing
 
 from vmbus.bus.channel import loopback
 from vmbus.core.memory import GuestMemory
+from vmbus.storage.disk import Disk, MemoryDisk
+from vmbus.storage.vsp import StorageVsp
 
 IN_BAND, TRANSFER, GPA_DIRECT, COMPLETION = 6, 7, 9, 11
 PAGE = 4096
+MIB = 1 << 20
+CONTENT = random.Random(1).randbytes(MIB)
+"""What the disks of a `Room` hold."""
 
 
 def srb(
@@ -125,3 +131,23 @@ class Attacker:
 def status_of(answer: bytes) -> tuple[int, int, int]:
     """(status of the packet, SRB status without flags, SCSI status) of a completion."""
     return struct.unpack_from("<I", answer, 8)[0], answer[14] & 0x3F, answer[15]
+
+
+class Room:
+    """One provider per guest, over one shared disk and one of its own; `victim` is a second, honest guest."""
+
+    def __init__(self, disk: Disk, **options: int) -> None:
+        self.disk = disk
+        self.attacker = Attacker()
+        self.provider = StorageVsp({(0, 0): disk}, **options)  # type: ignore[arg-type]
+        self.provider.open(self.attacker.host)
+        self.attacker.negotiate()
+        self.victim = Attacker()
+        self.other = StorageVsp({(0, 0): MemoryDisk(MIB, content=CONTENT)})
+        self.other.open(self.victim.host)
+        self.victim.negotiate()
+
+    def close(self) -> None:
+        assert self.victim.works(), "another guest was harmed"
+        self.provider.shutdown()
+        self.other.shutdown()

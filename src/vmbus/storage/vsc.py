@@ -45,6 +45,8 @@ _CONTROL_ID = 0xFFFF_FFFF_0000_0000
 
 _RETRIES = 5
 _BATCH = 64
+_LEAST_PACKET = 24
+"""Bytes of a ring that the shortest packet takes."""
 
 
 class CommandError(DeviceError):
@@ -314,13 +316,15 @@ class StorageVsc:
                 if state & STRAY:
                     for packet in incoming.recv_packets(1):
                         self._packet(packet)
-                elif not state & (PROGRESS | RING):
+                if state & PROGRESS:
+                    deadline = 0.0
+                elif state & (STRAY | RING):
+                    deadline = self._patience(deadline)
+                else:
                     self._rang.clear()
-                    if not incoming.unmask():
-                        deadline = self._sleep(channel, deadline)
+                    more = incoming.unmask()
+                    deadline = self._patience(deadline) if more else self._sleep(channel, deadline)
                     incoming.mask()
-                    continue
-                deadline = 0.0
         except DeviceError:
             client.abandon()
             raise
@@ -337,21 +341,27 @@ class StorageVsc:
         Raises:
             DeviceError: that time is over, or a channel is closed.
         """
-        now = time.monotonic()
-        deadline = deadline or now + self.timeout
-        self._give_up_after(deadline, now)
+        deadline = self._patience(deadline)
         # On one thread the first wait ends when nobody has anything to do; other threads may, so wait for those.
-        if not channel.wait(self._rang.is_set, deadline - now):
-            self._rang.wait(deadline - time.monotonic())
+        if not channel.wait(self._rang.is_set, max(0.0, deadline - time.monotonic())):
+            self._rang.wait(max(0.0, deadline - time.monotonic()))
         return deadline
 
-    def _give_up_after(self, deadline: float, now: float) -> None:
+    def _patience(self, deadline: float) -> float:
+        """The time at which to give up; what comes meanwhile and completes nothing does not put it off.
+
+        Raises:
+            DeviceError: that time is over, or a channel is closed.
+        """
+        now = time.monotonic()
+        deadline = deadline or now + self.timeout
         if now >= deadline:
             self._failed = f"the host did not complete a request within {self.timeout} s"
         elif not all(channel.is_open for channel in self.channels):
             self._failed = "the storage channel was closed"
         if self._failed:
             raise DeviceError(self._failed)
+        return deadline
 
     @property
     def packet_size(self) -> int:
@@ -447,20 +457,24 @@ class StorageVsc:
             DeviceError: the host did not answer within `timeout`. Its later answers could write into
                 buffers that were given to other requests, so the client is of no use any more.
         """
-        deadline = 0.0
+        deadline, taken = 0.0, 0
         while not done():
+            if taken:  # from a host that sends, but not what is waited for
+                deadline = self._patience(deadline)
             self._rang.clear()
-            if self._collect():
-                continue
-            deadline = self._sleep(self.channels[0], deadline)
+            taken = self._collect()
+            if not taken:
+                deadline = self._sleep(self.channels[0], deadline)
 
     def _collect(self) -> int:
-        """Take all packets there are; returns their number."""
+        """Take the packets there are, but not those that a host goes on sending; returns their number."""
         taken = 0
         for channel in self.channels:
             if not channel.is_open:
                 continue
-            while packets := channel.incoming.recv_packets(_BATCH):
+            most = channel.incoming.available_bytes // _LEAST_PACKET + 1
+            while most > 0 and (packets := channel.incoming.recv_packets(_BATCH)):
+                most -= len(packets)
                 taken += len(packets)
                 channel.account.packets_received += len(packets)
                 for packet in packets:
@@ -474,7 +488,11 @@ class StorageVsc:
             if int.from_bytes(payload[:4], "little") in (Operation.ENUMERATE_BUS, Operation.REMOVE_DEVICE):
                 self._changed = True
             return
-        if packet.type == COMPLETION and packet.transaction_id == _CONTROL_ID + self._control_id:
+        if (
+            packet.type == COMPLETION
+            and packet.transaction_id == _CONTROL_ID + self._control_id
+            and not self._control  # not twice, nor a thousand times
+        ):
             self._control.append(payload)
             return
         pending = self._pending.get(packet.transaction_id) if packet.type == COMPLETION else None
