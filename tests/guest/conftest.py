@@ -4,8 +4,13 @@ On a developer's machine without apt or the unicorn package these tests skip; in
 is set) a missing kernel or engine is a failure.
 """
 
+import hashlib
 import os
 import re
+import shutil
+import socket
+import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -82,9 +87,92 @@ def boot(guest: Guest):
         machine.close()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def shell():
     return Shell
+
+
+@pytest.fixture(scope="session")
+def needs():
+    """Give the path of a host's program that a test cannot do without."""
+
+    def find(program: str) -> str:
+        path = shutil.which(program)
+        if path is None:
+            _unavailable(f"there is no {program}")
+        assert path is not None
+        return path
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def fetch():
+    """A function that gets the guest's file /f from its web server: how many bytes came, and their SHA-256."""
+    return _fetch
+
+
+def _fetch(machine: Machine, address: tuple[str, int]) -> tuple[int, str]:
+    digest, received = hashlib.sha256(), 0
+    finished, done = socket.socketpair()
+
+    def get() -> None:
+        nonlocal received
+        with done, socket.create_connection(address, timeout=WALL_LIMIT) as connection:
+            connection.sendall(b"GET /f HTTP/1.0\r\n\r\n")
+            head = b""
+            while b"\r\n\r\n" not in head:
+                head += connection.recv(1 << 16)
+            part = head.partition(b"\r\n\r\n")[2]
+            while part or (part := connection.recv(1 << 20)):
+                digest.update(part)
+                received += len(part)
+                part = b""
+
+    thread = threading.Thread(target=get, daemon=True)
+    thread.start()
+    with finished:
+        result = machine.run(
+            wall_seconds=WALL_LIMIT,
+            idle=lambda until_timer: machine.network.idle(until_timer, [finished.fileno()]),
+            poll=lambda: None if thread.is_alive() else machine.stop(),
+        )
+    assert result.outcome is Outcome.STOPPED
+    return received, digest.hexdigest()
+
+
+class Server(threading.Thread):
+    """Gives `data` to everyone who asks the host by HTTP."""
+
+    def __init__(self, address: str, data: bytes) -> None:
+        super().__init__(daemon=True)
+        self._data = b"HTTP/1.0 200 OK\r\nContent-Length: %d\r\n\r\n" % len(data) + data
+        self._server = socket.create_server((address, 0))
+        self.port = self._server.getsockname()[1]
+        self.start()
+
+    def run(self) -> None:
+        with suppress(OSError):  # closed
+            while True:
+                with self._server.accept()[0] as connection:
+                    connection.settimeout(WALL_LIMIT)
+                    request = b""
+                    while b"\r\n\r\n" not in request:
+                        request += connection.recv(4096)
+                    connection.sendall(self._data)
+
+    def __enter__(self) -> "Server":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown(socket.SHUT_RDWR)
+        self._server.close()
+        self.join(WALL_LIMIT)
+
+
+@pytest.fixture(scope="session")
+def serve():
+    return Server
 
 
 @pytest.fixture
