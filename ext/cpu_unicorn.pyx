@@ -101,7 +101,8 @@ cdef struct cpu_t:
     uint64_t next_event         # in ticks: when Python wants to be called
     uint64_t tsc_offset
     uint64_t blocks
-    bint interrupt              # an interrupt waits that the guest can take as soon as it enables them
+    bint interrupt              # an interrupt waits that the guest can take as soon as it enables them, or an NMI
+    bint nmi                    # an NMI waits
     bint stopping
     void (*attend)(cpu_t *m, uint64_t address, uint32_t size) noexcept nogil
     uint64_t block_address      # of the block that was counted last
@@ -152,12 +153,13 @@ cdef class Cpu:
     Attributes:
         next_event: time in ticks at which `on_event` is called next.
         interrupt: an interrupt waits; `processor.pop_interrupt` is called once the guest can take it.
+        nmi: an NMI waits; `processor.take_nmi` is called once the guest handles no other one.
     """
 
     cdef cpu_t m
     cdef GuestMemory memory
     cdef object fault, before, after, after_port, on_event, on_halt
-    cdef object io_read, io_write, mmio_read, mmio_write, rdmsr, wrmsr, cpuid_answer, hypercall, pop_interrupt, cpuid
+    cdef object io_read, io_write, mmio_read, mmio_write, rdmsr, wrmsr, cpuid_answer, hypercall, pop_interrupt, take_nmi, cpuid
     cdef object error
     cdef bint running, holds_memory
 
@@ -174,6 +176,7 @@ cdef class Cpu:
         self.mmio_read, self.mmio_write = processor.mmio_read, processor.mmio_write
         self.rdmsr, self.wrmsr, self.cpuid = processor.rdmsr, processor.wrmsr, processor.cpuid
         self.hypercall, self.pop_interrupt = processor.hypercall, processor.pop_interrupt
+        self.take_nmi = processor.take_nmi
         m.owner = <PyObject *>self
         m.memory = memory.c.base
         m.memory_size = memory.c.size
@@ -343,7 +346,16 @@ cdef class Cpu:
 
     @interrupt.setter
     def interrupt(self, bint value):
-        self.m.interrupt = value
+        self.m.interrupt = value or self.m.nmi
+
+    @property
+    def nmi(self) -> bool:
+        return self.m.nmi
+
+    @nmi.setter
+    def nmi(self, bint value):
+        self.m.nmi = value
+        self.m.interrupt = self.m.interrupt or value
 
     @property
     def tsc_offset(self) -> int:

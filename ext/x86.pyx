@@ -178,6 +178,15 @@ cdef class Cpu:
     def window(self, bint value) -> None:
         self.c.window = value
 
+    @property
+    def nmi_window(self) -> bool:
+        """Leave `run` with `WINDOW` as soon as the guest can take an NMI."""
+        return self.c.nmi_window != 0
+
+    @nmi_window.setter
+    def nmi_window(self, bint value) -> None:
+        self.c.nmi_window = value
+
     # the last exit
 
     @property
@@ -368,6 +377,22 @@ cdef class Cpu:
             return False
         if deliver(&self.c, vector, False, 0, self.c.rip):
             self._failed()
+        self.c.rip = self.c.next
+        self.c.replays = 0
+        return True
+
+    def inject_nmi(self) -> bool:
+        """Enter the guest's NMI handler; False if it cannot take one now: it handles one, or MOV SS was the last
+        instruction (SDM 6.7.1).
+
+        Raises:
+            EngineError: the guest has no gate or no stack for it.
+        """
+        if self.c.nmi_masked or self.c.shadow or self.c.pending:
+            return False
+        if deliver(&self.c, 2, False, 0, self.c.rip):
+            self._failed()
+        self.c.nmi_masked = 1
         self.c.rip = self.c.next
         self.c.replays = 0
         return True

@@ -9,10 +9,15 @@ cdef void _event(cpu_t *m) noexcept with gil:
         cpu._fail(error)
 
 
-cdef int _accept(cpu_t *m) noexcept with gil:
+cdef int _accept(cpu_t *m, bint nmi) noexcept with gil:
     cdef Cpu cpu = <Cpu>m.owner
     try:
-        vector = cpu.pop_interrupt()
+        if nmi:
+            vector = 2 if cpu.take_nmi() else None
+            if vector is not None:
+                m.head.hflags2 |= HF2_NMI
+        else:
+            vector = cpu.pop_interrupt()
         cpu.after()
         return -1 if vector is None else vector
     except BaseException as error:

@@ -25,10 +25,13 @@ cdef void _attend(cpu_t *m, uint64_t address, uint32_t size) noexcept nogil:
         else:
             _event(m)
             again = m.stopping
-    if not again and m.interrupt and _flags(m) & FLAG_INTERRUPT:
+    if not again and m.interrupt and (m.nmi or _flags(m) & FLAG_INTERRUPT):
         m.lib.context_save(m.uc, m.context)
         if not m.head.hflags & HF_INHIBIT_IRQ:
-            vector = _accept(m)
+            if m.nmi and not m.head.hflags2 & HF2_NMI:
+                vector = _accept(m, True)
+            else:
+                vector = _accept(m, False) if _flags(m) & FLAG_INTERRUPT else -1
             if vector >= 0:
                 again = True
                 m.interrupts += 1

@@ -395,6 +395,7 @@ cdef int interrupt_return(x86_state_t *c, const x86_insn_t *i) noexcept nogil:
             return code
     if not flags_load(c, frame[2], size):
         return LEAVE
+    c.nmi_masked = 0
     c.selector[1] = <uint16_t>frame[1]
     if c.long_mode:
         c.regs[4] = frame[3]

@@ -217,8 +217,8 @@ cdef uint32_t x86_run(x86_state_t *c, uint64_t limit) noexcept nogil:
     c.budget = limit
     c.replayed = 0
     c.reason = X86_LIMIT
-    c.attention = 1 if c.shadow or c.window or c.replays else 0
-    if c.window and c.eflags & F_IF and not c.shadow:
+    c.attention = 1 if c.shadow or c.window or c.nmi_window or c.replays else 0
+    if not c.shadow and ((c.window and c.eflags & F_IF) or (c.nmi_window and not c.nmi_masked)):
         c.reason = X86_WINDOW
         return X86_WINDOW
     while c.budget:
@@ -268,9 +268,9 @@ cdef uint32_t x86_run(x86_state_t *c, uint64_t limit) noexcept nogil:
             if c.shadow:
                 c.shadow -= 1
                 c.attention = 1
-            if c.window:
+            if c.window or c.nmi_window:
                 c.attention = 1
-                if c.eflags & F_IF and not c.shadow:
+                if not c.shadow and ((c.window and c.eflags & F_IF) or (c.nmi_window and not c.nmi_masked)):
                     c.reason = X86_WINDOW
                     return X86_WINDOW
     return X86_LIMIT

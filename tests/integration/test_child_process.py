@@ -50,6 +50,12 @@ def eventually(condition, seconds=10.0):
     return True
 
 
+def state_of(pid):
+    """The state letter of a process: R, S, T (stopped), …"""
+    with open(f"/proc/{pid}/stat", encoding="ascii") as stat:
+        return stat.read().rpartition(")")[2].split()[0]
+
+
 class Scratch:
     """A device that remembers what was written."""
 
@@ -181,6 +187,51 @@ def test_destroying_the_partition_stops_its_process(hv):
     assert eventually(lambda: child.memory.read(REPORT, 5) == b"ready")
     child.destroy()
     assert process.wait(5) == -9
+
+
+def test_a_suspended_process_does_not_run(hv):
+    """The whole process is stopped by the operating system, and goes on where it was; nothing is lost meanwhile."""
+    child = child_of(hv)
+    rung, got = [], []
+    hv.create_event_port(child, 2, rung.append)
+    hv.create_message_port(child, 1, lambda vp, kind, payload: got.append(payload))
+    process = ChildProcess(child, "reference.process_guests:ticker")
+    count = lambda: int.from_bytes(child.memory.read(REPORT, 8), "little")  # noqa: E731
+    assert eventually(lambda: count() > 20 and len(rung) > 20)
+    child.suspend(True)
+    assert eventually(lambda: state_of(process.pid) == "T")
+    for n in range(20):
+        hv.post_message(child, 0, 2, 1, 0, bytes([n]))
+    time.sleep(0.05)
+    before = count(), len(got)
+    time.sleep(0.1)
+    assert (count(), len(got)) == before
+    child.suspend(False)
+    assert eventually(lambda: count() > before[0] + 20 and len(got) == 20)
+    assert got == [bytes([n]) for n in range(20)]
+    child.suspend(True)
+    process.kill()
+    assert not os.path.exists(f"/proc/{process.pid}")
+
+
+def test_one_suspended_processor_of_a_process_stalls_at_its_next_exit(hv):
+    child = child_of(hv, vps=2)
+    process = ChildProcess(child, "reference.process_guests:ticker")
+    count = lambda: int.from_bytes(child.memory.read(REPORT, 8), "little")  # noqa: E731
+    assert eventually(lambda: count() > 5)
+    rung = []
+    hv.create_event_port(child, 2, rung.append)
+    assert eventually(lambda: len(rung) > 5)
+    child.vps[0].suspend(True)
+    time.sleep(0.05)
+    before = count(), len(rung)
+    hv.post_message(child, 0, 2, 1, 0, b"wake")
+    time.sleep(0.1)
+    assert state_of(process.pid) != "T"
+    assert len(rung) == before[1]
+    child.vps[0].suspend(False)
+    assert eventually(lambda: len(rung) > before[1] + 5)
+    process.kill()
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from vmbus.hypervisor.tlfs import (
     MapFlags,
     Msr,
     PartitionProperty,
+    PortProperty,
     PortType,
     Privilege,
     RegisterName,
@@ -29,6 +30,7 @@ from vmbus.hypervisor.wire import (
     ConnectPort,
     CreatePort,
     CreateVp,
+    GetPortProperty,
     InstallIntercept,
     MapGpaPages,
     NextChild,
@@ -168,6 +170,9 @@ def _naming(partition_id, page=0):
         CallCode.CREATE_PORT,
         CreatePort(partition_id, 5, 0, 0, 0, PARTITION_ID_SELF, PortType.MESSAGE, 0, 2, 0, 0).pack(),
     )
+    yield CallCode.CLEAR_VIRTUAL_INTERRUPT, PartitionReference(partition_id).pack()
+    yield CallCode.START_VIRTUAL_PROCESSOR, struct.pack("<QI", partition_id, 0)
+    yield CallCode.GET_PORT_PROPERTY, GetPortProperty(partition_id, 1, 0, PortProperty.POST_COUNT, 0).pack()
     yield CallCode.DELETE_PORT, PortReference(partition_id, 1, 0).pack()
     yield (
         CallCode.CONNECT_PORT,
@@ -220,7 +225,7 @@ def test_a_partition_is_not_its_own_child(family):
         CallCode.WITHDRAW_MEMORY, CallCode.GET_MEMORY_BALANCE, CallCode.GET_VP_REGISTERS,
         CallCode.SET_VP_REGISTERS, CallCode.TRANSLATE_VIRTUAL_ADDRESS, CallCode.CREATE_PORT,
         CallCode.DELETE_PORT, CallCode.CONNECT_PORT, CallCode.DISCONNECT_PORT,
-        CallCode.GET_VP_INDEX_FROM_APIC_ID,
+        CallCode.GET_VP_INDEX_FROM_APIC_ID, CallCode.GET_PORT_PROPERTY, CallCode.START_VIRTUAL_PROCESSOR,
     }  # fmt: skip
     for code, data in _naming(PARTITION_ID_SELF):
         if code not in own:

@@ -86,7 +86,67 @@ def test_a_stopped_guest_goes_on_where_it_was() -> None:
         assert stopped.counts == whole.counts
 
 
+def test_a_suspended_processor_does_not_run() -> None:
+    source = "_start: print 'a'; mov $100000, %rcx; 1: loop 1b; print 'b'; power_off"
+    with Machine(tiny_guest(source), memory=MEMORY) as machine:
+        vp = machine.partition.vps[0]
+        clock = machine.hypervisor.clock
+        clock.schedule(50_000, lambda: vp.suspend(True))
+        assert machine.run().outcome is Outcome.SUSPENDED
+        assert machine.console.text == "a"
+        ticks = machine.counts["ticks"]
+        assert machine.run().outcome is Outcome.SUSPENDED
+        assert machine.counts["ticks"] == ticks
+        vp.suspend(False)
+        assert machine.run().outcome is Outcome.POWER_OFF
+        assert machine.console.text == "ab"
+
+
 # Exits
+
+
+def test_an_nmi_comes_with_interrupts_off_and_masks_others_until_iret() -> None:
+    source = """
+    _start: gate 2, nmi
+        load_idt
+        cli
+        print 's'
+    1:  jmp 1b
+    nmi: print '<'
+        mov $1000, %rcx; 2: loop 2b
+        print '>'
+        iretq
+    """
+    with Machine(tiny_guest(source), memory=MEMORY) as machine:
+        vp = machine.partition.vps[0]
+        assert machine.run(until="s").outcome is Outcome.MATCHED
+        vp.request_nmi()
+        assert machine.run(until="<").outcome is Outcome.MATCHED
+        vp.request_nmi()  # while the first is handled: comes behind it, once
+        vp.request_nmi()
+        machine.run(virtual_seconds=0.01)
+        assert machine.console.text == "s<><>"
+        assert vp.account.interrupts[2] == 2
+        vp.request_nmi()
+        machine.run(virtual_seconds=0.01)
+        assert machine.console.text == "s<><><>"
+
+
+def test_an_nmi_wakes_a_processor_that_halted_with_interrupts_off() -> None:
+    source = """
+    _start: gate 2, nmi
+        load_idt
+        sti
+        hlt
+        print 'w'
+        power_off
+    nmi: print 'n'
+        iretq
+    """
+    with Machine(tiny_guest(source), memory=MEMORY) as machine:
+        machine.hypervisor.clock.schedule(1_000_000, machine.partition.vps[0].request_nmi)
+        assert machine.run().outcome is Outcome.POWER_OFF
+        assert machine.console.text == "nw"
 
 
 def test_cpuid_shows_the_hypervisor() -> None:

@@ -87,6 +87,21 @@ def interrupts(partition, count):
             assert guest.post(1, 9, message[2]) == 0
 
 
+def ticker(partition):
+    """Count in memory, ring a connection for each count, and echo messages: something to suspend."""
+    guest = RawGuest(_Vp(partition))
+    count = 0
+    while True:
+        count += 1
+        partition.memory.write(REPORT, count.to_bytes(8, "little"))
+        guest.signal(2)
+        if partition.vps[0].pop_interrupt() is not None:
+            partition.vps[0].wrmsr(Msr.EOI, 0)
+            while (message := guest.take_message(2)) is not None:
+                guest.post(1, 9, message[2])
+        time.sleep(0.0005)
+
+
 def echo(partition, rounds, crash_after=-1):
     """Open the echo channel with a real driver and send `rounds` packets through it."""
     from vmbus.bus import VmbusGuest

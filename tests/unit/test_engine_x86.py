@@ -17,7 +17,7 @@ from vmbus.engine import (
 )
 from vmbus.engine.x86 import X86Engine
 from vmbus.errors import EngineError
-from vmbus.hypervisor import Hypervisor, Partition
+from vmbus.hypervisor import Hypervisor, Partition, VpSuspended
 
 RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI = range(8)
 CODE, STACK, IDT, HANDLER = 0x1000, 0x8000, 0x2000, 0x3000
@@ -146,6 +146,51 @@ def test_an_interrupt_raised_by_an_exit_comes_when_the_guest_allows_it(child: Pa
     handle(engine, VECTOR, "89 d9 c7 04 25 b0 00 e0 fe 00 00 00 00 48 cf")  # mov ecx, ebx; EOI; iretq
     assert engine.execute() == Halt(False)
     assert engine.cpu.register(RCX) == 1
+
+
+def test_an_nmi_comes_with_interrupts_off_and_masks_others_until_iret(child: Partition) -> None:
+    vp = child.vps[0]
+    written: list[int] = []
+
+    class Raiser(Recorder):
+        def io_write(self, port: int, size: int, value: int) -> None:
+            written.append(value)
+            if value == 1:
+                vp.request_nmi()
+
+    child.devices.add_ports(0x80, 1, Raiser())
+    # cli; out 1, which raises an NMI; out 4; hlt. The handler: in its first round out 1, too; out 2; out 3; iretq
+    engine = start(child, "fa b0 01 e6 80 b0 04 e6 80 f4")
+    code = (
+        "50 ff 04 25 00 90 00 00 83 3c 25 00 90 00 00 01 75 04 b0 01 e6 80 b0 02 e6 80 b0 03 e6 80 58 48 cf"
+    )
+    handle(engine, 2, code)
+    assert engine.execute() == Halt(interruptible=False)
+    assert written == [1, 1, 2, 3, 2, 3, 4]
+    assert vp.account.interrupts[2] == 2
+    assert not vp.nmi_pending
+
+
+def test_a_suspended_processor_goes_on_where_it_was(child: Partition) -> None:
+    vp = child.vps[0]
+    device = Recorder()
+    child.devices.add_ports(0x80, 1, device)
+    engine = start(child, "e480 e680 e480 e680 f4")  # IN, OUT, IN, OUT, HLT
+    answer = device.io_read
+
+    def suspend_at_first(port: int, size: int) -> int:
+        vp.suspend(len(device.seen) == 0)
+        return answer(port, size)
+
+    device.io_read = suspend_at_first  # type: ignore[method-assign]
+    with pytest.raises(VpSuspended):
+        engine.execute()
+    assert device.seen == [("in", 0x80, 1)]
+    with pytest.raises(VpSuspended):
+        engine.execute()
+    vp.suspend(False)
+    assert engine.execute() == Halt(interruptible=False)
+    assert device.seen == [("in", 0x80, 1), ("out", 0x80, 1, 1), ("in", 0x80, 1), ("out", 0x80, 1, 3)]
 
 
 def test_the_limit_ends_endless_code(child: Partition) -> None:

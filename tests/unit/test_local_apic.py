@@ -41,7 +41,7 @@ def test_identity(vps):
     assert [vp.rdmsr(Msr.IA32_APIC_BASE) for vp in vps[:2]] == [APIC_BASE | 0x900, APIC_BASE | 0x800]
     assert [vp.cpuid(1)[1] >> 24 for vp in vps] == [0, 1, 2, 3]
     vps[0].wrmsr(Msr.IA32_APIC_BASE, APIC_BASE | 0x900)
-    for bad in (0xFED0_0900, APIC_BASE | 0x100, APIC_BASE | 0xD00):
+    for bad in (0xFED0_0900, APIC_BASE | 0x500, APIC_BASE | 0x901, APIC_BASE | 1 << 40 | 0x900):
         with pytest.raises(GeneralProtectionFault):
             vps[0].wrmsr(Msr.IA32_APIC_BASE, bad)
 

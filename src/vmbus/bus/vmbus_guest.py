@@ -39,6 +39,8 @@ T = TypeVar("T")
 VECTOR: Final = 0xF3
 """Interrupt vector of the VMBus SINT (Linux: HYPERVISOR_CALLBACK_VECTOR)."""
 NO_GUID: Final = UUID(int=0)
+SUSPENSION_LIMIT: Final = 3600.0
+"""Seconds that an exit waits, where time is the host's, for its suspended processor to run again."""
 SIGNAL_EVENT: Final = int(CallCode.SIGNAL_EVENT) | 1 << 16
 """Hypercall control of HvSignalEvent with its input in registers (bit 16: fast, TLFS 4.7)."""
 FROM_HOST_SINT: Final = 0
@@ -83,6 +85,8 @@ class _Port:
     def close(self) -> None:
         self.slot = self.flags = None
         self.vp.on_interrupt = None
+        if isinstance(self.vp, VirtualProcessor):
+            self.vp.on_stall = self.vp.on_resume = None
         self.vp.wrmsr(Msr.SINT0 + wire.VMBUS_SINT, 1 << 16)
         self.vp.wrmsr(Msr.SIMP, 0)
         self.vp.wrmsr(Msr.SIEFP, 0)
@@ -170,6 +174,9 @@ class VmbusGuest:
             port = _Port(vp, memory, self.pages)
             port.task = hosting.task(f"guest vp{vp.index}", lambda port=port: self._on_interrupt(port))  # type: ignore[misc]
             vp.on_interrupt = lambda task=port.task: hosting.ring(task)
+            if isinstance(vp, VirtualProcessor):  # its exits wait here while its parent has suspended it
+                vp.on_stall = lambda runs: hosting.wait_for(runs, SUSPENSION_LIMIT)
+                vp.on_resume = hosting.progressed
             self._ports.append(port)
 
     # -- the connection ------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ class _Processor(Protocol):
     def cpuid(self, leaf: int, subleaf: int) -> tuple[int, int, int, int]: ...
     def hypercall(self, control: int, input: int, output: int, xmm: bytes = ...) -> int: ...
     def pop_interrupt(self) -> int | None: ...
+    def take_nmi(self) -> bool: ...
 
 @final
 class Cpu:
@@ -26,6 +27,7 @@ class Cpu:
     rip: int
     next_event: int
     interrupt: bool
+    nmi: bool
     tsc_offset: int
     counts: dict[str, int]
     def __new__(

@@ -99,6 +99,8 @@ enum {                          /* bits of hflags */
     HF_GUEST = 1 << 21,         /* intercepts are active */
 };
 
+enum { HF2_NMI = 1 << 2 };      /* of hflags2: an NMI is being handled; IRET ends that */
+
 /* SVM exit codes (AMD64 APM volume 2, appendix C). An intercept reaches the interrupt hook as INTERCEPT + code. */
 enum {
     INTERCEPT = 0x100,

@@ -54,6 +54,8 @@ cdef struct x86_state_t:
     uint32_t attention          # something to look at between two instructions
     uint32_t shadow             # instructions that STI or MOV SS still shields from interrupts
     uint32_t window             # leave when an interrupt can be taken
+    uint32_t nmi_window         # leave when an NMI can be taken
+    uint32_t nmi_masked         # an NMI is being handled: no other one before IRET
     uint64_t segment_base[6]    # ES CS SS DS FS GS
     uint16_t selector[6]
     uint64_t idt_base

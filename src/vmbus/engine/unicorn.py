@@ -36,6 +36,7 @@ class Stop(Enum):
     IDLE = "waits for an interrupt that nothing will raise"
     VIRTUAL_TIME = "virtual time limit reached"
     WALL_TIME = "wall-clock time limit reached"
+    SUSPENDED = "suspended by its parent"
 
 
 def find_library() -> Path:
@@ -98,6 +99,7 @@ class UnicornEngine:
             translation_cache=translation_cache,
         )
         vp.on_interrupt = self._interrupt
+        vp.partition.on_suspension = self._suspension
 
     def run(self, *, virtual_limit: int | None = None, wall_limit: float | None = None) -> Stop:
         """Execute the guest.
@@ -107,12 +109,14 @@ class UnicornEngine:
             wall_limit: `time.monotonic` value at which to stop.
 
         Returns:
-            Why it stopped; `run` may be called again after `REQUESTED` and the limits.
+            Why it stopped; `run` may be called again after `REQUESTED`, `SUSPENDED` and the limits.
 
         Raises:
             EngineError: the engine cannot go on.
             Exception: what a device, a provider or a callback raised.
         """
+        if self.vp.suspended:
+            return Stop.SUSPENDED
         self._limit = FOREVER if virtual_limit is None else virtual_limit
         self._wall_limit = float("inf") if wall_limit is None else wall_limit
         self._stop = Stop.REQUESTED
@@ -132,6 +136,7 @@ class UnicornEngine:
     def close(self) -> None:
         """Give back the library's memory; the counts stay readable."""
         self.vp.on_interrupt = None
+        self.vp.partition.on_suspension = None
         self.cpu.close()
 
     def _before(self, ticks: int) -> None:
@@ -151,7 +156,12 @@ class UnicornEngine:
             self._after()
 
     def _interrupt(self) -> None:
+        self.cpu.nmi = self.vp.nmi_pending
         self.cpu.interrupt = True
+
+    def _suspension(self, vp: VirtualProcessor) -> None:
+        if vp is self.vp and vp.suspended:
+            self.stop(Stop.SUSPENDED)
 
     def _after(self) -> None:
         """Tell the processor what an exit may have changed: timers, pending interrupts, the TSC's offset."""
@@ -160,6 +170,7 @@ class UnicornEngine:
         self._revision = self._clock.revision
         self._due = FOREVER if due is None else due
         cpu.next_event = min(self._next_poll, self._limit, self._due)
+        cpu.nmi = vp.nmi_pending
         cpu.interrupt = vp.interrupt_pending
         cpu.tsc_offset = vp.tsc_offset
 
@@ -179,10 +190,10 @@ class UnicornEngine:
         clock, vp = self._clock, self.vp
         vp.account.exits["halt"] += 1
         clock.advance_to(ticks)
-        if not interruptible and not vp.interrupt_pending:
+        if not interruptible and not vp.interrupt_pending and not vp.nmi_pending:
             self.stop(Stop.HALTED)
             return
-        while not vp.interrupt_pending:
+        while not (vp.interrupt_pending or vp.nmi_pending or vp.suspended):
             due = clock.next_deadline()
             if self._wait_outside(None if due is None else due - clock.now()):
                 if time.monotonic() >= self._wall_limit:

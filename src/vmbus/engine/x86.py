@@ -19,7 +19,7 @@ from vmbus.engine import (
     Rdmsr,
     Wrmsr,
 )
-from vmbus.hypervisor import GuestFault, VirtualProcessor
+from vmbus.hypervisor import GuestFault, VirtualProcessor, VpSuspended
 
 __all__ = ["SLICE", "X86Engine"]
 
@@ -122,6 +122,7 @@ class X86Engine:
 
         Raises:
             EngineError: the guest's code cannot be executed.
+            VpSuspended: the processor is suspended; executed again when it runs, it goes on where it was.
         """
         cpu, vp = self.cpu, self.vp
         account = vp.account
@@ -132,6 +133,10 @@ class X86Engine:
         self._wanted = True
         try:
             while True:
+                if vp.suspended:
+                    raise VpSuspended(
+                        f"processor {vp.index} of {vp.partition.name} is suspended by its parent"
+                    )
                 if self._wanted:
                     self._deliver()
                 left = end - cpu.instructions
@@ -142,14 +147,17 @@ class X86Engine:
                     self._port()
                 elif reason == x86.HALT:
                     account.exits["halt"] += 1
-                    if not (cpu.interruptible and vp.interrupt_pending):
+                    if not (vp.nmi_pending or (cpu.interruptible and vp.interrupt_pending)):
                         return Halt(cpu.interruptible)
                     self._wanted = True
                 elif reason == x86.WINDOW:
-                    cpu.window = False
+                    cpu.window = cpu.nmi_window = False
                     self._wanted = True
                 elif reason != x86.LIMIT:
                     self._answer(reason)
+        except VpSuspended:
+            cpu.rip = cpu.rip  # forgets the exit: its instruction is executed again
+            raise
         finally:
             vp.on_interrupt = previous
             account.instructions += cpu.instructions - before
@@ -161,6 +169,12 @@ class X86Engine:
         """Hand over the next pending interrupt, or ask for the moment when the guest takes it."""
         cpu, vp = self.cpu, self.vp
         self._wanted = False
+        if vp.nmi_pending:
+            if not cpu.inject_nmi():
+                cpu.nmi_window = True
+            elif vp.take_nmi():
+                self._wanted = True
+                return
         if not vp.interrupt_pending:
             cpu.window = False
         elif not cpu.interruptible:

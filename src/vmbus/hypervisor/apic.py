@@ -1,8 +1,9 @@
 """The local APIC of one virtual processor: interrupt requests, priorities, IPIs and the local timer.
 
-Registers and behaviour are those of the xAPIC (Intel SDM volume 3, chapter 11), at 0xFEE00000, as far as
-an unmodified guest kernel uses them; Hyper-V's EOI, ICR and TPR MSRs (TLFS, virtual interrupts) are
-shortcuts to the same state. The model holds no lock: its virtual processor calls it under its own.
+Registers and behaviour are those of the xAPIC at 0xFEE00000 and, once the guest has switched to it, the x2APIC at MSRs
+0x800-0x83F (Intel SDM volume 3, chapter 11), as far as an unmodified guest kernel uses them; Hyper-V's EOI, ICR and
+TPR MSRs (TLFS, virtual interrupts) are shortcuts to the same state in either mode. The model holds no lock: its
+virtual processor calls it under its own.
 """
 
 from collections.abc import Callable
@@ -11,12 +12,23 @@ from typing import Final, NamedTuple
 
 from vmbus.hypervisor.clock import Clock, Timer
 
-__all__ = ["APIC_BASE", "APIC_SIZE", "DeliveryMode", "Ipi", "LocalApic"]
+__all__ = [
+    "APIC_BASE",
+    "APIC_SIZE",
+    "NMI_VECTOR",
+    "ApicMode",
+    "DeliveryMode",
+    "Ipi",
+    "LocalApic",
+    "x2apic_id",
+]
 
 APIC_BASE: Final = 0xFEE0_0000
 APIC_SIZE: Final = 0x1000
 FIRST_VALID_VECTOR: Final = 16
 """Vectors 0-15 are illegal in fixed delivery (SDM 11.5.2)."""
+NMI_VECTOR: Final = 2
+"""The vector of non-maskable interrupts (SDM 6.3.1)."""
 MIN_TIMER_PERIOD: Final = 10_000
 """Shortest period of the local timer, in ns: a guest must not be able to occupy its host with ticks."""
 
@@ -52,6 +64,14 @@ class Register(IntEnum):
     DIVIDE = 0x3E0
 
 
+class ApicMode(IntEnum):
+    """Bits 11 (enabled) and 10 (x2APIC) of IA32_APIC_BASE (SDM 11.12.1)."""
+
+    DISABLED = 0
+    XAPIC = 2
+    X2APIC = 3
+
+
 class DeliveryMode(IntEnum):
     """Delivery modes of the ICR and of MSIs (SDM 11.6.1)."""
 
@@ -80,7 +100,7 @@ class Ipi(NamedTuple):
         vector: the vector, or the start-up page of a STARTUP.
         shorthand: 0 destination field, 1 self, 2 all, 3 all but self.
         logical: the destination is a logical one (`LocalApic.matches`).
-        destination: 8-bit destination field.
+        destination: destination field; 8 bits, in x2APIC mode 32.
     """
 
     mode: int
@@ -88,6 +108,11 @@ class Ipi(NamedTuple):
     shorthand: int
     logical: bool
     destination: int
+
+
+def x2apic_id(apic_id: int) -> int:
+    """The logical x2APIC id: cluster in the high half, one bit of 16 in the low (SDM 11.12.10.2)."""
+    return (apic_id >> 4) << 16 | 1 << (apic_id & 15)
 
 
 class LocalApic:
@@ -128,13 +153,20 @@ class LocalApic:
         self._deadline = 0
         self._tsc_offset = 0
         self._enabled = True
+        self.mode = ApicMode.XAPIC
+        self.external: int | None = None
+        """The vector of an external interrupt (ExtINT) that its parent has asserted and nobody has taken."""
+        self.external_acknowledged = False
+        """An external interrupt was taken and its parent has not cleared it (HvCallClearVirtualInterrupt)."""
         self._registers: dict[int, int] = {}
         self.reset()
 
     def reset(self) -> None:
-        """The state that firmware leaves behind: software-enabled, LVTs masked, nothing pending."""
+        """The state that firmware leaves behind: software-enabled xAPIC, LVTs masked, nothing pending."""
         self.irr = self.isr = self.tmr = self._auto_eoi = 0
         self.tpr = 0
+        self.external, self.external_acknowledged = None, False
+        self.mode = ApicMode.XAPIC
         self._enabled = True  # SPURIOUS bit 8
         self._registers = {
             Register.LDR: 0,
@@ -168,9 +200,11 @@ class LocalApic:
 
     @property
     def deliverable(self) -> bool:
-        """Whether an interrupt of a high enough priority waits."""
+        """Whether an interrupt of a high enough priority, or an external one, waits."""
         irr = self.irr
-        return bool(irr) and (irr.bit_length() - 1) >> 4 > self.processor_priority >> 4
+        if irr and (irr.bit_length() - 1) >> 4 > self.processor_priority >> 4:
+            return True
+        return self.external is not None
 
     @property
     def processor_priority(self) -> int:
@@ -184,7 +218,14 @@ class LocalApic:
         return tpr
 
     def accept(self) -> int | None:
-        """Take the highest deliverable vector into service, as an INTA cycle does; None if there is none."""
+        """Take the highest deliverable vector into service, as an INTA cycle does; None if there is none.
+
+        An external interrupt goes first; it has no priority, is not in service, and takes no EOI (SDM 11.8.1).
+        """
+        if self.external is not None:
+            vector, self.external = self.external, None
+            self.external_acknowledged = True
+            return vector
         irr = self.irr
         if not irr:
             return None
@@ -197,13 +238,6 @@ class LocalApic:
             self.isr |= bit
         return vector
 
-    def withdraw(self, vector: int) -> bool:
-        """Take `vector` out of the IRR (HvClearVirtualInterrupt); whether it was there."""
-        bit = 1 << vector
-        was = bool(self.irr & bit)
-        self.irr &= ~bit
-        return was
-
     def eoi(self) -> int | None:
         """End the highest interrupt in service; its vector, None if none was."""
         isr = self.isr
@@ -214,7 +248,16 @@ class LocalApic:
         return vector
 
     def matches(self, destination: int, logical: bool) -> bool:
-        """Whether an interrupt to `destination` means this APIC (SDM 11.6.2; flat and cluster model)."""
+        """Whether an interrupt to `destination` means this APIC (SDM 11.6.2, 11.12.9: flat, cluster, x2APIC)."""
+        if self.mode == ApicMode.X2APIC:
+            if not logical:
+                return destination in (
+                    self.apic_id,
+                    0xFF,
+                    0xFFFF_FFFF,
+                )  # the short broadcast: from xAPIC senders
+            own = x2apic_id(self.apic_id)
+            return destination >> 16 == own >> 16 and bool(destination & own & 0xFFFF)
         if not logical:
             return destination in (self.apic_id, 0xFF)
         ldr = self._registers[Register.LDR] >> 24
@@ -230,21 +273,42 @@ class LocalApic:
         return self._registers[Register.ICR_LOW] | self._registers[Register.ICR_HIGH] << 32
 
     def write_icr(self, value: int) -> None:
-        """Send an IPI: both halves of the ICR at once (HV_X64_MSR_ICR)."""
-        self._registers[Register.ICR_HIGH] = value >> 32 & 0xFF00_0000
+        """Send an IPI: both halves of the ICR at once (HV_X64_MSR_ICR, and the x2APIC's)."""
+        wide = self.mode == ApicMode.X2APIC
+        self._registers[Register.ICR_HIGH] = value >> 32 & (0xFFFF_FFFF if wide else 0xFF00_0000)
         self._write_icr_low(value & 0xFFFF_FFFF)
 
     def _write_icr_low(self, value: int) -> None:
         self._registers[Register.ICR_LOW] = value & ~0x1000
+        high = self._registers[Register.ICR_HIGH]
         self._send_ipi(
             Ipi(
                 value >> 8 & 7,
                 value & 0xFF,
                 value >> 18 & 3,
                 bool(value & 0x800),
-                self._registers[Register.ICR_HIGH] >> 24,
+                high if self.mode == ApicMode.X2APIC else high >> 24,
             )
         )
+
+    def switch(self, mode: int) -> bool:
+        """Change to the `ApicMode` that a write of IA32_APIC_BASE asks for; False for a change that #GPs (SDM 11.12.5).
+
+        The local APIC forgets everything when it is disabled; from x2APIC mode no other way leads back.
+        """
+        if mode == self.mode:
+            return True
+        if mode not in (ApicMode.DISABLED, ApicMode.XAPIC, ApicMode.X2APIC):
+            return False
+        if (self.mode, mode) in ((ApicMode.X2APIC, ApicMode.XAPIC), (ApicMode.DISABLED, ApicMode.X2APIC)):
+            return False
+        if mode == ApicMode.DISABLED:
+            self.reset()
+            self._enabled = False
+        elif self.mode == ApicMode.DISABLED:
+            self.reset()
+        self.mode = ApicMode(mode)
+        return True
 
     def read(self, offset: int) -> int:
         """Read the 32-bit register at `offset` (a multiple of 16); reserved ones read as zero."""
@@ -255,13 +319,15 @@ class LocalApic:
         if offset == Register.CURRENT_COUNT:
             return self.current_count()
         if offset == Register.ID:
-            return self.apic_id << 24
+            return self.apic_id if self.mode == ApicMode.X2APIC else self.apic_id << 24
         if offset == Register.VERSION:
             return 0x0005_0014
         if offset == Register.TPR:
             return self.tpr
         if offset == Register.PPR:
             return self.processor_priority
+        if offset == Register.LDR and self.mode == ApicMode.X2APIC:
+            return x2apic_id(self.apic_id)
         return self._registers.get(offset, 0)
 
     def write(self, offset: int, value: int) -> int | None:

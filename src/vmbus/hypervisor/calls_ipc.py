@@ -15,11 +15,19 @@ from vmbus.hypervisor.tlfs import (
     SINT_COUNT,
     CallCode,
     PartitionState,
+    PortProperty,
     PortType,
     Privilege,
     Status,
 )
-from vmbus.hypervisor.wire import ConnectPort, CreatePort, PortReference, PostMessageHeader, SignalEvent
+from vmbus.hypervisor.wire import (
+    ConnectPort,
+    CreatePort,
+    GetPortProperty,
+    PortReference,
+    PostMessageHeader,
+    SignalEvent,
+)
 
 if TYPE_CHECKING:
     from vmbus.hypervisor.partition import Partition
@@ -64,7 +72,9 @@ def _post_message(vp: "VirtualProcessor", data: bytes) -> None:
     payload = data[_POST.size : _POST.size + size]
     if port.on_message is None:
         _target(port).synic.post_message(port.target_sint, message_type, port.port_id, payload, port)
+        port.posts += 1
         return
+    port.posts += 1
     try:
         port.on_message(vp.index, message_type, payload)
     except HypercallError:
@@ -143,6 +153,29 @@ def _delete_port(vp: "VirtualProcessor", data: bytes) -> None:
     delete_port(port)
 
 
+def _port_property(vp: "VirtualProcessor", data: bytes) -> bytes:
+    call = GetPortProperty.unpack(data)
+    owner = vp.partition.hypervisor.controlled(vp.partition, call.partition_id)
+    if owner.state is not PartitionState.ACTIVE:
+        raise HypercallError(Status.INVALID_PARTITION_STATE)
+    port = owner.ports.get(call.port_id)
+    if port is None:
+        raise HypercallError(Status.INVALID_PORT_ID)
+    if call.reserved or call.reserved2:
+        raise HypercallError(Status.INVALID_PARAMETER)
+    if call.property_code == PortProperty.POST_COUNT:
+        value = port.posts
+    elif call.property_code == PortProperty.TARGET_VP:
+        value = port.target_vp
+    elif call.property_code == PortProperty.PREFERRED_TARGET_VP:
+        value = 0 if port.target_vp == ANY_VP else port.target_vp
+    elif call.property_code == PortProperty.MONITOR_ADDRESS and port.kind is PortType.MONITOR:
+        value = port.monitor_gpa
+    else:
+        raise HypercallError(Status.UNKNOWN_PROPERTY)
+    return value.to_bytes(8, "little")
+
+
 def delete_port(port: Port) -> None:
     """Delete a port. Connections to it stay until their owner disconnects them, and lead nowhere."""
     port.deleted = True
@@ -198,6 +231,9 @@ CALLS: Final = (
     Call(CallCode.SIGNAL_EVENT, _signal_event, SignalEvent.SIZE, privilege=Privilege.SIGNAL_EVENTS),
     Call(CallCode.CREATE_PORT, _create_port, CreatePort.SIZE, privilege=Privilege.CREATE_PORT),
     Call(CallCode.DELETE_PORT, _delete_port, PortReference.SIZE, privilege=Privilege.CREATE_PORT),
+    Call(
+        CallCode.GET_PORT_PROPERTY, _port_property, GetPortProperty.SIZE, 8, privilege=Privilege.CREATE_PORT
+    ),
     Call(CallCode.CONNECT_PORT, _connect_port, ConnectPort.SIZE, privilege=Privilege.CONNECT_PORT),
     Call(CallCode.DISCONNECT_PORT, _disconnect_port, PortReference.SIZE, privilege=Privilege.CONNECT_PORT),
 )

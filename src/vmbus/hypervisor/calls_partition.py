@@ -149,6 +149,8 @@ def _set_property(vp: "VirtualProcessor", data: bytes) -> None:
         if not least <= call.value <= greatest:
             raise HypercallError(Status.PROPERTY_VALUE_OUT_OF_RANGE)
         child.properties[code] = call.value
+        if code == PartitionProperty.SUSPEND:
+            child.suspend(bool(call.value))
     elif code in _READ_ONLY:
         raise HypercallError(Status.OPERATION_DENIED)
     else:

@@ -6,7 +6,7 @@ from vmbus.errors import GuestMemoryError, HypercallError
 from vmbus.hypervisor.abi import Call, RepCall, RepStep
 from vmbus.hypervisor.apic import FIRST_VALID_VECTOR, DeliveryMode
 from vmbus.hypervisor.pool import VP_PAGES
-from vmbus.hypervisor.registers import paging_state, read_register, write_register
+from vmbus.hypervisor.registers import paging_state, read_register, start_with, write_register
 from vmbus.hypervisor.tlfs import (
     HV_PAGE_SIZE,
     MAX_VPS,
@@ -27,8 +27,10 @@ from vmbus.hypervisor.wire import (
     FlushVirtualAddressSpace,
     FlushVirtualAddressSpaceEx,
     InstallIntercept,
+    PartitionReference,
     ReadGpa,
     SetVpRegister,
+    StartVirtualProcessor,
     TranslateVirtualAddress,
     TranslateVirtualAddressOutput,
     VpReference,
@@ -90,6 +92,18 @@ def _delete_vp(vp: "VirtualProcessor", data: bytes) -> None:
         raise HypercallError(Status.INVALID_VP_INDEX)
     child.vps.pop().reset()
     child.pool.give(VP_PAGES)
+
+
+def _start_vp(vp: "VirtualProcessor", data: bytes) -> None:
+    call = StartVirtualProcessor.unpack(data)
+    target = _vp_of(vp, call.partition_id, call.vp_index)
+    if target.partition.state is not PartitionState.ACTIVE:
+        raise HypercallError(Status.INVALID_PARTITION_STATE)
+    if call.target_vtl or call.reserved or call.reserved2:
+        raise HypercallError(Status.INVALID_PARAMETER)
+    if target.started:
+        raise HypercallError(Status.INVALID_VP_STATE)
+    start_with(target, call.context)
 
 
 def _get_registers(vp: "VirtualProcessor", header: bytes) -> RepStep:
@@ -180,23 +194,55 @@ def _write_gpa(vp: "VirtualProcessor", data: bytes) -> bytes:
 
 # Interrupts and intercepts
 
+_ASSERTABLE: Final = frozenset(
+    {
+        DeliveryMode.FIXED,
+        DeliveryMode.LOWEST_PRIORITY,
+        DeliveryMode.NMI,
+        DeliveryMode.INIT,
+        DeliveryMode.STARTUP,
+        DeliveryMode.EXTINT,
+    }
+)
+"""HV_INTERRUPT_TYPE has the values of `DeliveryMode`; there is no SMM here."""
+
 
 def _assert_interrupt(vp: "VirtualProcessor", data: bytes) -> None:
     call = AssertVirtualInterrupt.unpack(data)
     child = vp.partition.hypervisor.child(vp.partition, call.partition_id)
     mode = call.interrupt_control & _MASK32
-    level, logical = call.interrupt_control >> 32 & 1, bool(call.interrupt_control >> 33 & 1)
+    level, logical = bool(call.interrupt_control >> 32 & 1), bool(call.interrupt_control >> 33 & 1)
     if call.interrupt_control >> 34 or call.target_vtl or call.reserved or call.reserved2:
         raise HypercallError(Status.INVALID_PARAMETER)
-    if mode not in (DeliveryMode.FIXED, DeliveryMode.LOWEST_PRIORITY):
+    if mode not in _ASSERTABLE or call.vector > 255 or call.destination > _MASK32:
         raise HypercallError(Status.INVALID_PARAMETER)
-    if not FIRST_VALID_VECTOR <= call.vector <= 255 or level or call.destination > 0xFF:
+    addressed = mode in (DeliveryMode.FIXED, DeliveryMode.LOWEST_PRIORITY)
+    if (level and not addressed) or (addressed and call.vector < FIRST_VALID_VECTOR):
         raise HypercallError(Status.INVALID_PARAMETER)
+    if mode in (DeliveryMode.NMI, DeliveryMode.INIT) and call.vector:
+        raise HypercallError(Status.INVALID_PARAMETER)
+    if child.state is not PartitionState.ACTIVE:
+        raise HypercallError(Status.INVALID_PARTITION_STATE)
+    if mode == DeliveryMode.EXTINT:
+        if call.destination or logical:  # always the boot processor's
+            raise HypercallError(Status.INVALID_PARAMETER)
+        if not child.vp(0).request_external(call.vector):
+            raise HypercallError(Status.ACKNOWLEDGED)
+        return
     for target in child.vps:
         if target.apic.matches(call.destination, logical):
-            target.request_interrupt(call.vector)
+            target.receive_ipi(mode, call.vector, level=level)
             if mode == DeliveryMode.LOWEST_PRIORITY:
                 break
+
+
+def _clear_interrupt(vp: "VirtualProcessor", data: bytes) -> None:
+    call = PartitionReference.unpack(data)
+    child = vp.partition.hypervisor.child(vp.partition, call.partition_id)
+    if child.state is not PartitionState.ACTIVE:
+        raise HypercallError(Status.INVALID_PARTITION_STATE)
+    if not child.vp(0).clear_external():
+        raise HypercallError(Status.NOT_ACKNOWLEDGED)
 
 
 def _cluster_ipi(vp: "VirtualProcessor", data: bytes) -> None:
@@ -317,6 +363,13 @@ CALLS: Final = (
     Call(CallCode.WRITE_GPA, _write_gpa, WriteGpa.SIZE, 8, _MANAGE),
     Call(
         CallCode.ASSERT_VIRTUAL_INTERRUPT, _assert_interrupt, AssertVirtualInterrupt.SIZE, privilege=_MANAGE
+    ),
+    Call(CallCode.CLEAR_VIRTUAL_INTERRUPT, _clear_interrupt, PartitionReference.SIZE, privilege=_MANAGE),
+    Call(
+        CallCode.START_VIRTUAL_PROCESSOR,
+        _start_vp,
+        StartVirtualProcessor.SIZE,
+        privilege=Privilege.START_VIRTUAL_PROCESSOR,
     ),
     Call(CallCode.SEND_SYNTHETIC_CLUSTER_IPI, _cluster_ipi, ClusterIpi.SIZE),
     RepCall(CallCode.GET_VP_INDEX_FROM_APIC_ID, _apic_ids, 16, 4, 4),

@@ -9,17 +9,20 @@ from typing import Final, TypeAlias
 from vmbus.hypervisor.personality import Personality
 from vmbus.hypervisor.tlfs import MAX_VPS
 
-__all__ = ["CpuidResult", "leaves"]
+__all__ = ["TOPOLOGY_LEAF", "CpuidResult", "leaves", "topology"]
 
 CpuidResult: TypeAlias = tuple[int, int, int, int]
 """EAX, EBX, ECX, EDX."""
 
 MAX_BASIC_LEAF: Final = 0x16
+TOPOLOGY_LEAF: Final = 0x0B
+"""Extended topology enumeration, which tells the x2APIC id (SDM 11.12.8)."""
 MAX_EXTENDED_LEAF: Final = 0x8000_0008
 PHYSICAL_ADDRESS_BITS: Final = 40
 LINEAR_ADDRESS_BITS: Final = 48
 
 _FEATURES_ECX: Final = 1 << 0 | 1 << 13 | 1 << 24  # SSE3, CMPXCHG16B, TSC-deadline
+_X2APIC: Final = 1 << 21
 _HYPERVISOR_PRESENT: Final = 1 << 31
 # FPU PSE TSC MSR PAE CX8 APIC SEP PGE CMOV PAT PSE36 CLFLUSH MMX FXSR SSE SSE2; and DE
 _FEATURES_EDX: Final = sum(1 << n for n in (0, 2, 3, 4, 5, 6, 8, 9, 11, 13, 15, 16, 17, 19, 23, 24, 25, 26))
@@ -47,7 +50,9 @@ def leaves(
         0x01: (
             0x0000_0F65,
             8 << 8 | min(vp_count, 255) << 16 | apic_id << 24,
-            _FEATURES_ECX | (_HYPERVISOR_PRESENT if personality.hypervisor_present else 0),
+            _FEATURES_ECX
+            | (_X2APIC if personality.x2apic else 0)
+            | (_HYPERVISOR_PRESENT if personality.hypervisor_present else 0),
             _FEATURES_EDX | (1 << 28 if vp_count > 1 else 0),
         ),
         0x06: (1 << 2, 0, 0, 0),  # ARAT: the APIC timer always runs
@@ -79,3 +84,11 @@ def leaves(
         }
         table |= {leaf: result for leaf, result in hypervisor.items() if leaf <= personality.max_leaf}
     return table
+
+
+def topology(subleaf: int, apic_id: int, vp_count: int) -> CpuidResult:
+    """Leaf 0x0B: one thread a core (level 1), all processors in one package (level 2), and the x2APIC id."""
+    kind = (1, 2)[subleaf] if subleaf < 2 else 0
+    shift = (vp_count - 1).bit_length() if subleaf == 1 else 0
+    count = (1, vp_count)[subleaf] if subleaf < 2 else 0
+    return shift, count, kind << 8 | subleaf & 0xFF, apic_id

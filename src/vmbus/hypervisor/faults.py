@@ -46,4 +46,7 @@ class PageFault(GuestFault):
 
 
 class VpSuspended(VmbusError):
-    """The processor stopped for an intercept that its parent has not answered yet (TLFS, intercepts)."""
+    """The processor is stopped: by its parent, or for an intercept that its parent has not answered yet (TLFS).
+
+    The exit has not taken place; it is made again when the processor runs again.
+    """

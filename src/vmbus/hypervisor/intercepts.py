@@ -6,6 +6,7 @@ instruction) and clears the intercept suspension. If it does so at once, from it
 in place; otherwise the exit raises `VpSuspended` and is made again when the processor runs again.
 """
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from vmbus.errors import HypercallError
@@ -18,6 +19,7 @@ from vmbus.hypervisor.tlfs import (
     Status,
 )
 from vmbus.hypervisor.wire import (
+    ApicEoiMessage,
     CpuidInterceptMessage,
     InterceptMessageHeader,
     IoPortInterceptMessage,
@@ -155,6 +157,16 @@ def cpuid(
     names = (RegisterName.RAX, RegisterName.RBX, RegisterName.RCX, RegisterName.RDX)
     a, b, c, d = (get(name, 0) & _MASK32 for name in names)
     return a, b, c, d
+
+
+def apic_eoi(vp: "VirtualProcessor", vector: int) -> None:
+    """The guest ended a level-triggered interrupt: its parent is told, and asserts it again while the level is high."""
+    parent = vp.partition.parent
+    if parent is None or not parent.vps:
+        return
+    payload = ApicEoiMessage(vp.index, vector).pack()
+    with suppress(HypercallError):  # a parent without a message page has asked for no answers
+        parent.vps[0].synic.post_message(INTERCEPT_SINT, MessageType.X64_APIC_EOI, vp.partition.id, payload)
 
 
 def _segment(vp: "VirtualProcessor", name: RegisterName) -> SegmentRegister:

@@ -6,6 +6,7 @@ Each entry carries the privilege it takes; without it the MSR does not exist for
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, TypeAlias
 
+from vmbus.hypervisor import x2apic
 from vmbus.hypervisor.faults import GeneralProtectionFault
 from vmbus.hypervisor.personality import CRASH_MSRS_AVAILABLE
 from vmbus.hypervisor.tlfs import SINT_COUNT, STIMER_COUNT, Msr, Privilege
@@ -20,8 +21,6 @@ Writer: TypeAlias = "Callable[[VirtualProcessor, int], None]"
 ReadEntry: TypeAlias = tuple[int, Reader]
 WriteEntry: TypeAlias = tuple[int, Writer]
 
-APIC_BASE_ENABLED: Final = 1 << 11
-APIC_BASE_BSP: Final = 1 << 8
 CRASH_CTL_NOTIFY: Final = 1 << 63
 CRASH_CTL_MESSAGE: Final = 1 << 62
 CRASH_CAPABILITIES: Final = CRASH_CTL_NOTIFY | CRASH_CTL_MESSAGE
@@ -65,8 +64,13 @@ def _write_tpr(vp: "VirtualProcessor", value: int) -> None:
 
 
 def _write_apic_base(vp: "VirtualProcessor", value: int) -> None:
-    if value & ~0x900 != vp.apic_base & ~0x900 or not value & APIC_BASE_ENABLED:
-        raise GeneralProtectionFault("the APIC cannot be moved, disabled or switched to x2APIC mode")
+    vp.apic_base = value
+
+
+def _write_pat(vp: "VirtualProcessor", value: int) -> None:
+    if any(kind > 7 or kind in (2, 3) for kind in value.to_bytes(8, "little")):
+        raise GeneralProtectionFault(f"reserved memory type in PAT 0x{value:x}")
+    vp.pat = value
 
 
 def _write_tsc(vp: "VirtualProcessor", value: int) -> None:
@@ -190,7 +194,7 @@ def _tables() -> tuple[dict[int, ReadEntry], dict[int, WriteEntry]]:
         Msr.IA32_TSC_ADJUST: (0, _write_tsc_adjust),
         Msr.IA32_BIOS_SIGN_ID: (0, _ignore),
         Msr.IA32_MISC_ENABLE: (0, _ignore),
-        Msr.IA32_PAT: (0, lambda vp, value: setattr(vp, "pat", value)),
+        Msr.IA32_PAT: (0, _write_pat),
         Msr.IA32_TSC_DEADLINE: (0, _set_deadline),
         Msr.GUEST_OS_ID: (p.ACCESS_HYPERCALL_MSRS, _write_guest_os_id),
         Msr.HYPERCALL: (p.ACCESS_HYPERCALL_MSRS, _write_hypercall),
@@ -207,6 +211,8 @@ def _tables() -> tuple[dict[int, ReadEntry], dict[int, WriteEntry]]:
         Msr.EOM: (p.ACCESS_SYNIC_MSRS, _write_eom),
         Msr.CRASH_CTL: (0, _write_crash_ctl),
     }
+    read |= {index: (0, reader) for index, reader in x2apic.READERS.items()}
+    write |= {index: (0, writer) for index, writer in x2apic.WRITERS.items()}
     for n in range(SINT_COUNT):
         read[Msr.SINT0 + n] = (p.ACCESS_SYNIC_MSRS, _reader(lambda vp, n: vp.synic.sint(n), n))
         write[Msr.SINT0 + n] = (

@@ -80,6 +80,8 @@ class Partition:
         on_event: the parent's callback for `PartitionEvent`.
         on_eoi: called with a vector when the guest ends it (level-triggered interrupt controllers).
         on_tlb_flush: an engine's: called with a mask of processors when the guest flushes by hypercall.
+        on_suspension: whoever runs the guest elsewhere: called with a processor whose `suspended` has changed.
+        suspended: its parent has set its suspend property: none of its processors runs.
         stop: stops whatever executes the guest; called before the partition is torn down.
         pool: pages deposited for the hypervisor's use on its behalf.
         properties: what its parent set by HvCallSetPartitionProperty.
@@ -115,6 +117,8 @@ class Partition:
         self.on_event: Callable[[PartitionEvent], None] | None = None
         self.on_eoi: Callable[[int], None] | None = None
         self.on_tlb_flush: Callable[[int], None] | None = None
+        self.on_suspension: Callable[[VirtualProcessor], None] | None = None
+        self.suspended = False
         self.stop: Callable[[], None] | None = None
         self.created_at = hypervisor.clock.now()
         self.provider_errors = 0
@@ -145,6 +149,7 @@ class Partition:
         """
         self.pool.take(VP_PAGES)
         vp = VirtualProcessor(self, len(self.vps))
+        vp.suspended = self.suspended
         self.vps.append(vp)
         return vp
 
@@ -165,6 +170,12 @@ class Partition:
     def reference_time(self) -> int:
         """Partition reference time: units of 100 ns since it was created."""
         return (self.hypervisor.clock.now() - self.created_at) // REFERENCE_UNIT
+
+    def suspend(self, suspended: bool) -> None:
+        """Stop or resume all processors (HvPartitionPropertySuspend); each one's own suspension stays what it is."""
+        self.suspended = suspended
+        for vp in self.vps:
+            vp.update_suspension()
 
     def flush_tlb(self, processors: int) -> None:
         """Have the engine, if one caches translations, forget them on the processors of the mask."""

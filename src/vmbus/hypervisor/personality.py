@@ -72,6 +72,7 @@ class Personality:
         privileges: the partition's privilege mask.
         hypervisor_present: whether CPUID shows a hypervisor at all.
         max_leaf: the last hypervisor leaf of CPUID.
+        x2apic: whether its processors have an x2APIC (CPUID 1 ECX bit 21, leaf 0x0B).
     """
 
     name: str
@@ -90,6 +91,7 @@ class Personality:
     privileges: int = CHILD_PRIVILEGES
     hypervisor_present: bool = True
     max_leaf: int = 0x4000_000A
+    x2apic: bool = False
 
     @property
     def auto_eoi(self) -> bool:
@@ -146,10 +148,10 @@ SUSE_LINUX: Final = replace(
     enlightened=frozenset({"storage", "network"}),
 )
 WINDOWS_10: Final = Personality(
-    "windows-10", _windows(0xA00, 19041), 0x0005_0002, _ALL, hypervisor_build=(19041, 10, 0)
+    "windows-10", _windows(0xA00, 19041), 0x0005_0002, _ALL, hypervisor_build=(19041, 10, 0), x2apic=True
 )
-SERVER_2022: Final = Personality("server-2022", _windows(0xA00, 20348), 0x0005_0003, _ALL)
-LINUX: Final = Personality("linux", _linux(0x06_01_00), 0x0005_0003, _ALL)
+SERVER_2022: Final = Personality("server-2022", _windows(0xA00, 20348), 0x0005_0003, _ALL, x2apic=True)
+LINUX: Final = Personality("linux", _linux(0x06_01_00), 0x0005_0003, _ALL, x2apic=True)
 WINDOWS_2000: Final = Personality("windows-2000", privileges=_NONE, hypervisor_present=False)
 DOS: Final = Personality("dos", privileges=_NONE, hypervisor_present=False)
 OLD_BSD: Final = Personality("old-bsd", privileges=_NONE, hypervisor_present=False)

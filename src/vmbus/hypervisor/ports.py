@@ -38,6 +38,7 @@ class Port:
         on_event: a provider in this process that takes the events instead of a SynIC.
         monitor_gpa: the monitor page in the owner's memory (monitor ports).
         waiting: messages through this port that wait for their slot.
+        posts: messages that have been posted to it since it was made.
         deleted: the port is gone; connections to it stay until their owner disconnects them.
     """
 
@@ -53,6 +54,7 @@ class Port:
     on_event: EventHandler | None = None
     monitor_gpa: int = 0
     waiting: int = 0
+    posts: int = 0
     deleted: bool = False
 
 

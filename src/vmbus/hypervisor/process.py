@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import select
+import signal
 import socket
 import subprocess
 import sys
@@ -38,6 +39,8 @@ STOP_TIMEOUT: Final = 5.0
 """Seconds that tearing a partition down waits for its process's thread (which a provider may be holding up)."""
 MAX_DOORBELLS: Final = 2048
 """Connections of one child that get an eventfd; events to further ones go through the socket."""
+MAX_HELD: Final = 64
+"""Posted requests of suspended processors that are kept; what has no answer is an EOI or EOM, one an interrupt."""
 _FAST_SIGNAL: Final = CallCode.SIGNAL_EVENT | FAST
 _MASK64: Final = 0xFFFF_FFFF_FFFF_FFFF
 _PORT_SIZES: Final = frozenset({1, 2, 4})
@@ -82,6 +85,7 @@ class ChildProcess:
         self._doorbells: dict[tuple[int, int, int], int] = {}
         self._bells: dict[int, tuple[VirtualProcessor, int, int]] = {}
         self._stopping = False
+        self._held: list[Request] = []
         self._spin = spin
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         lines = [socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM) for _ in partition.vps]
@@ -118,6 +122,9 @@ class ChildProcess:
         self._poll.register(ours, select.EPOLLIN)
         self._server = threading.Thread(target=self._serve, name=f"{partition.name}-hypercalls", daemon=True)
         partition.stop = partial(self.kill, STOP_TIMEOUT)
+        partition.on_suspension = self._suspension
+        if partition.suspended:
+            self._process.send_signal(signal.SIGSTOP)
         self._server.start()
 
     @property
@@ -166,6 +173,8 @@ class ChildProcess:
                 requests = True  # after the bells: what was rung before a request is heard before it
                 continue
             vp, connection_id, flag = bell
+            if vp.suspended:  # heard when it runs again: the eventfd is never read
+                continue
             vp.account.exits["doorbell"] += 1
             with contextlib.suppress(HypercallError):  # the connection is gone; the guest was told so
                 signal_event(vp, connection_id, flag, 0)
@@ -191,11 +200,16 @@ class ChildProcess:
             self.violations += 1
             raise RemoteProtocolError(f"a request of {len(data)} bytes")
         request = Request.unpack(data)
+        if self._held:
+            self._perform_held()
         output, descriptor = b"", -1
         try:
             if request.vp_index >= len(self.partition.vps):
                 raise RemoteProtocolError(f"a request of processor {request.vp_index}")
             vp = self.partition.vps[request.vp_index]
+            if vp.suspended and request.flags & POSTED:
+                self._hold(request)
+                return
             reply = self._perform(vp, request)
             if request.operation == Operation.HYPERCALL and request.a & FAST:
                 if request.a != _FAST_SIGNAL:
@@ -205,7 +219,8 @@ class ChildProcess:
         except GuestFault as fault:
             reply = Reply(Answer.FAULT, 0, 0, 0, fault.vector, 0, 0, 0)
         except VpSuspended:
-            reply = Reply(Answer.SUSPENDED, 0, 0, 0, 0, 0, 0, 0)
+            stalled = self.partition.vps[request.vp_index].suspended
+            reply = Reply(Answer.STALLED if stalled else Answer.SUSPENDED, 0, 0, 0, 0, 0, 0, 0)
         except RemoteProtocolError:
             self.violations += 1
             raise
@@ -217,6 +232,36 @@ class ChildProcess:
             return
         reply.output_size = len(output)
         self._send(reply.pack() + output, descriptor)
+
+    def _hold(self, request: Request) -> None:
+        """Keep what a suspended processor posted just before it was suspended."""
+        if len(self._held) >= MAX_HELD:
+            raise RemoteProtocolError(f"{MAX_HELD} requests of suspended processors")
+        self._held.append(request)
+
+    def _perform_held(self) -> None:
+        held, self._held = self._held, []
+        for request in held:
+            vp = self.partition.vps[request.vp_index]
+            if vp.suspended:
+                self._held.append(request)
+                continue
+            with contextlib.suppress(GuestFault, VpSuspended):
+                self._perform(vp, request)
+
+    def _suspension(self, vp: VirtualProcessor) -> None:
+        """A processor was suspended or resumed: with the last one, the operating system stops the whole process."""
+        if all(each.suspended for each in self.partition.vps):
+            self._process.send_signal(signal.SIGSTOP)
+            return
+        self._process.send_signal(signal.SIGCONT)
+        if vp.suspended:
+            return
+        for fd, (owner, _, _) in list(self._bells.items()):
+            if owner is vp:  # what it rang meanwhile comes now: modifying looks at the eventfd again
+                with contextlib.suppress(OSError, ValueError):  # the process is ending
+                    self._poll.modify(fd, select.EPOLLIN | select.EPOLLET)
+        _interrupt(self._lines[vp.index])
 
     def _send(self, datagram: bytes, descriptor: int) -> None:
         ancillary = []
@@ -280,7 +325,7 @@ class ChildProcess:
         partition = self.partition
         for vp in partition.vps:
             vp.on_interrupt = None
-        partition.stop = None
+        partition.stop = partition.on_suspension = None
         self._close()
         if partition.state is PartitionState.ACTIVE:
             partition.reset()

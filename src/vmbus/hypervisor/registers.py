@@ -7,15 +7,17 @@ front (`VirtualProcessor.register_file`). Synthetic registers are the MSRs under
 from typing import TYPE_CHECKING, Final, Protocol
 
 from vmbus.errors import HypercallError
+from vmbus.hypervisor.cpuid import PHYSICAL_ADDRESS_BITS
 from vmbus.hypervisor.faults import GeneralProtectionFault
 from vmbus.hypervisor.msrs import MSR_READ, MSR_WRITE
 from vmbus.hypervisor.tlfs import SINT_COUNT, STIMER_COUNT, Msr, RegisterName, Status
 from vmbus.hypervisor.translate import PagingState
+from vmbus.hypervisor.wire import InitialVpContext
 
 if TYPE_CHECKING:
     from vmbus.hypervisor.vp import VirtualProcessor
 
-__all__ = ["RegisterFile", "paging_state", "read_register", "write_register"]
+__all__ = ["RegisterFile", "paging_state", "read_register", "start_with", "write_register"]
 
 
 class RegisterFile(Protocol):
@@ -138,7 +140,50 @@ def write_register(vp: "VirtualProcessor", name: int, value: int) -> None:
     elif name == _R.INTERCEPT_SUSPEND:
         vp.intercept_suspended = bool(value)
     else:
-        vp.explicitly_suspended = bool(value)
+        vp.suspend(bool(value))
+
+
+_EFER_BITS: Final = 0xD01
+"""SCE, LME, LMA and NXE (SDM table 2-2)."""
+_SEGMENTS: Final = {
+    _R.CS: "cs",
+    _R.DS: "ds",
+    _R.ES: "es",
+    _R.FS: "fs",
+    _R.GS: "gs",
+    _R.SS: "ss",
+    _R.TR: "tr",
+    _R.LDTR: "ldtr",
+    _R.IDTR: "idtr",
+    _R.GDTR: "gdtr",
+}
+
+
+def start_with(vp: "VirtualProcessor", context: InitialVpContext) -> None:
+    """Start a processor with these registers (HvCallStartVirtualProcessor).
+
+    Raises:
+        HypercallError: INVALID_REGISTER_VALUE for bits that a control register does not have, with nothing changed.
+    """
+    if context.cr0 >> 32 or context.efer & ~_EFER_BITS or context.cr3 >> PHYSICAL_ADDRESS_BITS:
+        raise HypercallError(Status.INVALID_REGISTER_VALUE)
+    write_register(vp, _R.PAT, context.pat)  # the only one of them that can still be refused
+    values = {
+        _R.RIP: context.rip,
+        _R.RSP: context.rsp,
+        _R.RFLAGS: context.rflags | 2,
+        _R.EFER: context.efer,
+        _R.CR0: context.cr0,
+        _R.CR3: context.cr3,
+        _R.CR4: context.cr4,
+    }
+    for name, value in values.items():
+        write_register(vp, name, value)
+    for name, attribute in _SEGMENTS.items():
+        write_register(vp, name, int.from_bytes(getattr(context, attribute).pack(), "little"))
+    vp.started = True
+    if vp.on_start is not None:
+        vp.on_start()
 
 
 def paging_state(vp: "VirtualProcessor") -> PagingState:

@@ -23,6 +23,8 @@ __all__ = ["RemotePartition", "RemoteProcessor"]
 _FAST_SIGNAL: Final = CallCode.SIGNAL_EVENT | 1 << 16
 _POSTED_MSRS: Final = frozenset({int(Msr.EOI), int(Msr.EOM)})
 """Writes that give no result and come with every interrupt: not waited for once the first one has succeeded."""
+STALL_POLL: Final = 0.1
+"""Seconds after which a suspended processor asks again, should the word that it may run have been lost."""
 _RING: Final = (1).to_bytes(8, "little")
 _FAULTS: Final[dict[int, type[GuestFault]]] = {
     fault.vector: fault for fault in (UndefinedOpcodeFault, GeneralProtectionFault)
@@ -45,6 +47,7 @@ class RemoteProcessor:
         self._line = line
         self._maybe_pending = True
         self._posted: set[int] = set()
+        self._resumed = threading.Event()
         self._doorbells: dict[int, int] = {}
         self._waiter = threading.Thread(target=self._wait, name=f"vp{index}-interrupts", daemon=True)
         self._waiter.start()
@@ -52,6 +55,7 @@ class RemoteProcessor:
     def _wait(self) -> None:
         while self._line.recv(64):
             self._maybe_pending = True
+            self._resumed.set()
             wake = self.on_interrupt
             if wake is not None:
                 wake()
@@ -64,7 +68,7 @@ class RemoteProcessor:
                 os.write(bell, _RING)
                 return 0
         request = Request(Operation.HYPERCALL, 0, self.index, len(xmm), control, input, output, xmm, 0)
-        reply, register_output, descriptor = self._partition.ask(request)
+        reply, register_output, descriptor = self._ask_until(request)
         self.fast_output = register_output
         if descriptor >= 0:
             self._doorbells[input] = descriptor
@@ -124,7 +128,16 @@ class RemoteProcessor:
         return reply.a or None
 
     def _ask(self, operation: Operation, a: int = 0, b: int = 0, *, size: int = 0) -> Reply:
-        return self._partition.ask(Request(operation, 0, self.index, size, a, b, 0, b"", 0))[0]
+        return self._ask_until(Request(operation, 0, self.index, size, a, b, 0, b"", 0))[0]
+
+    def _ask_until(self, request: Request) -> tuple[Reply, bytes, int]:
+        """Make a request again for as long as this processor is suspended by its parent."""
+        while True:
+            self._resumed.clear()  # before asking: a wake-up during the answer must not be forgotten
+            answered = self._partition.ask(request)
+            if answered[0].answer != Answer.STALLED:
+                return answered
+            self._resumed.wait(STALL_POLL)
 
 
 class RemotePartition:

@@ -38,6 +38,9 @@ class Answer(IntEnum):
     FAULT = 1
     """An exception of the guest; the first value is its vector."""
     SUSPENDED = 2
+    """The processor waits for its parent to answer an intercept."""
+    STALLED = 3
+    """Its parent has suspended the processor: to be asked again."""
 
 
 @wire(size=136, offsets={"a": 8, "xmm": 32, "reserved": 128})

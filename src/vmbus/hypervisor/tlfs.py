@@ -28,6 +28,7 @@ __all__ = [
     "Msr",
     "PartitionProperty",
     "PartitionState",
+    "PortProperty",
     "PortType",
     "Privilege",
     "RegisterName",
@@ -251,6 +252,15 @@ class PortType(IntEnum):
     MESSAGE = 1
     EVENT = 2
     MONITOR = 3
+
+
+class PortProperty(IntEnum):
+    """HV_PORT_PROPERTY_CODE (HvCallGetPortProperty)."""
+
+    POST_COUNT = 0
+    PREFERRED_TARGET_VP = 1
+    MONITOR_ADDRESS = 2
+    TARGET_VP = 4
 
 
 class PartitionState(IntEnum):

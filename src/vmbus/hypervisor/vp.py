@@ -10,11 +10,20 @@ from typing import TYPE_CHECKING, Final
 
 from vmbus.errors import GuestMemoryError
 from vmbus.hypervisor import intercepts
-from vmbus.hypervisor.apic import APIC_BASE, APIC_SIZE, DeliveryMode, Ipi, LocalApic, Register
-from vmbus.hypervisor.cpuid import CpuidResult, leaves
-from vmbus.hypervisor.faults import GeneralProtectionFault, PageFault, UndefinedOpcodeFault
+from vmbus.hypervisor.apic import (
+    APIC_BASE,
+    APIC_SIZE,
+    NMI_VECTOR,
+    ApicMode,
+    DeliveryMode,
+    Ipi,
+    LocalApic,
+    Register,
+)
+from vmbus.hypervisor.cpuid import TOPOLOGY_LEAF, CpuidResult, leaves, topology
+from vmbus.hypervisor.faults import GeneralProtectionFault, PageFault, UndefinedOpcodeFault, VpSuspended
 from vmbus.hypervisor.hypercalls import dispatch
-from vmbus.hypervisor.msrs import APIC_BASE_BSP, APIC_BASE_ENABLED, MSR_READ, MSR_WRITE
+from vmbus.hypervisor.msrs import MSR_READ, MSR_WRITE
 from vmbus.hypervisor.overlay import OverlayPage
 from vmbus.hypervisor.registers import RegisterFile, paging_state
 from vmbus.hypervisor.stimer import SyntheticTimers
@@ -29,7 +38,11 @@ __all__ = ["VirtualProcessor"]
 
 DEFAULT_PAT: Final = 0x0007_0406_0007_0406
 """IA32_PAT at reset (SDM 12.12.4)."""
+APIC_MODE_SHIFT: Final = 10
+APIC_BASE_BSP: Final = 1 << 8
+"""Bits of IA32_APIC_BASE: the mode (`ApicMode`), and that this is the boot processor (SDM 11.4.4)."""
 _MASK64: Final = 0xFFFF_FFFF_FFFF_FFFF
+_XAPIC: Final = ApicMode.XAPIC
 
 
 class VirtualProcessor:
@@ -43,10 +56,16 @@ class VirtualProcessor:
         timers: its four synthetic timers.
         registers: architectural registers by `RegisterName`, as far as somebody set them.
         interrupt_handler: a model guest's handler, ``handler(vector)``, called inline when an interrupt is
-            delivered; it ends the interrupt with the EOI MSR unless the SINT has auto-EOI.
+            delivered; it ends the interrupt with the EOI MSR unless the SINT has auto-EOI. Vector 2 is an NMI, which
+            comes whatever `interrupts_enabled` says and is not ended.
         on_interrupt: called (without an argument) when an interrupt becomes pending and there is no
-            `interrupt_handler`: an engine's or thread's wake-up; it then takes `pop_interrupt`.
+            `interrupt_handler`: an engine's or thread's wake-up; it then takes `pop_interrupt` and `take_nmi`.
         halted: the guest has halted and waits for an interrupt.
+        started: it runs since power-on (the boot processor), a STARTUP IPI or HvCallStartVirtualProcessor. Engines of
+            application processors wait for it.
+        suspended: its parent has suspended it (`suspend`, or its partition's suspend property): its exits raise
+            `VpSuspended`, and it takes no interrupts.
+        nmi_pending: an NMI waits.
     """
 
     def __init__(self, partition: "Partition", index: int) -> None:
@@ -58,11 +77,21 @@ class VirtualProcessor:
         self._lock = threading.Lock()
         self._interrupts_enabled = True
         self._delivering = False
+        self._in_nmi = False
         self.halted = False
+        self.started = index == 0
+        self.suspended = False
+        self.nmi_pending = False
         self.interrupt_handler: Callable[[int], None] | None = None
         self.on_interrupt: Callable[[], None] | None = None
         self.on_startup: Callable[[Ipi], None] | None = None
         """Called with INIT and STARTUP IPIs to this processor; an engine starts it at the page named."""
+        self.on_start: Callable[[], None] | None = None
+        """Called when HvCallStartVirtualProcessor has set the registers; an engine starts it as they say."""
+        self.on_resume: Callable[[], None] | None = None
+        """Called when the processor is suspended no longer: whoever runs its guest goes on."""
+        self.on_stall: Callable[[Callable[[], bool]], bool] | None = None
+        """A model guest's: ``on_stall(runs)`` waits, in the thread of an exit, until ``runs()``; whether it does."""
         self.apic = LocalApic(
             index,
             hypervisor.clock,
@@ -131,6 +160,8 @@ class VirtualProcessor:
         Raises:
             UndefinedOpcodeFault: the guest has not enabled its hypercall page.
         """
+        if self.suspended:
+            self._stall()
         account = self.account
         account.exits["hypercall"] += 1
         account.hypercalls[control & 0xFFFF] += 1
@@ -146,6 +177,8 @@ class VirtualProcessor:
         Raises:
             GeneralProtectionFault: no such MSR, or not for this partition.
         """
+        if self.suspended:
+            self._stall()
         self.account.exits["rdmsr"] += 1
         watched = self.partition.intercepts
         if watched.msrs and watched.msrs.get(index, 0) & 1:
@@ -163,6 +196,8 @@ class VirtualProcessor:
         Raises:
             GeneralProtectionFault: no such MSR, not for this partition, read-only, or an illegal value.
         """
+        if self.suspended:
+            self._stall()
         self.account.exits["wrmsr"] += 1
         watched = self.partition.intercepts
         if watched.msrs and watched.msrs.get(index, 0) & 2:
@@ -178,6 +213,8 @@ class VirtualProcessor:
 
     def cpuid(self, leaf: int, subleaf: int = 0) -> CpuidResult:
         """CPUID: (EAX, EBX, ECX, EDX); leaves that do not exist give zeros."""
+        if self.suspended:
+            self._stall()
         self.account.exits["cpuid"] += 1
         partition = self.partition
         shown = (partition.privileges, len(partition.vps))
@@ -186,12 +223,16 @@ class VirtualProcessor:
             self._leaves = leaves(partition.personality, shown[0], self.index, shown[1], frequency)
             self._shown = shown
         result = self._leaves.get(leaf, (0, 0, 0, 0))
+        if leaf == TOPOLOGY_LEAF and partition.personality.x2apic:
+            result = topology(subleaf, self.index, shown[1])
         if leaf in partition.intercepts.cpuid:
             return intercepts.cpuid(self, leaf, subleaf, result)
         return result
 
     def io_read(self, port: int, size: int) -> int:
         """An intercepted IN of `size` (1, 2 or 4) bytes."""
+        if self.suspended:
+            self._stall()
         self.account.exits["io_port"] += 1
         watched = self.partition.intercepts.ports
         if watched and watched.get(port, 0) & 1:
@@ -200,6 +241,8 @@ class VirtualProcessor:
 
     def io_write(self, port: int, size: int, value: int) -> None:
         """An intercepted OUT of `size` (1, 2 or 4) bytes."""
+        if self.suspended:
+            self._stall()
         self.account.exits["io_port"] += 1
         watched = self.partition.intercepts.ports
         if watched and watched.get(port, 0) & 2:
@@ -217,6 +260,8 @@ class VirtualProcessor:
         watched = self.partition.intercepts.ports
         if watched and port in watched:
             return b"".join(self.io_read(port, size).to_bytes(size, "little") for _ in range(count))
+        if self.suspended:
+            self._stall()
         self.account.exits["io_port"] += 1
         return self.partition.devices.io_read_string(port, size, count)
 
@@ -227,21 +272,26 @@ class VirtualProcessor:
             for at in range(0, len(data), size):
                 self.io_write(port, size, int.from_bytes(data[at : at + size], "little"))
             return
+        if self.suspended:
+            self._stall()
         self.account.exits["io_port"] += 1
         self.partition.devices.io_write_string(port, size, data)
 
     def mmio_read(self, gpa: int, size: int) -> int:
         """An intercepted load of `size` bytes from unmapped physical memory (the local APIC among it)."""
+        if self.suspended:
+            self._stall()
         self.account.exits["mmio"] += 1
-        if APIC_BASE <= gpa < APIC_BASE + APIC_SIZE:
-            with self._lock:
-                return self.apic.read(gpa - APIC_BASE & ~15)
+        if APIC_BASE <= gpa < APIC_BASE + APIC_SIZE and self.apic.mode == _XAPIC:
+            return self.read_apic(gpa - APIC_BASE & ~15)
         return self.partition.devices.mmio_read(gpa, size)
 
     def mmio_write(self, gpa: int, size: int, value: int) -> None:
         """An intercepted store of `size` bytes to unmapped physical memory (the local APIC among it)."""
+        if self.suspended:
+            self._stall()
         self.account.exits["mmio"] += 1
-        if APIC_BASE <= gpa < APIC_BASE + APIC_SIZE:
+        if APIC_BASE <= gpa < APIC_BASE + APIC_SIZE and self.apic.mode == _XAPIC:
             self.write_apic(gpa - APIC_BASE & ~15, value)
         else:
             self.partition.devices.mmio_write(gpa, size, value)
@@ -279,8 +329,23 @@ class VirtualProcessor:
 
     @property
     def apic_base(self) -> int:
-        """IA32_APIC_BASE."""
-        return APIC_BASE | APIC_BASE_ENABLED | (APIC_BASE_BSP if self.index == 0 else 0)
+        """IA32_APIC_BASE. Writing it switches between xAPIC, x2APIC and disabled; the page stays where it is.
+
+        Raises:
+            GeneralProtectionFault: another address, a reserved bit, or a change of mode that there is not.
+        """
+        return APIC_BASE | self.apic.mode << APIC_MODE_SHIFT | (APIC_BASE_BSP if self.index == 0 else 0)
+
+    @apic_base.setter
+    def apic_base(self, value: int) -> None:
+        mode = value >> APIC_MODE_SHIFT & 3
+        if value & ~(3 << APIC_MODE_SHIFT | APIC_BASE_BSP) != APIC_BASE or (
+            mode == ApicMode.X2APIC and not self.partition.personality.x2apic
+        ):
+            raise GeneralProtectionFault(f"IA32_APIC_BASE 0x{value:x}")
+        with self._lock:
+            if not self.apic.switch(mode):
+                raise GeneralProtectionFault(f"IA32_APIC_BASE 0x{value:x}: no such change of mode")
 
     @property
     def interrupts_enabled(self) -> bool:
@@ -296,13 +361,13 @@ class VirtualProcessor:
     @property
     def interrupt_pending(self) -> bool:
         """Whether `pop_interrupt` would give a vector."""
-        return self.apic.deliverable
+        return self.apic.deliverable and not self.suspended
 
-    def request_interrupt(self, vector: int, auto_eoi: bool = False) -> None:
+    def request_interrupt(self, vector: int, auto_eoi: bool = False, level: bool = False) -> None:
         """Request a fixed interrupt of this processor and deliver it if its priority allows it now."""
         handler = self.interrupt_handler
         with self._lock:
-            if not self.apic.request(vector, auto_eoi):
+            if not self.apic.request(vector, auto_eoi, level) or self.suspended:
                 return
             if handler is not None:
                 if self._delivering or not self._interrupts_enabled:
@@ -313,10 +378,96 @@ class VirtualProcessor:
         elif self.on_interrupt is not None and self.apic.deliverable:
             self.on_interrupt()
 
+    def request_external(self, vector: int) -> bool:
+        """Request an external interrupt (ExtINT); False while the last one is acknowledged and not cleared."""
+        with self._lock:
+            if self.apic.external_acknowledged:
+                return False
+            self.apic.external = vector
+        self._deliver()
+        return True
+
+    def clear_external(self) -> bool:
+        """Let another external interrupt come; False if none was acknowledged."""
+        with self._lock:
+            acknowledged, self.apic.external_acknowledged = self.apic.external_acknowledged, False
+        return acknowledged
+
+    def request_nmi(self) -> None:
+        """Request a non-maskable interrupt; one more while one waits changes nothing (SDM 6.7.1)."""
+        self.nmi_pending = True
+        if self.interrupt_handler is not None:
+            self._deliver_nmi(self.interrupt_handler)
+        elif self.on_interrupt is not None and not self.suspended:
+            self.on_interrupt()
+
+    def take_nmi(self) -> bool:
+        """Take the NMI that waits, for delivery through vector 2 now; False if none does."""
+        with self._lock:
+            taken = self.nmi_pending and not self.suspended
+            if taken:
+                self.nmi_pending = False
+                self.halted = False
+        if taken:
+            self.account.interrupts[NMI_VECTOR] += 1
+        return taken
+
+    def receive_ipi(self, mode: int, vector: int, *, level: bool = False) -> None:
+        """What another processor's ICR, or the parent, sends in a `DeliveryMode` (SMI is ignored: there is no SMM)."""
+        if mode in (DeliveryMode.FIXED, DeliveryMode.LOWEST_PRIORITY):
+            self.request_interrupt(vector, level=level)
+        elif mode == DeliveryMode.NMI:
+            self.request_nmi()
+        elif mode in (DeliveryMode.INIT, DeliveryMode.STARTUP):
+            self.started = mode == DeliveryMode.STARTUP
+            if self.on_startup is not None:
+                self.on_startup(Ipi(mode, vector, 0, False, self.index))
+
+    # Suspension
+
+    def suspend(self, suspended: bool) -> None:
+        """Stop or resume the processor (HvRegisterExplicitSuspend). What it is asked for meanwhile waits."""
+        self.explicitly_suspended = suspended
+        self.update_suspension()
+
+    def update_suspension(self) -> None:
+        """Its partition's suspend property, or its own register, has changed."""
+        before = self.suspended
+        with self._lock:
+            self.suspended = self.explicitly_suspended or self.partition.suspended
+        if before == self.suspended:
+            return
+        changed = self.partition.on_suspension
+        if changed is not None:
+            changed(self)
+        if self.suspended:
+            return
+        if self.nmi_pending and self.interrupt_handler is not None:
+            self._deliver_nmi(self.interrupt_handler)
+        self._deliver()
+        if self.on_resume is not None:
+            self.on_resume()
+
+    def _stall(self) -> None:
+        """The exit of a suspended processor: it takes place when the processor runs again, or is made again then.
+
+        Raises:
+            VpSuspended: nobody waits for that in this thread.
+        """
+        if (
+            self._delivering
+        ):  # a model guest's interrupt handler, in a provider's thread: what has begun is finished
+            return
+        if self.on_stall is not None and self.on_stall(lambda: not self.suspended):
+            return
+        raise VpSuspended(f"processor {self.index} of {self.partition.name} is suspended by its parent")
+
+    # Delivery
+
     def pop_interrupt(self) -> int | None:
         """Take the next interrupt that can be delivered into service (an INTA cycle); None if there is none."""
         with self._lock:
-            vector = self.apic.accept()
+            vector = None if self.suspended else self.apic.accept()
         if vector is not None:
             self.account.interrupts[vector] += 1
         return vector
@@ -326,6 +477,11 @@ class VirtualProcessor:
         with self._lock:
             vector = self.apic.eoi()
         self._ended(vector)
+
+    def read_apic(self, offset: int) -> int:
+        """Read the local APIC register at `offset` (SDM table 11-1)."""
+        with self._lock:
+            return self.apic.read(offset)
 
     def write_apic(self, offset: int, value: int) -> None:
         """Write the local APIC register at `offset` (SDM table 11-1)."""
@@ -344,6 +500,8 @@ class VirtualProcessor:
     def _ended(self, vector: int | None) -> None:
         if vector is not None:
             self.synic.end_of_interrupt(vector)
+            if self.apic.tmr >> vector & 1:
+                intercepts.apic_eoi(self, vector)
             on_eoi = self.partition.on_eoi
             if on_eoi is not None:
                 on_eoi(vector)
@@ -351,12 +509,12 @@ class VirtualProcessor:
 
     def _deliver(self) -> None:
         """Run the model guest's handler for what is deliverable, in this thread, one at a time."""
-        if not self.apic.irr:  # whoever adds to it comes here afterwards
+        if not self.apic.irr and self.apic.external is None:  # whoever adds to it comes here afterwards
             return
         handler = self.interrupt_handler
         if handler is None:
             wake = self.on_interrupt
-            if wake is not None and self.apic.deliverable:
+            if wake is not None and self.interrupt_pending:
                 wake()
             return
         with self._lock:
@@ -375,7 +533,7 @@ class VirtualProcessor:
         try:
             while True:
                 with lock:
-                    vector = accept() if self._interrupts_enabled else None
+                    vector = accept() if self._interrupts_enabled and not self.suspended else None
                     if vector is None:
                         self._delivering = False
                         return
@@ -385,6 +543,18 @@ class VirtualProcessor:
         except BaseException:
             self._delivering = False
             raise
+
+    def _deliver_nmi(self, handler: Callable[[int], None]) -> None:
+        """Run the model guest's handler for an NMI, in the middle of whatever else it handles; not one in another."""
+        with self._lock:
+            if self._in_nmi:
+                return
+            self._in_nmi = True
+        try:
+            while self.take_nmi():
+                handler(NMI_VECTOR)
+        finally:
+            self._in_nmi = False
 
     def _send_ipi(self, ipi: Ipi) -> None:
         for vp in self.partition.vps:
@@ -396,12 +566,9 @@ class VirtualProcessor:
                 chosen = ipi.shorthand == 2 or vp is not self
             if not chosen:
                 continue
-            if ipi.mode in (DeliveryMode.FIXED, DeliveryMode.LOWEST_PRIORITY):
-                vp.request_interrupt(ipi.vector)
-                if ipi.mode == DeliveryMode.LOWEST_PRIORITY:
-                    return
-            elif ipi.mode in (DeliveryMode.INIT, DeliveryMode.STARTUP) and vp.on_startup is not None:
-                vp.on_startup(ipi)
+            vp.receive_ipi(ipi.mode, ipi.vector)
+            if ipi.mode == DeliveryMode.LOWEST_PRIORITY:
+                return
 
     def reset(self) -> None:
         """Back to the state at power-on."""
@@ -414,5 +581,8 @@ class VirtualProcessor:
         self.pat = DEFAULT_PAT
         self.apic.tsc_offset = 0
         self.registers.clear()
-        self.intercept_suspended = self.explicitly_suspended = False
+        self.intercept_suspended = False
         self.halted = False
+        self.nmi_pending = False
+        self.started = self.index == 0
+        self.suspend(False)

@@ -8,6 +8,7 @@ from typing import Annotated
 from vmbus.wire import I64, U8, U16, U32, U64, Fixed, Structure, wire
 
 __all__ = [
+    "ApicEoiMessage",
     "AssertVirtualInterrupt",
     "ClusterIpi",
     "ClusterIpiEx",
@@ -18,6 +19,8 @@ __all__ = [
     "CreateVp",
     "FlushVirtualAddressSpace",
     "FlushVirtualAddressSpaceEx",
+    "GetPortProperty",
+    "InitialVpContext",
     "InstallIntercept",
     "InterceptMessageHeader",
     "IoPortInterceptMessage",
@@ -35,6 +38,8 @@ __all__ = [
     "SetPartitionPropertyInput",
     "SetVpRegister",
     "SignalEvent",
+    "StartVirtualProcessor",
+    "TableRegister",
     "TimerMessage",
     "TranslateVirtualAddress",
     "TranslateVirtualAddressOutput",
@@ -108,6 +113,17 @@ class PortReference(Structure):
     partition_id: U64
     id: U32
     reserved: U32
+
+
+@wire(size=24)
+class GetPortProperty(Structure):
+    """HvCallGetPortProperty."""
+
+    partition_id: U64
+    port_id: U32
+    reserved: U32
+    property_code: U32
+    reserved2: U32
 
 
 @wire(size=56, offsets={"compatibility_version": 16, "disabled_xsave_features": 40})
@@ -343,6 +359,59 @@ class SegmentRegister(Structure):
     limit: U32
     selector: U16
     attributes: U16
+
+
+@wire(size=16, offsets={"limit": 6, "base": 8})
+class TableRegister(Structure):
+    """HV_X64_TABLE_REGISTER: IDTR and GDTR."""
+
+    reserved: Annotated[bytes, Fixed(6)]
+    limit: U16
+    base: U64
+
+
+@wire(size=224, offsets={"cs": 24, "idtr": 152, "efer": 184, "pat": 216})
+class InitialVpContext(Structure):
+    """HV_INITIAL_VP_CONTEXT: the registers that a processor is started with."""
+
+    rip: U64
+    rsp: U64
+    rflags: U64
+    cs: SegmentRegister
+    ds: SegmentRegister
+    es: SegmentRegister
+    fs: SegmentRegister
+    gs: SegmentRegister
+    ss: SegmentRegister
+    tr: SegmentRegister
+    ldtr: SegmentRegister
+    idtr: TableRegister
+    gdtr: TableRegister
+    efer: U64
+    cr0: U64
+    cr3: U64
+    cr4: U64
+    pat: U64
+
+
+@wire(size=240, offsets={"target_vtl": 12, "context": 16})
+class StartVirtualProcessor(Structure):
+    """HvCallStartVirtualProcessor."""
+
+    partition_id: U64
+    vp_index: U32
+    target_vtl: U8
+    reserved: U8
+    reserved2: U16
+    context: InitialVpContext
+
+
+@wire(size=8)
+class ApicEoiMessage(Structure):
+    """HV_X64_APIC_EOI_MESSAGE."""
+
+    vp_index: U32
+    interrupt_vector: U32
 
 
 @wire(size=40, offsets={"access_type": 5, "cs": 8, "rip": 24})

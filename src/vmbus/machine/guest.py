@@ -70,6 +70,7 @@ class Outcome(Enum):
     VIRTUAL_TIME = "the virtual time limit was reached"
     WALL_TIME = "the wall-clock time limit was reached"
     STOPPED = "stopped by request"
+    SUSPENDED = "its parent suspended the processor"
 
 
 _OUTCOMES: Final = {
@@ -79,8 +80,16 @@ _OUTCOMES: Final = {
     Stop.VIRTUAL_TIME: Outcome.VIRTUAL_TIME,
     Stop.WALL_TIME: Outcome.WALL_TIME,
     Stop.REQUESTED: Outcome.STOPPED,
+    Stop.SUSPENDED: Outcome.SUSPENDED,
 }
-RESUMABLE: Final = (Outcome.MATCHED, Outcome.STOPPED, Outcome.VIRTUAL_TIME, Outcome.WALL_TIME, Outcome.IDLE)
+RESUMABLE: Final = (
+    Outcome.MATCHED,
+    Outcome.STOPPED,
+    Outcome.SUSPENDED,
+    Outcome.VIRTUAL_TIME,
+    Outcome.WALL_TIME,
+    Outcome.IDLE,
+)
 """Outcomes after which the same guest can be run on."""
 
 
