@@ -83,10 +83,9 @@ def test_write_changes_the_image_and_only_the_chosen_blocks(image: Path) -> None
 
 
 def test_command_prints_a_table_and_writes_json_and_a_picture(
-    image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("matplotlib")
-    monkeypatch.setenv("COLUMNS", "150")
     figures, picture = tmp_path / "out.json", tmp_path / "out.png"
     assert cli.main(["compare", "--disk", str(image), "--json", str(figures), "--plot", str(picture)]) == 0
     shown = capsys.readouterr().out

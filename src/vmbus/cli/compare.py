@@ -115,23 +115,20 @@ def report(result: Comparison, console: Console) -> None:
     """Print the comparison as a table."""
     blocks = f"{format_size(result.block)} blocks, depth {result.depth}"
     title = f"{format_size(result.size)} disk ({result.image}), {blocks}"
-    table = Table(title=title, title_justify="left", caption="per operation", caption_justify="left")
-    table.add_column("")
+    table = Table(title=title, title_justify="left")
+    table.add_column("per operation", no_wrap=True)
+    for path in PATHS:
+        table.add_column(path, justify="right", no_wrap=True)
+    table.add_column("ratio", justify="right", style="bold", no_wrap=True)
     for phase, paths in result.phases.items():
-        for path in PATHS:
-            table.add_column(f"{paths[path].operations} {phase}\n{path}", justify="right")
-        table.add_column("\nratio", justify="right", style="bold")
-    figures = {
-        phase: [paths[path].per_operation() for path in PATHS] for phase, paths in result.phases.items()
-    }
-    for name, label in ROWS:
-        cells = []
-        for pair in figures.values():
-            enlightened, emulated = (figure.get(name, 0.0) for figure in pair)
-            ratio = f"{emulated / enlightened:.3g} ×" if enlightened and emulated else ""
-            cells += [_number(enlightened), _number(emulated), ratio]
-        if any(cell not in ("0", "") for cell in cells):
-            table.add_row(label, *cells)
+        table.add_section()
+        table.add_row(f"{paths['enlightened'].operations} {phase}", style="bold")
+        enlightened, emulated = (paths[path].per_operation() for path in PATHS)
+        for name, label in ROWS:
+            pair = enlightened.get(name, 0.0), emulated.get(name, 0.0)
+            if any(pair):
+                ratio = f"{_number(pair[1] / pair[0])} ×" if all(pair) else ""
+                table.add_row(f"  {label}", *map(_number, pair), ratio)
     console.print(table)
     for phase, paths in result.phases.items():
         expected = result.expected[phase]
@@ -142,7 +139,7 @@ def report(result: Comparison, console: Console) -> None:
             )
             console.print(f"  over the {path} path: {verdict}", highlight=False)
     sectors = result.block // 512
-    exits = figures["reads"][1].get("exits", 0.0) / sectors
+    exits = result.phases["reads"]["emulated"].per_operation().get("exits", 0.0) / sectors
     console.print(
         f"Reads took {result.ratio('reads'):.0f} times as long on the emulated path, "
         f"writes {result.ratio('writes'):.0f} times; it exits {exits:.4g} times for each sector read.",
