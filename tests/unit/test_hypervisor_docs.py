@@ -25,12 +25,30 @@ def test_every_hypercall_is_listed():
     assert listed == {code: "rep" if isinstance(call, RepCall) else "simple" for code, call in CALLS.items()}
 
 
+NVSP = {0: "-", 0x2: "1", 0x3_0002: "2", 0x4_0000: "4", 0x5_0000: "5", 0x6_0000: "6", 0x6_0001: "6.1"}
+
+
+def version(number, bits):
+    return f"{number >> bits}.{number & (1 << bits) - 1}" if number else "-"
+
+
 def test_every_personality_is_listed():
-    rows = re.findall(r"^\| ([\w-]+) \| (yes|no) \| ([\d.-]+) \| ([\w, -]+) \|", PAGE, re.MULTILINE)
-    assert {name for name, *_ in rows} == set(PERSONALITIES)
-    for name, visible, version, drivers in rows:
-        personality = PERSONALITIES[name]
-        assert (visible == "yes") == personality.hypervisor_present
-        major, minor = personality.vmbus_version >> 16, personality.vmbus_version & 0xFFFF
-        assert version == (f"{major}.{minor}" if personality.vmbus_version else "-")
-        assert drivers == (", ".join(sorted(personality.enlightened)) or "-")
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in PAGE.partition("| personality |")[2].splitlines()[2:]
+        if line.startswith("|")
+    ]
+    expected = [
+        [
+            name,
+            "yes" if p.hypervisor_present else "no",
+            version(p.vmbus_version, 16),
+            ", ".join(sorted(p.enlightened)) or "-",
+            version(p.storage_version, 8),
+            NVSP[p.network_version],
+            ("yes" if p.auto_eoi else "deprecated") if p.hypervisor_present else "-",
+            "yes" if p.x2apic else "-",
+        ]
+        for name, p in PERSONALITIES.items()
+    ]
+    assert rows == expected

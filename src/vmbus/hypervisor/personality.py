@@ -17,6 +17,11 @@ __all__ = [
     "PERSONALITIES",
     "ROOT_PRIVILEGES",
     "SERVER_2008",
+    "SERVER_2008_R2",
+    "SERVER_2012",
+    "SERVER_2012_R2",
+    "SERVER_2016",
+    "SERVER_2019",
     "SERVER_2022",
     "SUSE_LINUX",
     "VISTA",
@@ -64,6 +69,8 @@ class Personality:
         name: how the command line and reports call it.
         guest_os_id: what the guest writes to HV_X64_MSR_GUEST_OS_ID; 0 for guests that never do.
         vmbus_version: the newest VMBus version that its drivers speak (major << 16 | minor), 0 for none.
+        storage_version: the newest storage protocol that they speak (major << 8 | minor), 0 for none.
+        network_version: the newest NVSP version that they speak (major << 16 | minor), 0 for none.
         enlightened: device kinds for which it has VMBus drivers: ``storage``, ``network``, ``video``, ``input``,
             ``services``. All others get emulated hardware.
         hypervisor_build: build number and version that CPUID 0x40000002 shows: (build, major, minor).
@@ -78,6 +85,8 @@ class Personality:
     name: str
     guest_os_id: int = 0
     vmbus_version: int = 0
+    storage_version: int = 0
+    network_version: int = 0
     enlightened: frozenset[str] = field(default_factory=frozenset)
     hypervisor_build: tuple[int, int, int] = (20348, 10, 0)
     features: int = (
@@ -126,38 +135,116 @@ _FIRST_HYPERVISOR: Final = Personality(
     max_leaf=0x4000_0005,
 )
 
+_WINDOWS_7: Final = replace(
+    _FIRST_HYPERVISOR,
+    name="of 2008 R2",
+    hypervisor_build=(7601, 6, 1),
+    features=FREQUENCY_MSRS_AVAILABLE,
+    privileges=CHILD_PRIVILEGES,
+    max_leaf=0x4000_0006,
+)
+_WINDOWS_8: Final = replace(
+    _WINDOWS_7,
+    name="of 2012",
+    hypervisor_build=(9200, 6, 2),
+    features=FREQUENCY_MSRS_AVAILABLE | XMM_INPUT_AVAILABLE | CRASH_MSRS_AVAILABLE,
+)
+
 SERVER_2008: Final = replace(
     _FIRST_HYPERVISOR,
     name="server-2008",
     guest_os_id=_windows(0x600, 6001),
     vmbus_version=0x0000_000D,
+    storage_version=0x0200,
+    network_version=0x0_0002,
     enlightened=_FIRST,
 )
-VISTA: Final = replace(
-    _FIRST_HYPERVISOR,
-    name="vista",
-    guest_os_id=_windows(0x600, 6002),
-    vmbus_version=0x0000_000D,
-    enlightened=_FIRST,
-)
+VISTA: Final = replace(SERVER_2008, name="vista", guest_os_id=_windows(0x600, 6002))
 SUSE_LINUX: Final = replace(
-    _FIRST_HYPERVISOR,
+    SERVER_2008,
     name="suse-linux",
     guest_os_id=_linux(0x02_06_10),
-    vmbus_version=0x0000_000D,
     enlightened=frozenset({"storage", "network"}),
 )
-WINDOWS_10: Final = Personality(
-    "windows-10", _windows(0xA00, 19041), 0x0005_0002, _ALL, hypervisor_build=(19041, 10, 0), x2apic=True
+SERVER_2008_R2: Final = replace(
+    _WINDOWS_7,
+    name="server-2008-r2",
+    guest_os_id=_windows(0x601, 7601),
+    vmbus_version=0x0001_0001,
+    storage_version=0x0402,
+    network_version=0x3_0002,
+    enlightened=_ALL,
 )
-SERVER_2022: Final = Personality("server-2022", _windows(0xA00, 20348), 0x0005_0003, _ALL, x2apic=True)
-LINUX: Final = Personality("linux", _linux(0x06_01_00), 0x0005_0003, _ALL, x2apic=True)
+SERVER_2012: Final = replace(
+    _WINDOWS_8,
+    name="server-2012",
+    guest_os_id=_windows(0x602, 9200),
+    vmbus_version=0x0002_0004,
+    storage_version=0x0501,
+    network_version=0x4_0000,
+    enlightened=_ALL,
+)
+SERVER_2012_R2: Final = replace(
+    SERVER_2012,
+    name="server-2012-r2",
+    hypervisor_build=(9600, 6, 3),
+    guest_os_id=_windows(0x603, 9600),
+    vmbus_version=0x0003_0000,
+    storage_version=0x0600,
+    network_version=0x5_0000,
+)
+SERVER_2022: Final = Personality(
+    "server-2022",
+    _windows(0xA00, 20348),
+    vmbus_version=0x0005_0003,
+    storage_version=0x0602,
+    network_version=0x6_0001,
+    enlightened=_ALL,
+    x2apic=True,
+)
+SERVER_2016: Final = replace(
+    SERVER_2022,
+    name="server-2016",
+    hypervisor_build=(14393, 10, 0),
+    guest_os_id=_windows(0xA00, 14393),
+    vmbus_version=0x0004_0000,
+    network_version=0x6_0000,
+)
+SERVER_2019: Final = replace(
+    SERVER_2022,
+    name="server-2019",
+    hypervisor_build=(17763, 10, 0),
+    guest_os_id=_windows(0xA00, 17763),
+    vmbus_version=0x0005_0002,
+)
+WINDOWS_10: Final = replace(
+    SERVER_2019,
+    name="windows-10",
+    hypervisor_build=(19041, 10, 0),
+    guest_os_id=_windows(0xA00, 19041),
+)
+LINUX: Final = replace(SERVER_2022, name="linux", guest_os_id=_linux(0x06_01_00))
 WINDOWS_2000: Final = Personality("windows-2000", privileges=_NONE, hypervisor_present=False)
 DOS: Final = Personality("dos", privileges=_NONE, hypervisor_present=False)
 OLD_BSD: Final = Personality("old-bsd", privileges=_NONE, hypervisor_present=False)
 
 PERSONALITIES: Final = {
     p.name: p
-    for p in (SERVER_2008, VISTA, SUSE_LINUX, WINDOWS_10, SERVER_2022, LINUX, WINDOWS_2000, DOS, OLD_BSD)
+    for p in (
+        SERVER_2008,
+        VISTA,
+        SUSE_LINUX,
+        SERVER_2008_R2,
+        SERVER_2012,
+        SERVER_2012_R2,
+        SERVER_2016,
+        SERVER_2019,
+        WINDOWS_10,
+        SERVER_2022,
+        LINUX,
+        WINDOWS_2000,
+        DOS,
+        OLD_BSD,
+    )
 }
 """All personalities by name."""

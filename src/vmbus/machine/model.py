@@ -1,17 +1,30 @@
 """A machine whose guest is a Python model: one parent, one child, and the child's drivers, on one thread."""
 
+from collections.abc import Sequence
 from typing import Self
 
 from vmbus.bus import VmbusGuest, VmbusHost
-from vmbus.emulated.ports import attach_ide
+from vmbus.bus.pages import PageAllocator
+from vmbus.core.memory import PAGE_SIZE
+from vmbus.emulated.ports import attach_ide, attach_pci, attach_tulip
+from vmbus.errors import LocalProtocolError
 from vmbus.hypervisor import Clock, Hypervisor, Personality
 from vmbus.hypervisor.personality import LINUX
 from vmbus.machine.block import BlockDevice
 from vmbus.machine.ide_guest import IdeDisk
+from vmbus.machine.nic import NetworkDevice
+from vmbus.machine.tulip_guest import TulipNic
+from vmbus.network.adapter import NetworkAdapter
+from vmbus.network.switch import Port
+from vmbus.network.vsc import NetworkVsc, default_page_count
+from vmbus.network.vsc_protocol import GuestConfig
+from vmbus.network.vsp_oid import AdapterConfig
+from vmbus.network.wire import Version as NetworkVersion
 from vmbus.storage.disk import Disk
 from vmbus.storage.guest_disk import StorageDisk
 from vmbus.storage.vsc import StorageVsc
 from vmbus.storage.vsp import StorageVsp
+from vmbus.storage.wire import Version as StorageVersion
 from vmbus.trace.ledger import Ledger
 
 __all__ = ["ModelMachine"]
@@ -20,19 +33,31 @@ RING_PAGES = 16
 """Data pages of each ring of a storage channel: 64 KiB, room for some hundred requests."""
 DATA_PAGES = 512
 """Guest pages that a storage client may use for data: 2 MiB, 64 requests of 32 KiB."""
+LEAST_MEMORY = 8 << 20
+"""Bytes that the child has at least."""
+EMULATED_MEMORY = 2 << 20
+"""Bytes at the end of the child's memory for the drivers of emulated hardware; VMBus drivers have the rest."""
+TULIP_OFFSET = 0x140000
+"""Where the network driver's part of it begins, behind the disk driver's 1 MiB of buffer and 4 pages."""
+TULIP_FRAME = 1514
+"""The longest frame that the switch gives the emulated adapter."""
 
 
 class ModelMachine:
     """A hypervisor with a root partition and one child.
 
-    The child's guest has drivers for VMBus devices and, instead or as well, for emulated hardware. Both kinds of disk
-    have the same interface; what they cost is in the ledger.
+    The child's guest has drivers for VMBus devices and, instead or as well, for emulated hardware. Both kinds of disk,
+    and both kinds of network adapter, have the same interface; what they cost is in the ledger.
 
     Args:
-        memory_size: bytes of the child's memory.
-        personality: the guest operating system; `add_disk` chooses the driver that it has.
+        memory_size: bytes of the child's memory, at least 8 MiB.
+        personality: the guest operating system; `add_disk` and `add_network` choose the driver that it has, and an
+            enlightened one speaks the protocol versions of its time.
         clock: the time of all partitions; the host's by default.
         ledger: where everything is counted; a new one by default.
+
+    Raises:
+        LocalProtocolError: too little memory.
 
     Attributes:
         hypervisor: the instance.
@@ -49,16 +74,22 @@ class ModelMachine:
         clock: Clock | None = None,
         ledger: Ledger | None = None,
     ) -> None:
+        if memory_size < LEAST_MEMORY:
+            raise LocalProtocolError(f"the drivers need {LEAST_MEMORY >> 20} MiB of memory")
         self.ledger = ledger if ledger is not None else Ledger()
         self.hypervisor = Hypervisor(self.ledger, clock)
         self.root = self.hypervisor.create_root("root")
         self.child = self.hypervisor.create_child(
             self.root, "child", memory_size=memory_size, personality=personality
         )
+        self._emulated = memory_size - EMULATED_MEMORY
         self._host: VmbusHost | None = None
         self._guest: VmbusGuest | None = None
         self._providers: list[StorageVsp] = []
         self._clients: list[StorageVsc] = []
+        self._nics: list[NetworkVsc] = []
+        self._ports: list[Port] = []
+        self._emulated_network = False
 
     @property
     def host(self) -> VmbusHost:
@@ -76,7 +107,8 @@ class ModelMachine:
         """
         if self._guest is None:
             _ = self.host
-            self._guest = VmbusGuest(self.child.vps[0])
+            pages = PageAllocator((1 << 20) // PAGE_SIZE, self._emulated // PAGE_SIZE)
+            self._guest = VmbusGuest(self.child.vps[0], pages=pages)
             self._guest.connect()
         return self._guest
 
@@ -101,7 +133,9 @@ class ModelMachine:
         channel = guest.open(
             offer, RING_PAGES, RING_PAGES, account=self.ledger.account(self.child.name, "storage")
         )
-        vsc = StorageVsc(channel, guest.pages.allocate(DATA_PAGES))
+        newest = self.child.personality.storage_version or max(StorageVersion)
+        versions = sorted((v for v in StorageVersion if v <= newest), reverse=True)
+        vsc = StorageVsc(channel, guest.pages.allocate(DATA_PAGES), versions=versions)
         vsc.connect()
         self._clients.append(vsc)
         return vsc.disk()
@@ -113,10 +147,62 @@ class ModelMachine:
             ValueError: the machine has its one controller already.
         """
         attach_ide(self.child, disk)
-        return IdeDisk(self.child.vps[0])
+        return IdeDisk(self.child.vps[0], base=self._emulated)
+
+    def add_network(self, port: Port, mac: bytes) -> NetworkDevice:
+        """Attach a network adapter in the way that the guest operating system has a driver for.
+
+        Args:
+            port: the adapter's port of a virtual switch in the parent.
+            mac: its address: six bytes, of one station.
+        """
+        if self.child.personality.has_driver("network"):
+            return self.add_enlightened_network(port, mac)
+        return self.add_emulated_network(port, mac)
+
+    def add_enlightened_network(self, port: Port, mac: bytes) -> NetworkVsc:
+        """Attach a synthetic adapter: VSC → VMBus → VSP → switch; arguments as for `add_network`."""
+        self._ports.append(port)
+        guest = self.guest
+        known = {offer.key for offer in guest.offers}
+        NetworkAdapter(self.host, port, AdapterConfig(mac), name="network")
+        (offer,) = (o for o in guest.offers if o.key not in known)
+        channel = guest.open(
+            offer, RING_PAGES, RING_PAGES, account=self.ledger.account(self.child.name, "network")
+        )
+        newest = self.child.personality.network_version or max(NetworkVersion)
+        config = GuestConfig(versions=sorted((v for v in NetworkVersion if v <= newest), reverse=True))
+        nic = NetworkVsc(channel, guest.pages.allocate(default_page_count()), config)
+        self._nics.append(nic)
+        return nic
+
+    def add_emulated_network(self, port: Port, mac: bytes) -> TulipNic:
+        """Attach an emulated DEC 21140, driven by machine code through intercepts; arguments as for `add_network`.
+
+        Raises:
+            LocalProtocolError: the machine has its one such adapter already.
+        """
+        if self._emulated_network:
+            raise LocalProtocolError("the machine has its emulated adapter already")
+        self._emulated_network = True
+        self._ports.append(port)
+        tulip, _ = attach_tulip(self.child, attach_pci(self.child), mac, lambda frame: port.send([frame]))
+        port.max_frame = TULIP_FRAME
+
+        def deliver(frames: Sequence[bytes]) -> None:
+            for frame in frames:
+                tulip.receive(bytes(frame))  # what its ring has no place for is lost, as on any wire
+
+        nic = TulipNic(self.child.vps[0], base=self._emulated + TULIP_OFFSET)
+        port.receiver = deliver
+        return nic
 
     def close(self) -> None:
-        """Close the guest's drivers, the bus and the partitions. The disks stay open."""
+        """Close the guest's drivers, the bus and the partitions. The disks stay open, the switch stays."""
+        for nic in self._nics:
+            nic.close()
+        for port in self._ports:
+            port.disconnect()
         for vsc in self._clients:
             vsc.close()
         for vsp in self._providers:
