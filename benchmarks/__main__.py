@@ -111,8 +111,8 @@ def table(results: dict[str, list[Row]], about: dict[str, str]) -> Table:
     made.add_column("peer", min_width=34)
     for name in ("ours, ns", "peer, ns", "peer ÷ ours"):
         made.add_column(name, justify="right", no_wrap=True)
-    made.add_column("target", min_width=17)
-    made.add_column("", no_wrap=True)
+    made.add_column("target", width=18)
+    made.add_column("", min_width=6)
     verdicts = {True: "[green]met[/green]", False: "[red]missed[/red]", None: ""}
     for topic, rows in results.items():
         made.add_section()
