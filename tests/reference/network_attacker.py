@@ -82,6 +82,8 @@ def seized(*, plain: bool = False, **adapter: object) -> tuple[Raw, Guest, Guest
 
 
 def neighbours_are_well(good: Guest, third: Guest) -> None:
+    """Frames pass between the two, once the switch has heard from both: it believes any source address."""
+    send_all(third.nic, [frame(mac(2), mac(3))])
     receive_all(good.nic)
     receive_all(third.nic)
     frames = [frame(mac(3), mac(2), bytes([n]) * 100) for n in range(20)]
