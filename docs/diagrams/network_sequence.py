@@ -1,4 +1,4 @@
-"""Prints the sequence diagram of docs/network.md from a real run: ``python docs/diagrams/network_sequence.py``.
+"""The sequence diagram of docs/network.md.
 
 A client and a provider talk over two rings; this script sits on the host's side of both and writes down every
 packet as it passes, with the RNDIS message that it announces.
@@ -161,7 +161,3 @@ def record() -> Iterator[str]:
     recorder.look()
     yield from ("sequenceDiagram", "    participant C as client (VSC)", "    participant P as provider (VSP)")
     yield from recorder.lines
-
-
-if __name__ == "__main__":
-    print("\n".join(record()))

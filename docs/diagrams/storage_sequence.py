@@ -1,4 +1,4 @@
-"""Prints the sequence diagram of docs/storage.md from a real run: ``python docs/diagrams/storage_sequence.py``.
+"""The sequence diagram of docs/storage.md.
 
 A client and a provider talk over two rings; this script sits on the host's side of both and writes down every
 packet as it passes.
@@ -86,7 +86,3 @@ def record() -> Iterator[str]:
     look()
     yield from ("sequenceDiagram", "    participant C as client (VSC)", "    participant P as provider (VSP)")
     yield from lines
-
-
-if __name__ == "__main__":
-    print("\n".join(record()))

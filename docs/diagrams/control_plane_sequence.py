@@ -1,15 +1,10 @@
-"""Draws the sequence diagrams of docs/control-plane.md and README.md from real runs.
+"""The control plane's sequence diagrams, of docs/control-plane.md and README.md.
 
-    python docs/control_plane_diagram.py            # rewrite the pages' diagrams
-    python docs/control_plane_diagram.py --check    # exit status 1 if they are not those of a run
-
-The run is inline on a virtual clock, so the diagram is the same every time unless the code does something else.
+Every control message and doorbell between a guest and its host, from the bus's event trace. The run is inline on a
+virtual clock.
 """
 
-import argparse
-import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Iterator
 from uuid import UUID
 
 from vmbus.bus import Channel, Inline, Offer, Version, VmbusGuest, VmbusHost, wire
@@ -19,8 +14,6 @@ from vmbus.core.ring import Packet
 from vmbus.hypervisor import Hypervisor, VirtualClock
 from vmbus.trace.events import Event, EventTrace
 
-DOCS = Path(__file__).parent
-START, END = "<!-- generated: {name} -->", "<!-- end of {name} -->"
 STORAGE = UUID("ba6163d9-04a1-4d29-b605-72e2ffb1dc7f")
 
 
@@ -67,29 +60,27 @@ def describe(event: Event, version: int) -> str:
     return f"{number.name} {text}".strip()
 
 
-def mermaid(version: int, *, brief: bool = False) -> str:
-    """A Mermaid sequence diagram of a run with that version."""
-    lines = [
-        "```mermaid",
+def record(version: int, *, brief: bool = False) -> Iterator[str]:
+    """The lines of the diagram of a run with that version."""
+    yield from (
         "sequenceDiagram",
         "    participant G as guest (VSC side)",
         "    participant H as host (VSP side)",
-    ]
+    )
     ends = {"child": "G", "root": "H"}
     for event in run(version, brief=brief):
         source, target = ends[event.source], ends[event.target]
         particulars = dict(part.split("=", 1) for part in event.text.split())
         match event.kind:
             case "message":
-                lines.append(f"    {source}->>{target}: {describe(event, version)}")
+                yield f"    {source}->>{target}: {describe(event, version)}"
             case "doorbell":
                 how = "HvSignalEvent" if source == "G" else "event flag"
-                lines.append(f"    {source}-){target}: {how}, channel {particulars['channel']}")
+                yield f"    {source}-){target}: {how}, channel {particulars['channel']}"
             case "open" | "close":
-                lines.append(f"    Note over H: provider {event.kind}s channel {particulars['channel']}")
+                yield f"    Note over H: provider {event.kind}s channel {particulars['channel']}"
             case "connect" | "unload":
-                lines.append(f"    Note over H: {event.kind} {particulars.get('version', '')}".rstrip())
-    return "\n".join([*lines, "```"])
+                yield f"    Note over H: {event.kind} {particulars.get('version', '')}".rstrip()
 
 
 def echo(channel: Channel) -> None:
@@ -127,48 +118,3 @@ def run(version: int, *, brief: bool = False) -> list[Event]:
         assert not host.offered
     guest.close()
     return list(trace)
-
-
-DIAGRAMS: dict[Path, dict[str, Callable[[], str]]] = {
-    DOCS / "control-plane.md": {
-        "version 5.3": lambda: mermaid(Version.V5_3),
-        "version 1.1": lambda: mermaid(Version.V1_1),
-    },
-    DOCS.parent / "README.md": {"a channel": lambda: mermaid(Version.V5_3, brief=True)},
-}
-
-
-def updated(page: Path) -> str:
-    """The page with the diagrams of runs made now."""
-    text = page.read_text(encoding="utf-8")
-    for name, draw in DIAGRAMS[page].items():
-        start, end = START.format(name=name), END.format(name=name)
-        before, _, rest = text.partition(start)
-        _, found, after = rest.partition(end)
-        if not found:
-            raise SystemExit(f"{page.name} has no place for the diagram of {name}")
-        text = f"{before}{start}\n{draw()}\n{end}{after}"
-    return text
-
-
-def main() -> int:
-    """Rewrite or check the pages."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--check", action="store_true", help="only say whether the pages are up to date")
-    check = parser.parse_args().check
-    outdated = 0
-    for page in DIAGRAMS:
-        new = updated(page)
-        if new != page.read_text(encoding="utf-8"):
-            outdated += 1
-            if check:
-                print(f"{page.name} is out of date: run {Path(__file__).name}", file=sys.stderr)
-            else:
-                page.write_text(new, encoding="utf-8")
-    return int(check and outdated > 0)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
