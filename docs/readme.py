@@ -23,10 +23,11 @@ def main(parts: list[str]) -> int:
         if parts and not any(part in command for part in parts):
             return place[0]
         print(f"$ {command}", file=sys.stderr)
-        done = subprocess.run(
-            command, shell=True, check=True, stdout=subprocess.PIPE, text=True, cwd=README.parent
-        )
+        shell = ["bash", "-o", "pipefail", "-c", command]
+        done = subprocess.run(shell, check=True, stdout=subprocess.PIPE, text=True, cwd=README.parent)
         lines = [line.rstrip() for line in done.stdout.strip("\n").splitlines()]
+        if not lines:
+            raise SystemExit(f"it printed nothing: {command}")
         return place["mark"] + "\n".join(lines) + "\n" + place["end"]
 
     README.write_text(PLACE.sub(refresh, README.read_text()))
