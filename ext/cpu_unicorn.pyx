@@ -17,7 +17,7 @@ cimport cython
 from cpython.ref cimport PyObject
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport memcpy, memset
+from libc.string cimport memcmp, memcpy, memset
 
 from vmbus.core.memory cimport CODE_TRANSLATED, CODE_WRITTEN, GuestMemory
 from vmbus.core.unicorn_x86 cimport *
@@ -35,6 +35,16 @@ cdef extern from "<dlfcn.h>" nogil:
 cdef extern from "<stdlib.h>" nogil:
     void *aligned_alloc(size_t alignment, size_t size)
 
+cdef extern from "<sys/mman.h>" nogil:
+    int mincore(void *address, size_t length, unsigned char *vector)
+
+cdef extern from *:
+    """
+    /* The processor (cpu_t) that runs on this thread: the library's TLB asks without saying for whom. */
+    static _Thread_local void *vmbus_running;
+    """
+    void *vmbus_running
+
 VERSION = (2, 1)
 """Major and minor version of the library whose state layout is known; the patch level shows in the calibration."""
 
@@ -42,6 +52,9 @@ cdef enum:
     PAGE = 4096
     PAGE_PRESENT = 1
     PAGE_WRITABLE = 2
+    PAGE_USER = 4
+    PAGE_ACCESSED = 0x20
+    PAGE_DIRTY = 0x40
     PAGE_LARGE = 0x80
     RDTSC_TICKS = 20            # what reading the time costs, so that a loop that waits for it ends
     MOST_CODE_RANGES = 256
@@ -56,6 +69,15 @@ cdef enum:                      # bits of RFLAGS
     FLAG_RESUME = 1 << 16
     FLAG_VM = 1 << 17
     FLAGS_ARITHMETIC = 0x8d5    # OF SF ZF AF PF CF: kept lazily, in cc_src and its like
+
+cdef enum:                      # bits of CR0 (as a shift), CR4 and EFER that decide how a page is found
+    PAGING_SHIFT = 31
+    WRITE_PROTECT_SHIFT = 16
+    CR4_LA57 = 1 << 12
+    CR4_SMEP = 1 << 20
+    CR4_PKE = 1 << 22
+    EFER_SCE = 1
+    EFER_NXE = 1 << 11
 
 cdef enum:                      # exceptions
     VECTOR_DEBUG = 1
@@ -77,6 +99,9 @@ cdef uint64_t CONTROL_GPA = <uint64_t>1 << 41
 cdef uint64_t MASK32 = 0xFFFF_FFFF
 cdef uint64_t MMIO_END = <uint64_t>1 << 40
 cdef uint64_t FRAME_MASK = 0x000F_FFFF_FFFF_F000
+cdef uint64_t FRAME_RESERVED = 0x000F_FF00_0000_0000
+"""Address bits of a page table entry that the library's processor, with its 40 address bits, has reserved."""
+cdef uint64_t NO_EXECUTE = <uint64_t>1 << 63
 
 STOP_REQUESTED = 0
 STOP_TRIPLE_FAULT = 1
@@ -90,6 +115,11 @@ cdef struct code_range_t:
 cdef struct cpu_t:
     const unicorn_t *lib
     void *uc
+    void *cpu                   # the live processor …
+    x86_head_t *live            # … its state, and where it and the library keep functions that are ours meanwhile
+    size_t *tlb_fill_slot
+    size_t *memory_mapping_slot
+    void *ram                   # what the library calls guest memory
     void *context
     x86_head_t *head            # these three point into the saved context
     x86_syscall_t *syscall
@@ -111,10 +141,11 @@ cdef struct cpu_t:
     uint64_t interrupts
     uint64_t syscalls
     uint64_t time_reads
-    uint64_t tlb_flushes
     uint64_t pages_forgotten
     int stop_reason
     uint8_t *code               # CODE_… per guest page, and one byte more: some page is CODE_WRITTEN
+    uint32_t *stored            # per guest page: the flush since which a TLB entry may let stores through
+    uint32_t flush
     code_range_t ranges[MOST_CODE_RANGES]
     int range_count
     PyObject *owner
@@ -126,6 +157,7 @@ include "unicorn/library.pxi"
 include "unicorn/events.pxi"
 include "unicorn/hooks.pxi"
 include "unicorn/code.pxi"
+include "unicorn/tlb.pxi"
 include "unicorn/exits.pxi"
 
 
@@ -187,7 +219,9 @@ cdef class Cpu:
         if memory.c.code != NULL:
             raise EngineError("another engine runs code of this partition")
         m.code = <uint8_t *>calloc((m.memory_size >> 12) + 1, 1)
-        if m.code == NULL:
+        m.stored = <uint32_t *>calloc(m.memory_size >> 12, sizeof(uint32_t))
+        m.flush = 1
+        if m.code == NULL or m.stored == NULL:
             raise MemoryError()
         memory.c.code = m.code
         _check(m.lib, m.lib.mem_map_ptr(m.uc, 0, m.memory_size, UC_PROT_ALL, m.memory), "mapping guest memory")
@@ -203,14 +237,18 @@ cdef class Cpu:
         self._hook(UC_HOOK_INSN, <void *>_on_rdtsc, UC_X86_INS_RDTSC)
         self._hook(UC_HOOK_INSN, <void *>_on_cpuid, UC_X86_INS_CPUID)
         self._hook(UC_HOOK_INSN, <void *>_on_syscall, UC_X86_INS_SYSCALL)
-        # See _protect_code: a hook's bounds grow in place.
-        _check(m.lib, m.lib.hook_add(m.uc, &hook, UC_HOOK_MEM_FETCH_PROT, <void *>_never, m, MMIO_END, MMIO_END + 1), "hook")
-        if (<uint64_t *>(hook + 24))[0] != MMIO_END or (<uint64_t *>(hook + 24))[1] != MMIO_END + 1:
+        _serve_tlb(m)
+        # Bounds of a hook grow in place (see _protect_code). This one lies above all guest physical memory. But the library
+        # also looks for hooks at the virtual address of each new translation, and without one searches its whole TLB
+        # for entries to make slow again, which _on_translation has taken care of.
+        _check(m.lib, m.lib.hook_add(m.uc, &hook, UC_HOOK_MEM_FETCH_PROT, <void *>_never, m, MMIO_END, ~<uint64_t>0), "hook")
+        if (<uint64_t *>(hook + 24))[0] != MMIO_END or (<uint64_t *>(hook + 24))[1] != ~<uint64_t>0:
             raise _mismatch("bounds of a hook")
 
     def __dealloc__(self):
         self._release()
         free(self.m.code)
+        free(self.m.stored)
 
     cdef void _release(self) noexcept:
         _close(&self.m)
@@ -276,18 +314,14 @@ cdef class Cpu:
         m.next_event = 0
         self.error = None
         m.lib.reg_read(m.uc, UC_X86_REG_RIP, &rip)
+        if not m.blocks:
+            _note_code(m, rip, rip + PAGE)          # the library does not tell of the first translation
         self.running = True
         try:
             with nogil:
-                code = m.lib.emu_start(m.uc, rip, 0, 0, 0)
+                code = _emulate(m, rip)
         finally:
             self.running = False
-        # Stopped inside a block, behind a port access for instance: its rest will be counted when it runs.
-        m.lib.reg_read(m.uc, UC_X86_REG_RIP, &rip)
-        if m.block_address < rip < m.block_address + m.block_size:
-            m.ticks -= m.block_address + m.block_size - rip
-            m.blocks -= 1
-        m.block_size = 0
         if self.error is not None:
             error, self.error = self.error, None
             raise error

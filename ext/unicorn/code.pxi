@@ -31,8 +31,6 @@ cdef void _protect_code(cpu_t *m, uint64_t page) noexcept nogil:
         r.end = end
         r.bounds = <uint64_t *>(hook + 24)
         m.range_count += 1
-    m.lib.ctl(m.uc, UC_CTL_TLB_FLUSH)               # forget that stores to the page could be fast
-    m.tlb_flushes += 1
 
 
 cdef void _forget_written(cpu_t *m) noexcept nogil:
@@ -62,21 +60,25 @@ cdef bint _never(void *uc, int kind, uint64_t address, int size, int64_t value, 
     return False
 
 
-cdef void _on_translation(void *uc, uc_block_t *block, uc_block_t *previous, void *user) noexcept nogil:
-    """A block was translated: note the one or two pages that its code is on."""
-    cdef cpu_t *m = <cpu_t *>user
-    cdef uint64_t cr0 = 0, cr3 = 0, address = block.pc, last = block.pc + (block.size - 1 if block.size else 0)
-    cdef uint64_t physical = 0
-    m.lib.reg_read(uc, UC_X86_REG_CR0, &cr0)
-    m.lib.reg_read(uc, UC_X86_REG_CR3, &cr3)
+cdef void _note_code(cpu_t *m, uint64_t first, uint64_t last) noexcept nogil:
+    """There is a translation of the code from guest virtual `first` to `last`, which are on one or two pages."""
+    cdef uint64_t physical = 0, page
     while True:
-        if not cr0 >> 31 & 1:
-            physical = address
-        elif _walk(m, cr3, address, False, &physical) == NULL:
+        if not m.live.cr[0] >> PAGING_SHIFT & 1:
+            physical = first
+        elif _walk(m, m.live.cr[3], first, False, &physical) == NULL:
             physical = m.memory_size
-        if physical < m.memory_size and m.code[physical >> 12] != CODE_TRANSLATED:
-            m.code[physical >> 12] = CODE_TRANSLATED
-            _protect_code(m, physical >> 12)
-        if address >> 12 == last >> 12:
+        page = physical >> 12
+        if physical < m.memory_size and m.code[page] != CODE_TRANSLATED:
+            m.code[page] = CODE_TRANSLATED
+            _protect_code(m, page)
+            if m.stored[page] == m.flush:           # an entry of the TLB lets stores to it through, see tlb.pxi
+                m.lib.ctl(m.uc, UC_CTL_TLB_FLUSH)
+                m.flush += 1
+        if first >> 12 == last >> 12:
             return
-        address = last
+        first = last
+
+
+cdef void _on_translation(void *uc, uc_block_t *block, uc_block_t *previous, void *user) noexcept nogil:
+    _note_code(<cpu_t *>user, block.pc, block.pc + (block.size - 1 if block.size else 0))

@@ -104,10 +104,10 @@ cdef bint _enter(cpu_t *m, int vector, bint has_error, uint32_t error, uint64_t 
 
 
 cdef void _halt_with(cpu_t *m, int reason) noexcept nogil:
+    """Stop before the next block: only then the library is told, because it skips hooks once it is."""
     m.stopping = True
-    m.next_event = 0                                # the next block, which does not run any more, sees it
+    m.next_event = 0
     m.stop_reason = reason
-    m.lib.emu_stop(m.uc)
 
 
 cdef void _deliver(cpu_t *m, int vector, bint has_error, uint32_t error) noexcept nogil:

@@ -81,8 +81,31 @@ cdef void _exit_halt(cpu_t *m, bint interruptible) noexcept with gil:
         cpu._fail(error)
 
 
-cdef uint32_t _on_in(void *uc, uint32_t port, int size, void *user) noexcept with gil:
+# A stop takes effect at the end of the block. But what was to stop behind one port access must not do the next one. The
+# state is that before the instruction (the translator sees to that inside of an SVM guest), so it is left right there.
+
+
+cdef void _leave(cpu_t *m) noexcept nogil:
+    _uncount(m)
+    m.lib.emu_stop(m.uc)
+    m.lib.loop_exit(m.cpu)                          # a long jump
+
+
+cdef uint32_t _on_in(void *uc, uint32_t port, int size, void *user) noexcept nogil:
     cdef cpu_t *m = <cpu_t *>user
+    if m.stopping:
+        _leave(m)
+    return _exit_in(m, port, size)
+
+
+cdef void _on_out(void *uc, uint32_t port, int size, uint32_t value, void *user) noexcept nogil:
+    cdef cpu_t *m = <cpu_t *>user
+    if m.stopping:
+        _leave(m)
+    _exit_out(m, port, size, value)
+
+
+cdef uint32_t _exit_in(cpu_t *m, uint32_t port, int size) noexcept with gil:
     cdef Cpu cpu = <Cpu>m.owner
     cdef uint32_t value = <uint32_t>MASK32
     try:
@@ -96,8 +119,7 @@ cdef uint32_t _on_in(void *uc, uint32_t port, int size, void *user) noexcept wit
     return value
 
 
-cdef void _on_out(void *uc, uint32_t port, int size, uint32_t value, void *user) noexcept with gil:
-    cdef cpu_t *m = <cpu_t *>user
+cdef void _exit_out(cpu_t *m, uint32_t port, int size, uint32_t value) noexcept with gil:
     cdef Cpu cpu = <Cpu>m.owner
     try:
         cpu.before(m.ticks)

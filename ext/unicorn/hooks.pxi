@@ -14,7 +14,7 @@ cdef void _on_block(void *uc, uint64_t address, uint32_t size, void *user) noexc
 
 cdef void _attend(cpu_t *m, uint64_t address, uint32_t size) noexcept nogil:
     """Something is due or pending before the block at `address`; if that leads elsewhere, the block comes again."""
-    cdef bint again = m.stopping                    # the library leaves before it runs this block
+    cdef bint again = m.stopping
     cdef int vector
     if not again and m.ticks >= m.next_event:
         if m.code[m.memory_size >> 12]:
@@ -40,10 +40,21 @@ cdef void _attend(cpu_t *m, uint64_t address, uint32_t size) noexcept nogil:
                 m.lib.context_restore(m.uc, m.context)
                 address = m.head.rip
                 m.lib.reg_write(m.uc, UC_X86_REG_RIP, &address)     # makes the library leave this block, too
+    if m.stopping:
+        again = True
+        m.lib.emu_stop(m.uc)                        # it leaves before it runs this block
     if again:
         m.ticks -= size
         m.blocks -= 1
         m.block_size = 0
+
+
+cdef void _uncount(cpu_t *m) noexcept nogil:
+    """What is left of the running block will be counted when `run` is called again."""
+    cdef uint64_t end = m.block_address + m.block_size
+    if m.block_address < m.live.rip < end:
+        m.ticks -= end - m.live.rip
+        m.blocks -= 1
 
 
 cdef void _on_interrupt(void *uc, uint32_t number, void *user) noexcept nogil:
@@ -51,9 +62,13 @@ cdef void _on_interrupt(void *uc, uint32_t number, void *user) noexcept nogil:
     cdef cpu_t *m = <cpu_t *>user
     cdef int vector
     cdef uint8_t code[3]
-    if m.stopping:
-        return
     m.lib.context_save(uc, m.context)
+    if m.stopping and number >= INTERCEPT:          # the instruction comes again, and it too
+        _uncount(m)
+        m.lib.emu_stop(uc)
+        m.icpt.old_exception = -1
+        m.lib.context_restore(uc, m.context)
+        return
     if number == INTERCEPT + SVM_EXIT_MSR:
         m.icpt.old_exception = -1
         _exit_msr(m, m.icpt.error_code & 1)

@@ -42,6 +42,12 @@ def load(str path) -> str:
     _resolve(handle, b"uc_context_restore", <void **>&library.context_restore)
     _resolve(handle, b"uc_context_free", <void **>&library.context_free)
     _resolve(handle, b"uc_ctl", <void **>&library.ctl)
+    _resolve(handle, b"x86_cpu_tlb_fill_x86_64", <void **>&library.tlb_fill)
+    _resolve(handle, b"unicorn_fill_tlb_x86_64", <void **>&library.tlb_fill_virtual)
+    _resolve(handle, b"find_memory_mapping_x86_64", <void **>&library.memory_mapping)
+    _resolve(handle, b"tlb_set_page_with_attrs_x86_64", <void **>&library.tlb_set_page)
+    _resolve(handle, b"tlb_set_dirty_x86_64", <void **>&library.tlb_set_dirty)
+    _resolve(handle, b"cpu_loop_exit_x86_64", <void **>&library.loop_exit)
     library.version(&major, &minor)
     if (major, minor) != VERSION:
         raise EngineError(f"unicorn {major}.{minor} is not supported: install unicorn==2.1.4 (pip install 'vmbus[guest]')")
@@ -61,6 +67,41 @@ cdef int _check(const unicorn_t *lib, int code, str what) except -1:
     return 0
 
 
+cdef size_t *_find(void *place, size_t size, size_t value, str what) except NULL:
+    """The first word from `place` on that is `value`."""
+    cdef size_t *word
+    cdef size_t index
+    cdef unsigned char present
+    for index in range(size // sizeof(size_t)):
+        word = <size_t *>place + index
+        if (index == 0 or <size_t>word % PAGE == 0) and mincore(<void *>(<size_t>word & ~<size_t>(PAGE - 1)), 1, &present):
+            break                                   # the end of what is mapped
+        if word[0] == value:
+            return word
+    raise _mismatch(f"{what} is not there")
+
+
+cdef int _find_processor(cpu_t *m) except -1:
+    """Find the live processor, whose state has just been saved, and the functions that the library calls through memory."""
+    cdef size_t cpu = (<size_t *>(<uint8_t *>m.uc + UC_CPU_OFFSET))[0]
+    cdef size_t fill = <size_t><void *>m.lib.tlb_fill
+    cdef size_t other = <size_t><void *>m.lib.tlb_fill_virtual
+    if cpu == 0 or cpu & 7 or cpu >> 47:
+        raise _mismatch("the processor")
+    m.cpu = <void *>cpu
+    m.live = <x86_head_t *>_find(m.cpu, CPU_SEARCH, m.head.regs[RAX], "the live RAX")
+    if memcmp(m.live, m.head, STATE_SIZE):
+        raise _mismatch("the live state")
+    # A request of the API changes the one pointer that is followed; the library has another copy of the first.
+    _check(m.lib, m.lib.ctl(m.uc, UC_CTL_TLB_TYPE, 1), "choosing a TLB")
+    m.tlb_fill_slot = _find(m.cpu, CPU_SEARCH, other, "what fills the TLB")
+    _check(m.lib, m.lib.ctl(m.uc, UC_CTL_TLB_TYPE, 0), "choosing a TLB")
+    if m.tlb_fill_slot[0] != fill:
+        raise _mismatch("what fills the TLB")
+    m.memory_mapping_slot = _find(m.uc, UC_SEARCH, <size_t><void *>m.lib.memory_mapping, "what finds memory")
+    return 0
+
+
 cdef int _open(cpu_t *m) except -1:
     """Open an engine and find the parts of its saved state; every place is checked with a value written there."""
     cdef uint8_t *state
@@ -68,11 +109,16 @@ cdef int _open(cpu_t *m) except -1:
     cdef uc_msr_t msr
     cdef uc_mmr_t table
     cdef int index, code
+    cdef uint64_t efer
     cdef uint64_t mark = 0x1122_3344_5566_7700
     m.lib = &library
     _check(m.lib, m.lib.open(UC_ARCH_X86, UC_MODE_64, &m.uc), "opening an engine")
+    flags = (<uint8_t *>m.uc)[UC_NO_EXIT_REQUEST_OFFSET], (<uint8_t *>m.uc)[UC_NO_EXIT_REQUEST_OFFSET + 1]
     if m.lib.context_size(m.uc) != STATE_OFFSET + STATE_SIZE:
         raise _mismatch(f"{m.lib.context_size(m.uc)} bytes instead of {STATE_OFFSET + STATE_SIZE}")
+    # The flag's neighbour becomes true with an engine's first use.
+    if flags != (0, 0) or (<uint8_t *>m.uc)[UC_NO_EXIT_REQUEST_OFFSET] or (<uint8_t *>m.uc)[UC_NO_EXIT_REQUEST_OFFSET + 1] != 1:
+        raise _mismatch("flags of the engine")
     _check(m.lib, m.lib.context_alloc(m.uc, &m.context), "allocating a saved state")
     state = <uint8_t *>m.context + STATE_OFFSET
     m.head = <x86_head_t *>state
@@ -93,6 +139,10 @@ cdef int _open(cpu_t *m) except -1:
         msr.rid = 0xC000_0081 + index
         msr.value = mark | <uint64_t>(13 + index)
         m.lib.reg_write(m.uc, UC_X86_REG_MSR, &msr)
+    msr.rid = 0xC000_0080
+    m.lib.reg_read(m.uc, UC_X86_REG_MSR, &msr)
+    efer, msr.value = msr.value, msr.value ^ (EFER_NXE | EFER_SCE)
+    m.lib.reg_write(m.uc, UC_X86_REG_MSR, &msr)
     value = FLAG_INTERRUPT | FLAG_DIRECTION | FLAGS_ARITHMETIC | 2
     m.lib.reg_write(m.uc, UC_X86_REG_EFLAGS, &value)
     m.lib.context_save(m.uc, m.context)
@@ -108,9 +158,15 @@ cdef int _open(cpu_t *m) except -1:
             raise _mismatch(f"{name} is elsewhere")
     if not m.head.eflags & FLAG_INTERRUPT or m.head.df != -1 or m.head.cc_src & FLAGS_ARITHMETIC != FLAGS_ARITHMETIC:
         raise _mismatch("RFLAGS")
+    if m.head.efer != efer ^ (EFER_NXE | EFER_SCE):
+        raise _mismatch("EFER")
     if m.head.cc_op != CC_OP_EFLAGS or not m.head.hflags & HF_CS64:
         raise _mismatch("translation flags")
+    _find_processor(m)
     # Back to what a reset leaves.
+    msr.rid = 0xC000_0080
+    msr.value = efer
+    m.lib.reg_write(m.uc, UC_X86_REG_MSR, &msr)
     value = 0
     for code, index in marks:
         m.lib.reg_write(m.uc, code, &value)
@@ -227,6 +283,8 @@ cdef bytes SELF_TEST_CODE = bytes.fromhex(
     "0f0b"      # ud2
     "cd80"      # int 0x80
     "8b03"      # mov eax, [rbx]: not mapped
+    "8b0c2500900000"    # mov ecx, [0x9000]
+    "890c2500a00000"    # mov [0xa000], ecx
     "f4"        # hlt
 )
 
@@ -240,19 +298,30 @@ cdef int _self_test() except -1:
     cdef uint64_t unmapped = 0x4000_0000_0000
     cdef uint8_t *memory = <uint8_t *>aligned_alloc(PAGE, 16 * PAGE)
     cdef uint64_t *entries = <uint64_t *>memory
+    cdef uint8_t code[17]
+    cdef uint32_t stored[16]
     if memory == NULL:
         raise MemoryError()
     memset(&m, 0, sizeof(m))
     memset(&test, 0, sizeof(test))
+    memset(code, 0, sizeof(code))
+    memset(stored, 0, sizeof(stored))
     test.cpu = &m
     try:
         _open(&m)
         memset(memory, 0, 16 * PAGE)
+        (<uint32_t *>(memory + 0x9000))[0] = 0x1234_5678
         entries[0x1000 // 8] = 0x2003           # one page table path that maps the first 2 MiB onto themselves
         entries[0x2000 // 8] = 0x3003
         entries[0x3000 // 8] = 0x0083
         memcpy(memory + 0x8000, <char *>SELF_TEST_CODE, len(SELF_TEST_CODE))
         _check(m.lib, m.lib.mem_map_ptr(m.uc, 0, 16 * PAGE, UC_PROT_ALL, memory), "mapping memory")
+        m.memory = memory
+        m.memory_size = 16 * PAGE
+        m.code = code
+        m.stored = stored
+        m.flush = 1
+        _serve_tlb(&m)
         _long_mode(&m, 0x1000, 0, 0x10, 0x18)
         _intercepts(&m)
         value = 0x174F
@@ -260,13 +329,17 @@ cdef int _self_test() except -1:
         m.lib.reg_write(m.uc, UC_X86_REG_RBX, &unmapped)
         _check(m.lib, m.lib.hook_add(m.uc, &hook, UC_HOOK_INTR, <void *>_self_test_hook, &test,
                                      <uint64_t>1, <uint64_t>0), "hook")
-        m.lib.emu_start(m.uc, 0x8000, 0xFFFF_FFFF_FFFF_F000, 0, 0)
+        _emulate(&m, 0x8000)
         expected = [INTERCEPT + SVM_EXIT_MSR, INTERCEPT + SVM_EXIT_MSR,
                     INTERCEPT + SVM_EXIT_EXCEPTION + VECTOR_INVALID_OPCODE, 0x80,
                     INTERCEPT + SVM_EXIT_EXCEPTION + VECTOR_PAGE_FAULT, INTERCEPT + SVM_EXIT_HLT]
         seen = [test.seen[n] for n in range(min(test.count, 8))]
         if seen != expected or test.errors[0] & 1 != 0 or test.errors[1] & 1 != 1 or test.address != unmapped:
             raise _mismatch("intercepts arrive as " + ", ".join(hex(n) for n in seen))
+        # The TLB asked for the page that was read and the one that was written, with the leaf entry's bits set.
+        if ((<uint32_t *>(memory + 0xA000))[0] != 0x1234_5678 or stored[10] != m.flush or stored[9]
+                or entries[0x3000 // 8] != 0x00E3):
+            raise _mismatch("how the TLB is filled")
     finally:
         _close(&m)
         free(memory)

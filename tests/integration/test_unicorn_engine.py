@@ -102,6 +102,44 @@ def test_a_suspended_processor_does_not_run() -> None:
         assert machine.console.text == "ab"
 
 
+@pytest.mark.parametrize(
+    "instruction",
+    ["out %al, $0x80", "in $0x80, %al", "rdmsr", "int $0x80", "ud2", "movb $1, (%rbx)", "cpuid", "rdtsc"],
+)
+def test_a_stopped_guest_does_the_rest_of_its_block_once(instruction: str) -> None:
+    # A stop at the first print takes effect before, at or behind the instruction, all in the same block.
+    source = f"""
+    _start: gate 6, skip
+        gate 13, skip_with_code
+        gate 14, skip_with_code
+        gate 0x80, handled
+        load_idt
+        movabs $0x500000000000, %rbx; mov $0x12345, %ecx; xor %r9d, %r9d
+        print 'a'
+        {instruction}
+    next: inc %r9d
+        print 'b'
+        lea '0'(%r9), %eax; putc
+        power_off
+    skip_with_code: pop %rax
+    skip: lea next(%rip), %rax; mov %rax, (%rsp)
+    handled: add $0x10, %r9d
+        iretq
+    """
+    with (
+        Machine(tiny_guest(source), memory=MEMORY) as stopped,
+        Machine(tiny_guest(source), memory=MEMORY) as whole,
+    ):
+        assert stopped.run(until="a", virtual_seconds=1).outcome is Outcome.MATCHED
+        assert stopped.run(until="b", virtual_seconds=1).outcome is Outcome.MATCHED
+        assert stopped.run(virtual_seconds=1).outcome is Outcome.POWER_OFF
+        assert whole.run(virtual_seconds=1).outcome is Outcome.POWER_OFF
+        assert stopped.console.output == whole.console.output
+        assert whole.console.text in ("ab1", "abA")
+        assert stopped.counts == whole.counts
+        assert stopped.partition.account.exits == whole.partition.account.exits
+
+
 # Exits
 
 

@@ -40,7 +40,10 @@ typedef struct {
     x86_segment_t tr;
     x86_segment_t gdt;
     x86_segment_t idt;
-    uint64_t cr[5];
+    uint64_t cr[9];
+    int32_t a20_mask;
+    uint64_t bounds[11];        /* of MPX, which no guest has */
+    uint64_t efer;
 } x86_head_t;
 
 enum { CC_OP_EFLAGS = 1 };      /* the arithmetic flags are in cc_src as they stand */
@@ -84,6 +87,7 @@ _Static_assert(offsetof(x86_head_t, rip) == 128, "layout");
 _Static_assert(offsetof(x86_head_t, cc_op) == 168, "layout");
 _Static_assert(offsetof(x86_head_t, segs) == 184, "layout");
 _Static_assert(offsetof(x86_head_t, cr) == 424, "layout");
+_Static_assert(offsetof(x86_head_t, efer) == 592, "layout");
 _Static_assert(offsetof(x86_intercept_t, dr) == 16, "layout");
 _Static_assert(offsetof(x86_intercept_t, old_exception) == 112, "layout");
 _Static_assert(offsetof(x86_intercept_t, intercept_exceptions) == 152, "layout");
@@ -100,6 +104,28 @@ enum {                          /* bits of hflags */
 };
 
 enum { HF2_NMI = 1 << 2 };      /* of hflags2: an NMI is being handled; IRET ends that */
+
+/*
+ * The live processor inside the library, for what its API has no words for: filling its TLB, and leaving out a check
+ * behind every memory access. Everything else about it (where the state is, and the pointer to the filling function)
+ * is found by searching it for what must be there; see ext/unicorn/library.pxi.
+ */
+enum {
+    UC_CPU_OFFSET = 0x1b8,              /* of the pointer to the processor in the engine */
+    UC_NO_EXIT_REQUEST_OFFSET = 0x7f2,  /* of a flag: translate without the check behind every memory access */
+    UC_SEARCH = 0x400,                  /* bytes of the engine in which its function pointers lie */
+    CPU_SEARCH = 0x20000,               /* the same of the processor */
+};
+
+/* How the library's TLB is filled: kinds of access, rights, and the three indexes that x86 has. */
+enum { ACCESS_LOAD, ACCESS_STORE, ACCESS_FETCH };
+enum { RIGHT_READ = 1, RIGHT_WRITE = 2, RIGHT_EXECUTE = 4 };
+enum { MMU_KERNEL_SMAP, MMU_USER, MMU_KERNEL };
+
+/* (booleans are bytes) */
+typedef uint8_t (*uc_tlb_fill_t)(void *cpu, uint64_t address, int size, int access, int mmu_index, uint8_t probe,
+                                 size_t origin);
+typedef void *(*uc_memory_mapping_t)(void *uc, uint64_t address);
 
 /* SVM exit codes (AMD64 APM volume 2, appendix C). An intercept reaches the interrupt hook as INTERCEPT + code. */
 enum {
@@ -162,6 +188,7 @@ enum {
     UC_CTL_USE_EXITS = 4 | 1 << 26 | 1 << 30,
     UC_CTL_TB_REMOVE = 9 | 2 << 26 | 1 << 30,
     UC_CTL_TLB_FLUSH = 11 | 0 << 26 | 1 << 30,
+    UC_CTL_TLB_TYPE = 12 | 1 << 26 | 1 << 30,
     UC_CTL_TCG_BUFFER_SIZE = 13 | 1 << 26 | 1 << 30,
 };
 
@@ -205,6 +232,14 @@ typedef struct {
     int (*context_restore)(void *uc, void *context);
     int (*context_free)(void *context);
     int (*ctl)(void *uc, int control, ...);
+    /* Not of the API, but exported as well. */
+    uc_tlb_fill_t tlb_fill;
+    uc_tlb_fill_t tlb_fill_virtual;
+    uc_memory_mapping_t memory_mapping;
+    void (*tlb_set_page)(void *cpu, uint64_t address, uint64_t physical, unsigned attributes, int rights, int mmu_index,
+                         uint64_t size);
+    void (*tlb_set_dirty)(void *cpu, uint64_t address);
+    void (*loop_exit)(void *cpu);
 } unicorn_t;
 
 #endif

@@ -9,6 +9,9 @@ cdef extern from "unicorn_x86.h" nogil:
         CC_OP_EFLAGS
         STATE_OFFSET, STATE_SIZE, SYSCALL_OFFSET, INTERCEPT_OFFSET
         HF_CPL_MASK, HF_INHIBIT_IRQ, HF_CS32, HF_SS32, HF_ADDSEG, HF_LMA, HF_CS64, HF_GUEST, HF2_NMI
+        UC_CPU_OFFSET, UC_NO_EXIT_REQUEST_OFFSET, UC_SEARCH, CPU_SEARCH
+        ACCESS_LOAD, ACCESS_STORE, ACCESS_FETCH, RIGHT_READ, RIGHT_WRITE, RIGHT_EXECUTE
+        MMU_KERNEL_SMAP, MMU_USER, MMU_KERNEL
         INTERCEPT, SVM_EXIT_EXCEPTION, SVM_EXIT_FIRST, SVM_EXIT_HLT, SVM_EXIT_INVLPGA, SVM_EXIT_MSR
         SVM_EXIT_SHUTDOWN, SVM_EXIT_VMRUN, SVM_EXIT_VMMCALL, SVM_EXIT_VMLOAD, SVM_EXIT_SKINIT, SVM_EXIT_MONITOR, SVM_EXIT_MWAIT
         VMCB_IOPM, VMCB_MSRPM, VMCB_EXIT_INFO_2
@@ -19,7 +22,7 @@ cdef extern from "unicorn_x86.h" nogil:
         UC_X86_REG_RSP, UC_X86_REG_RSI, UC_X86_REG_CR0, UC_X86_REG_CR3, UC_X86_REG_CR4, UC_X86_REG_DR0
         UC_X86_REG_R15, UC_X86_REG_XMM0, UC_X86_REG_IDTR, UC_X86_REG_GDTR, UC_X86_REG_MSR, UC_X86_REG_FS_BASE
         UC_X86_REG_GS_BASE
-        UC_CTL_USE_EXITS, UC_CTL_TB_REMOVE, UC_CTL_TLB_FLUSH, UC_CTL_TCG_BUFFER_SIZE
+        UC_CTL_USE_EXITS, UC_CTL_TB_REMOVE, UC_CTL_TLB_FLUSH, UC_CTL_TLB_TYPE, UC_CTL_TCG_BUFFER_SIZE
 
     ctypedef struct x86_segment_t:
         uint32_t selector
@@ -41,7 +44,8 @@ cdef extern from "unicorn_x86.h" nogil:
         x86_segment_t tr
         x86_segment_t gdt
         x86_segment_t idt
-        uint64_t cr[5]
+        uint64_t cr[9]
+        uint64_t efer
     ctypedef struct x86_syscall_t:
         uint64_t star
         uint64_t lstar
@@ -69,6 +73,9 @@ cdef extern from "unicorn_x86.h" nogil:
         uint32_t flags
     ctypedef uint64_t (*uc_mmio_read_t)(void *uc, uint64_t offset, unsigned size, void *user) noexcept nogil
     ctypedef void (*uc_mmio_write_t)(void *uc, uint64_t offset, unsigned size, uint64_t value, void *user) noexcept nogil
+    ctypedef uint8_t (*uc_tlb_fill_t)(void *cpu, uint64_t address, int size, int access, int mmu_index, uint8_t probe,
+                                      size_t origin) noexcept nogil
+    ctypedef void *(*uc_memory_mapping_t)(void *uc, uint64_t address) noexcept nogil
     ctypedef struct unicorn_t:
         unsigned (*version)(unsigned *major, unsigned *minor) noexcept nogil
         int (*open)(int arch, int mode, void **uc) noexcept nogil
@@ -89,3 +96,10 @@ cdef extern from "unicorn_x86.h" nogil:
         int (*context_restore)(void *uc, void *context) noexcept nogil
         int (*context_free)(void *context) noexcept nogil
         int (*ctl)(void *uc, int control, ...) noexcept nogil
+        uc_tlb_fill_t tlb_fill
+        uc_tlb_fill_t tlb_fill_virtual
+        uc_memory_mapping_t memory_mapping
+        void (*tlb_set_page)(void *cpu, uint64_t address, uint64_t physical, unsigned attributes, int rights,
+                             int mmu_index, uint64_t size) noexcept nogil
+        void (*tlb_set_dirty)(void *cpu, uint64_t address) noexcept nogil
+        void (*loop_exit)(void *cpu) noexcept nogil
