@@ -10,6 +10,7 @@ import re
 import shutil
 import socket
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -44,10 +45,15 @@ def guest() -> Guest:
 
 
 class Shell:
-    """A busybox shell on the console."""
+    """A busybox shell on the console.
+
+    Attributes:
+        poll: called while commands run, for what a test has to do beside the guest.
+    """
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
+        self.poll: Callable[[], None] | None = None
         result = machine.run(until="# ", wall_seconds=WALL_LIMIT)
         assert result.outcome is Outcome.MATCHED, machine.console.text[-2000:]
 
@@ -57,7 +63,7 @@ class Shell:
         start = len(console.output)
         # The line editor echoes the command, wrapped anyhow: the quotes keep the marks out of the echo.
         console.send(f"echo BE''GIN; ({command}) 2>&1; echo EN''D=$?.\n")
-        result = self.machine.run(until=re.compile(rb"END=(\d+)\."), wall_seconds=WALL_LIMIT)
+        result = self.machine.run(until=re.compile(rb"END=(\d+)\."), wall_seconds=WALL_LIMIT, poll=self.poll)
         text = console.output[start:].decode(errors="replace").replace("\r\n", "\n")
         assert result.outcome is Outcome.MATCHED, f"{command}: {result.outcome}\n{text[-2000:]}"
         printed, _, status = text.partition("BEGIN\n")[2].rpartition("END=")

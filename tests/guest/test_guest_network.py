@@ -19,9 +19,13 @@ from typing import Any
 import pytest
 
 from vmbus.errors import DeviceError
+from vmbus.hypervisor.personality import WINDOWS_2000
 from vmbus.machine.guest import Machine
 from vmbus.machine.initramfs import cpio
+from vmbus.machine.model import ModelMachine
 from vmbus.machine.packages import Guest
+from vmbus.machine.tulip_guest import TulipNic
+from vmbus.network.offload import checksum
 from vmbus.network.oid import Offloads
 from vmbus.network.uplink import TapUplink
 from vmbus.network.vsp_protocol import HostProtocol
@@ -37,7 +41,7 @@ EVERY_VERSION = frozenset(Version)
 class Lan:
     """A booted guest with one adapter on a TAP interface, and a shell on its console."""
 
-    def __init__(self, machine: Machine, run: Callable[..., str], tap: TapUplink, server: Any) -> None:
+    def __init__(self, machine: Machine, run: Any, tap: TapUplink, server: Any) -> None:
         self.machine = machine
         self.run = run
         self.tap = tap
@@ -245,6 +249,47 @@ def test_plugged_and_unplugged(lan: Lan) -> None:
     lan.wait("[ ! -e /sys/class/net/eth1 ]")
     lan.set_up()
     lan.ping()
+
+
+class Responder:
+    """A model guest without enlightenments that answers ARP and pings, through its emulated adapter."""
+
+    def __init__(self, nic: TulipNic, address: str) -> None:
+        self.nic = nic
+        self.address = socket.inet_aton(address)
+        self.echoes = 0
+
+    def poll(self) -> None:
+        for frame in self.nic.receive():
+            reply = None
+            if frame[12:14] == b"\x08\x06" and frame[20:22] == b"\0\1" and frame[38:42] == self.address:
+                arp = frame[14:20] + b"\0\2" + self.nic.mac + self.address + frame[22:32]
+                reply = frame[6:12] + self.nic.mac + b"\x08\x06" + arp
+            elif frame[12:14] == b"\x08\x00" and frame[23] == 1 and frame[30:35] == self.address + b"\x08":
+                length = int.from_bytes(frame[16:18], "big")
+                echo = bytearray(b"\0\0\0\0" + frame[38 : 14 + length])
+                echo[2:4] = checksum(echo).to_bytes(2, "big")
+                header = frame[14:26] + self.address + frame[26:30]  # the sum does not change
+                reply = frame[6:12] + self.nic.mac + b"\x08\x00" + header + bytes(echo)
+                self.echoes += 1
+            if reply is not None:
+                assert self.nic.send(reply)
+
+
+def test_linux_and_a_guest_without_enlightenments_on_one_switch(lan: Lan) -> None:
+    """An unmodified hv_netvsc pings a DEC 21140 that machine code drives through intercepts."""
+    with ModelMachine(memory_size=16 << 20, personality=WINDOWS_2000) as machine:
+        nic = machine.add_network(lan.interface.switch.connect("old"), bytes.fromhex("00155d00beef"))
+        assert isinstance(nic, TulipNic)
+        responder = Responder(nic, "10.77.0.9")
+        lan.run.poll = responder.poll
+        try:
+            assert "5 packets received" in lan.run("ping -c 5 -i 0.2 -s 1400 10.77.0.9")
+        finally:
+            lan.run.poll = None
+        assert responder.echoes == 5
+        exits = machine.ledger.total("child").exits
+        assert exits["mmio"] >= 6, "each frame sent is an exit"
 
 
 def test_ethtool(lan: Lan) -> None:
