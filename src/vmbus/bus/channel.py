@@ -17,7 +17,10 @@ from vmbus.core.ring import IN_BAND, Packet, RingReader, RingWriter
 from vmbus.errors import LocalProtocolError, RemoteProtocolError
 from vmbus.trace.ledger import Account
 
-__all__ = ["Channel", "ChannelOwner", "Gpadl", "loopback"]
+__all__ = ["TURN", "Channel", "ChannelOwner", "Gpadl", "loopback"]
+
+TURN = 64
+"""Batches of packets that a provider takes from one channel before others that its thread serves get their turn."""
 
 
 class Gpadl:
@@ -76,6 +79,9 @@ class ChannelOwner(Protocol):
 
     def ring(self, channel: "Channel") -> None:
         """Signal the peer."""
+
+    def again(self, channel: "Channel") -> None:
+        """Deliver the peer's signal once more, after whatever else waits."""
 
     def close_channel(self, channel: "Channel") -> None:
         """Close the channel and free what belongs to it."""
@@ -189,6 +195,14 @@ class Channel:
         self.account.doorbells_sent += 1
         self._owner.ring(self)
 
+    def again(self) -> None:
+        """Have `on_signal` called once more, after whatever else waits: for a handler that left packets in the ring.
+
+        A peer that fills its ring as fast as it is read must not keep the others that one thread serves waiting.
+        """
+        if self._open:
+            self._owner.again(self)
+
     def notify(self, needed: bool) -> None:
         """Ring the peer if a ring call said so: ``channel.notify(channel.outgoing.send(…))``; count either
         way."""
@@ -212,17 +226,21 @@ class Channel:
         """Make `on_signal` read the ring in batches until it is empty and hand each to `handler`.
 
         Interrupts from the peer stay masked meanwhile, and a writer that waits for space is rung once a
-        batch.
+        batch. After `TURN` batches others get their turn.
         """
 
         def drain() -> None:
-            incoming = self.incoming
+            incoming, turn = self.incoming, TURN
             while self._open:
                 incoming.mask()
                 while self._open and (packets := incoming.recv_packets(batch)):
                     self.account.packets_received += len(packets)
                     self.notify(incoming.take_signal())
                     handler(packets)
+                    turn -= 1
+                    if turn <= 0:
+                        self.again()
+                        return
                 if not self._open or not incoming.unmask():
                     return
 
@@ -300,11 +318,14 @@ class _Loop:
     def ring(self, channel: Channel) -> None:
         """Deliver at once, but never nested: a ring from inside a handler waits until that handler
         returns."""
-        peer = self._peer[id(channel)]
+        self.again(self._peer[id(channel)])
+
+    def again(self, channel: Channel) -> None:
+        """As `ring`, to the channel itself."""
         if (
-            peer not in self._due
+            channel not in self._due
         ):  # a doorbell is one bit: rung twice before it is looked at, it was rung once
-            self._due.append(peer)
+            self._due.append(channel)
         if self._delivering:
             return
         self._delivering = True

@@ -423,6 +423,12 @@ class VmbusGuest:
         with self.hosting.held():
             self._ports[0].vp.hypercall(SIGNAL_EVENT, connection_id, 0)
 
+    def again(self, channel: Channel) -> None:
+        """Call the channel's driver once more, after the interrupt that is being handled."""
+        self._calls.append(channel.deliver_signal)
+        if (task := self._ports[0].task) is not None:
+            self.hosting.ring(task)
+
     def wait(self, channel: Channel, condition: Callable[[], bool], timeout: float) -> bool:
         """Let others work until the condition holds."""
         return self.hosting.wait_for(condition, timeout)

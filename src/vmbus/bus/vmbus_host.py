@@ -69,6 +69,9 @@ class Offered:
         self.offer_id = 0
         self.channel: Channel | None = None
         self.task: Task | None = None
+        self.unfinished = (
+            False  # the task runs again because the provider asked for it, not because the guest rang
+        )
         self.request: act.OpenRequest | None = None
         self.windows: tuple[Window, ...] = ()
 
@@ -472,7 +475,10 @@ class VmbusHost:
 
     def _serve(self, offered: Offered, channel: Channel) -> None:
         """A channel was rung: its provider reads it. What the guest gets wrong there costs this channel only."""
-        self._record("doorbell", self.child.name, self._parent_name, channel=channel.channel_id)
+        if offered.unfinished:
+            offered.unfinished = False
+        else:
+            self._record("doorbell", self.child.name, self._parent_name, channel=channel.channel_id)
         try:
             channel.deliver_signal()
         except VmbusError as error:
@@ -517,6 +523,13 @@ class VmbusHost:
             HypercallError
         ):  # the guest has no event flags page (any more): it does not want interrupts
             self.hypervisor.signal_event(self.child, vp, wire.VMBUS_SINT, flag)
+
+    def again(self, channel: Channel) -> None:
+        """Run the channel's task once more; nobody rang."""
+        offered = self._by_flag.get(channel.channel_id)
+        if offered is not None and offered.channel is channel and offered.task is not None:
+            offered.unfinished = True
+            self.hosting.ring(offered.task)
 
     def wait(self, channel: Channel, condition: Callable[[], bool], timeout: float) -> bool:
         """Let others work until the condition holds."""

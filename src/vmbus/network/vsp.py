@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
-from vmbus.bus.channel import Channel
+from vmbus.bus.channel import TURN, Channel
 from vmbus.core.memory import Window
 from vmbus.core.netio import DONE, FULL, HostQueue, ReceivePool
 from vmbus.core.ring import COMPLETION, COMPLETION_REQUESTED, GPA_DIRECT, IN_BAND, Packet
@@ -169,7 +169,8 @@ class NetworkVsp(Delivery):
     # ---- from the guest
 
     def _drain(self, index: int) -> None:
-        """Read a channel's ring until it is empty, or until its completions find no room."""
+        """Read a channel's ring until it is empty, until its completions find no room, or for a turn."""
+        turn = TURN
         while (queue := self._queues.get(index)) is not None:
             channel, needed, more = queue.channel, False, False
             frames: list[bytes] = []
@@ -197,6 +198,10 @@ class NetworkVsp(Delivery):
             if frames:
                 self.port.send(frames)
             if not more:
+                return
+            turn -= 1
+            if turn <= 0:
+                channel.again()
                 return
 
     def _take(self, queue: Queue, frames: list[bytes]) -> tuple[int, bool, bool]:

@@ -12,7 +12,7 @@ from functools import partial
 from typing import NamedTuple, TypeAlias
 from uuid import UUID, uuid4, uuid5
 
-from vmbus.bus.channel import Channel
+from vmbus.bus.channel import TURN, Channel
 from vmbus.bus.offer import Offer
 from vmbus.bus.vmbus_host import Offered, VmbusHost
 from vmbus.core.blockio import FULL, MORE
@@ -309,11 +309,16 @@ class StorageVsp:
         return rules.packet_size if rules is not None else PacketHeader.SIZE + MAX_REQUEST_SIZE
 
     def _run(self, server: ChannelServer) -> None:
-        """Move packets until there is nothing to do; called with the server's lock held."""
+        """Move packets until there is nothing to do, or for a turn; called with the server's lock held."""
         channel = server.channel
         incoming = channel.incoming
+        turn = TURN
         try:
             while channel.is_open and self._servers.get(server.index) is server:
+                if turn <= 0:
+                    channel.again()
+                    return
+                turn -= 1
                 if not server.flush(self._packet_size):
                     return  # the guest's ring is full: it rings when it has made room
                 room = MAX_OUTSTANDING - len(server.running)
