@@ -49,16 +49,17 @@ def test_block_sizes_and_whole_disk_with_direct_io(boot, shell, image: Path) -> 
     before = image.read_bytes()
     run = shell(boot(disks=[image]))
     assert hashlib.sha256(before).hexdigest() in run("sha256sum /dev/sda")
-    sizes = (512, 4096, 65536, 1 << 20)
+    sizes = [512 << n for n in range(12)]  # to 1 MiB
     for size in sizes:
-        count = min(2000, (8 << 20) // size)
+        count = min(500, (4 << 20) // size)
         part = hashlib.sha256(before[: count * size]).hexdigest()
         command = f"dd if=/dev/sda bs={size} count={count} iflag=direct 2>/dev/null | sha256sum"
         assert part in run(command), f"block size {size}"
     expected = bytearray(before)
     for index, size in enumerate(sizes, 1):
-        run(f"dd if=/dev/zero of=/dev/sda bs={size} seek={index} count=1 oflag=direct")
-        expected[index * size : (index + 1) * size] = bytes(size)
+        seek = index % 6 + 1
+        run(f"dd if=/dev/zero of=/dev/sda bs={size} seek={seek} count=1 oflag=direct")
+        expected[seek * size : (seek + 1) * size] = bytes(size)
     run("sync")
     assert image.read_bytes() == expected
 
@@ -87,24 +88,6 @@ def test_a_lun_comes_and_goes(boot, shell, image: Path, tmp_path: Path) -> None:
     machine.remove_disk(1)
     run("for i in 1 2 3 4 5 6 7 8 9; do test -b /dev/sdb || break; sleep 0.5; done; test ! -e /dev/sdb")
     run("test -b /dev/sda")
-
-
-def test_two_runs_are_identical(guest: Guest, boot, tmp_path: Path) -> None:
-    outcomes = []
-    for index in range(2):
-        image = tmp_path / f"{index}.img"
-        image.write_bytes(bytes(4 << 20))
-        machine = boot(disks=[image], append="console=ttyS0 panic=-1")
-        result = machine.run(until="# ", wall_seconds=300)
-        assert result.outcome is Outcome.MATCHED
-        machine.console.send("dd if=/dev/urandom of=/dev/sda bs=64k count=8; sync; poweroff -f\n")
-        assert machine.run(wall_seconds=300).outcome is Outcome.POWER_OFF
-        machine.close()
-        outcomes.append(
-            (bytes(machine.console.output), machine.counts, machine.ledger.to_dict(), image.read_bytes())
-        )
-    assert outcomes[0] == outcomes[1]
-    assert any(outcomes[0][3])
 
 
 def test_kernel_that_unpacks_itself(boot, shell) -> None:

@@ -10,19 +10,15 @@ import time
 from pathlib import Path
 
 import pytest
+from reference.engine import need_engine
 from reference.tiny_guest import elf, tiny_guest
 
 from vmbus.cli import main
-from vmbus.cli.boot import EXIT_STATUS
-from vmbus.engine.unicorn import find_library
-from vmbus.errors import EngineError
+from vmbus.cli.boot import EXIT_STATUS, START_STATUS
 from vmbus.machine.guest import Outcome
 from vmbus.network.pcapng import PcapngReader
 
-try:
-    find_library()
-except EngineError as error:
-    pytest.skip(str(error), allow_module_level=True)
+need_engine()
 
 POWER_OFF = "print 'h'; print 'i'; power_off"
 
@@ -51,7 +47,9 @@ def test_every_ending_has_its_own_exit_status() -> None:
     assert set(EXIT_STATUS) == set(Outcome)
     failures = [status for outcome, status in EXIT_STATUS.items() if status]
     assert len(failures) == len(set(failures))
-    assert 2 not in failures
+    starts = [status for _, status, _ in START_STATUS]
+    assert len(starts) == len(set(starts))
+    assert not {2, *starts} & set(failures)
 
 
 @pytest.mark.parametrize(
@@ -100,33 +98,35 @@ def test_report_in_json_and_as_a_table(kernel, tmp_path: Path, capsys) -> None:
 
 
 @pytest.mark.parametrize(
-    ("contents", "arguments", "message"),
+    ("contents", "arguments", "status", "message"),
     [
-        (b"not a kernel at all", (), "not a Linux kernel"),
-        (b"", (), "not a Linux kernel"),
-        (elf(b"\xf4" * 64)[:-8], (), "truncated"),
-        (elf(b"\xf4"), ("--initrd", "INITRD"), "does not fit"),
-        (elf(b"\xf4"), ("--disk", "/nowhere/disk.img"), "No such file"),
-        (elf(b"\xf4"), ("--disk", "DIRECTORY"), "DIRECTORY"),
-        (elf(b"\xf4"), ("--append", "x" * 3000), "command line"),
-        (elf(b"\xf4"), ("--no-enlightenments", "--disk", "DISK"), "emulated disk controller"),
-        (elf(b"\xf4"), ("--no-enlightenments", "--net", "none"), "no synthetic network adapter"),
-        (elf(b"\xf4"), ("--net", "wire"), "give tap, tap:NAME"),
-        (elf(b"\xf4"), ("--net", "none,mtu=80"), "mtu=80: not in 576 to 9000"),
-        (elf(b"\xf4"), ("--net", "none,pcap=DIRECTORY"), "Is a directory"),
-        (elf(b"\xf4"), ("--net", "stream:DIRECTORY/nobody"), "stream uplink"),
-        (elf(b"\xf4"), ("--pcap", "DISK"), "--pcap needs --net"),
+        (b"not a kernel at all", (), 3, "not a Linux kernel"),
+        (b"", (), 3, "not a Linux kernel"),
+        (elf(b"\xf4" * 64)[:-8], (), 3, "truncated"),
+        (elf(b"\xf4"), ("--initrd", "INITRD"), 4, "does not fit"),
+        (elf(b"\xf4"), ("--append", "x" * 3000), 4, "command line"),
+        (elf(b"\xf4"), ("--disk", "/nowhere/disk.img"), 5, "No such file"),
+        (elf(b"\xf4"), ("--disk", "DIRECTORY"), 5, "DIRECTORY"),
+        (elf(b"\xf4"), ("--cdrom", "/nowhere/disc.iso"), 5, "No such file"),
+        (elf(b"\xf4"), ("--initrd", "/nowhere/initrd"), 2, "No such file"),
+        (elf(b"\xf4"), ("--no-enlightenments", "--cdrom", "DISK"), 2, "CD-ROM"),
+        (elf(b"\xf4"), ("--no-enlightenments", "--net", "none"), 2, "no synthetic network adapter"),
+        (elf(b"\xf4"), ("--net", "wire"), 2, "give tap, tap:NAME"),
+        (elf(b"\xf4"), ("--net", "none,mtu=80"), 2, "mtu=80: not in 576 to 9000"),
+        (elf(b"\xf4"), ("--net", "none,pcap=DIRECTORY"), 2, "Is a directory"),
+        (elf(b"\xf4"), ("--net", "stream:DIRECTORY/nobody"), 5, "stream uplink"),
+        (elf(b"\xf4"), ("--pcap", "DISK"), 2, "--pcap needs --net"),
     ],
 )
-def test_bad_input_is_one_line_and_status_2(
-    tmp_path: Path, capsys, contents: bytes, arguments: tuple[str, ...], message: str
+def test_bad_input_is_one_line_and_a_status_of_its_own(
+    tmp_path: Path, capsys, contents: bytes, arguments: tuple[str, ...], status: int, message: str
 ) -> None:
     kernel = tmp_path / "kernel"
     kernel.write_bytes(contents)
     (tmp_path / "initrd").write_bytes(bytes(16 << 20))
     (tmp_path / "disk").write_bytes(bytes(1 << 20))
     places = {"INITRD": tmp_path / "initrd", "DIRECTORY": tmp_path, "DISK": tmp_path / "disk"}
-    assert boot("--kernel", kernel, "--quiet", *(_fill(a, places) for a in arguments)) == 2
+    assert boot("--kernel", kernel, "--quiet", *(_fill(a, places) for a in arguments)) == status
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1, lines
     assert message.replace("DIRECTORY", str(tmp_path)) in lines[0]

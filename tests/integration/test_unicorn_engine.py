@@ -3,16 +3,13 @@
 import time
 
 import pytest
+from reference.engine import need_engine
 from reference.tiny_guest import tiny_guest
 
-from vmbus.engine.unicorn import find_library
 from vmbus.errors import EngineError, LocalProtocolError
 from vmbus.machine.guest import Machine, Outcome
 
-try:
-    find_library()
-except EngineError as error:
-    pytest.skip(str(error), allow_module_level=True)
+need_engine()
 
 MEMORY = 16 << 20
 

@@ -9,6 +9,7 @@ import termios
 import time
 import tty
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,12 +17,13 @@ from rich.console import Console as Screen
 from rich.table import Table
 
 from vmbus.cli.units import size
+from vmbus.errors import DeviceError, EngineError, VmbusError
 from vmbus.machine.guest import Machine, Outcome, Result
-from vmbus.machine.linux import BootError
+from vmbus.machine.linux import BootError, KernelError, SizeError
 from vmbus.machine.network import FORMS, OPTIONS
 from vmbus.machine.packages import load_guest
 
-__all__ = ["EXIT_STATUS", "add_parser", "run"]
+__all__ = ["EXIT_STATUS", "START_STATUS", "add_parser", "run"]
 
 EXIT_STATUS: Final = {
     Outcome.POWER_OFF: 0,
@@ -35,7 +37,14 @@ EXIT_STATUS: Final = {
     Outcome.WALL_TIME: 16,
     Outcome.STOPPED: 17,
 }
-"""The exit status for each outcome; 2 means that the guest could not be started."""
+"""The exit status for each outcome."""
+START_STATUS: Final[tuple[tuple[type[VmbusError], int, str], ...]] = (
+    (KernelError, 3, "the kernel is none, or damaged"),
+    (SizeError, 4, "kernel, initrd or command line do not fit"),
+    (DeviceError, 5, "a disk or network adapter cannot be opened"),
+    (EngineError, 6, "no engine can run it"),
+)
+"""Exit statuses of guests that could not be started, by what is wrong; 2 is for everything else."""
 ESCAPE: Final = 0x1D
 """Ctrl-]: leaves the console, as in telnet."""
 LONGEST_WAIT: Final = 0.1
@@ -56,7 +65,9 @@ def add_parser(subparsers: Any) -> None:
         ),
         epilog="Exit status: "
         + ", ".join(f"{status} {outcome.value}" for outcome, status in EXIT_STATUS.items() if status)
-        + "; 0 powered off or --until matched; 2 could not be started.",
+        + "; 0 powered off or --until matched; not started: "
+        + ", ".join(f"{status} {why}" for _, status, why in START_STATUS)
+        + ", 2 anything else.",
     )
     parser.add_argument("--kernel", type=Path, help="bzImage or ELF kernel")
     parser.add_argument("--initrd", type=Path, help="initial RAM disk or initramfs")
@@ -67,6 +78,14 @@ def add_parser(subparsers: Any) -> None:
         default=[],
         metavar="IMAGE",
         help="raw, VHD or VHDX; may be repeated",
+    )
+    parser.add_argument(
+        "--cdrom",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="ISO",
+        help="in a CD-ROM drive; may be repeated",
     )
     parser.add_argument(
         "--net",
@@ -110,7 +129,21 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Boot; the exit status says how the guest ended (`EXIT_STATUS`)."""
+    """Boot; the exit status says how the guest ended (`EXIT_STATUS`), or why it was not started (`START_STATUS`)."""
+    started: list[Machine] = []
+    try:
+        return _boot(args, started)
+    except VmbusError as error:
+        if started:
+            raise
+        for kind, status, _ in START_STATUS:
+            if isinstance(error, kind):
+                print(f"vmbus: {error}", file=sys.stderr)
+                return status
+        raise
+
+
+def _boot(args: argparse.Namespace, started: list[Machine]) -> int:
     kernel, initrd = args.kernel, args.initrd
     if kernel is None:
         guest = load_guest()
@@ -127,6 +160,7 @@ def run(args: argparse.Namespace) -> int:
         kernel,
         initrd=initrd,
         disks=args.disk,
+        cdroms=args.cdrom,
         append=command_line,
         memory=args.memory,
         enlightenments=not args.no_enlightenments,
@@ -137,6 +171,7 @@ def run(args: argparse.Namespace) -> int:
             joined = interface.uplink
             name = "nothing" if joined is None else getattr(joined.uplink, "name", description)
             _note(args, f"network adapter {interface.adapter.config.mac.hex(':')} on {name}")
+        started.append(machine)
         _note(args, "starting; Ctrl-] leaves" if sys.stdin.isatty() else "starting")
         if not args.quiet:
             machine.console.echo = _show
@@ -163,8 +198,14 @@ def _run_guest(machine: Machine, args: argparse.Namespace, keyboard: "_Keyboard"
 
     result = step(args.until)
     if args.send is not None and result.outcome is Outcome.MATCHED:
+        first = result
         machine.console.send(args.send + "\n")
         result = step(None)
+        result = replace(
+            result,
+            wall_seconds=first.wall_seconds + result.wall_seconds,
+            cpu_seconds=first.cpu_seconds + result.cpu_seconds,
+        )
     return result
 
 

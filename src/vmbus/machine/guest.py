@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self
-from uuid import UUID
+from typing import Final, Self, TypeAlias
+from uuid import UUID, uuid5
 
 from vmbus.bus import Offered, VmbusHost
 from vmbus.emulated.ioapic import IoApic
@@ -33,10 +33,11 @@ from vmbus.hypervisor.personality import LINUX, Personality
 from vmbus.machine.acpi import POWER_PORTS, SLEEP_CONTROL_PORT, PowerAction, PowerPorts, build_tables
 from vmbus.machine.console import Console, Pattern
 from vmbus.machine.kernel_payload import unpack_kernel
-from vmbus.machine.linux import ACPI_ADDRESS, BootError, Kernel, load_linux, parse_kernel
+from vmbus.machine.linux import ACPI_ADDRESS, BootError, Kernel, KernelError, load_linux, parse_kernel
 from vmbus.machine.network import GuestNetwork
 from vmbus.storage.disk import Disk
 from vmbus.storage.images import open_disk
+from vmbus.storage.scsi import CdromUnit, LogicalUnit
 from vmbus.storage.vsp import Address, StorageVsp
 from vmbus.trace.ledger import Ledger
 
@@ -55,6 +56,10 @@ SECOND: Final = 1_000_000_000
 
 PLAIN_PC: Final = Personality("plain-pc", privileges=type(LINUX.privileges)(0), hypervisor_present=False)
 """A machine that shows no hypervisor: its guest uses none of the enlightenments."""
+
+
+Medium: TypeAlias = str | os.PathLike[str] | Disk | LogicalUnit
+"""What can be attached: an image's path or URI, an open disk, or a unit that is ready."""
 
 
 class Outcome(Enum):
@@ -119,7 +124,8 @@ class Machine:
         kernel: a bzImage or an ELF kernel: a path, or the file's bytes.
         initrd: an initial RAM disk or initramfs: a path or bytes.
         disks: what the storage controller has, as LUN 0, 1, …: images that `vmbus.storage.images.open_disk` takes, or
-            open `Disk` objects, which stay open afterwards.
+            open `Disk` objects, which stay open afterwards, or units.
+        cdroms: ISO images in CD-ROM drives, as the LUNs behind those of the disks; they are only read.
         networks: a network adapter each, as `vmbus.machine.network.parse_network` takes it.
         append: the kernel's command line.
         memory: bytes of RAM.
@@ -145,7 +151,8 @@ class Machine:
         kernel: str | os.PathLike[str] | bytes,
         *,
         initrd: str | os.PathLike[str] | bytes | None = None,
-        disks: Sequence[str | os.PathLike[str] | Disk] = (),
+        disks: Sequence[Medium] = (),
+        cdroms: Sequence[str | os.PathLike[str]] = (),
         networks: Sequence[str] = (),
         append: str = "console=ttyS0",
         memory: int = DEFAULT_MEMORY,
@@ -162,10 +169,13 @@ class Machine:
         initial = b"" if initrd is None else _contents(initrd)
         if memory % 4096 or memory <= 0:
             raise BootError(f"{memory} bytes of memory are not whole pages")
-        if disks and not enlightenments:
-            raise BootError("disks need the enlightenments: this machine has no emulated disk controller")
+        if (disks or cdroms) and not enlightenments:
+            raise BootError(
+                "disks and CD-ROM drives need the enlightenments: this machine has no emulated disk controller"
+            )
         try:
             opened = [self._open(disk) for disk in disks]
+            opened += [self._drive(iso, lun) for lun, iso in enumerate(cdroms, len(opened))]
             self.hypervisor = Hypervisor(clock=VirtualClock())
             root = self.hypervisor.create_root()
             self.partition: Partition = self.hypervisor.create_child(
@@ -209,12 +219,17 @@ class Machine:
 
     # Assembly
 
-    def _open(self, disk: str | os.PathLike[str] | Disk) -> Disk:
-        if isinstance(disk, Disk):
+    def _open(self, disk: Medium) -> Disk | LogicalUnit:
+        if isinstance(disk, Disk | LogicalUnit):
             return disk
         opened = open_disk(disk)
         self._opened.append(opened)
         return opened
+
+    def _drive(self, iso: str | os.PathLike[str], lun: int) -> CdromUnit:
+        disc = open_disk(iso, read_only=True, format="raw")
+        self._opened.append(disc)
+        return CdromUnit(disc, uuid5(STORAGE_INSTANCE, f"drive {lun}"))
 
     def _add_devices(self) -> None:
         devices = self.partition.devices
@@ -228,23 +243,23 @@ class Machine:
         devices.add_ports(RTC_PORT, 2, RealTimeClock(self.hypervisor.clock.now))
         devices.add_ports(SLEEP_CONTROL_PORT, POWER_PORTS, PowerPorts(self._on_power))
 
-    def _add_storage(self, disks: Sequence[Disk]) -> None:
+    def _add_storage(self, disks: Sequence[Disk | LogicalUnit]) -> None:
         self.storage = StorageVsp(
             {(0, lun): disk for lun, disk in enumerate(disks)}, instance_id=STORAGE_INSTANCE
         )
         self.offer(self.storage, "storage")
 
     def offer(self, provider: StorageVsp, name: str) -> Offered:
-        """Offer a provider's device to the guest.
+        """Offer a provider's device to the guest, and its sub-channels when the guest asks for them.
 
         Raises:
             LocalProtocolError: the machine has no VMBus.
         """
         if self.bus is None:
             raise LocalProtocolError("a machine without enlightenments has no VMBus")
-        return self.bus.offer(provider.offer, provider.open, provider.close, name=name)
+        return provider.offer_on(self.bus, name=name)
 
-    def add_disk(self, disk: str | os.PathLike[str] | Disk, lun: int) -> None:
+    def add_disk(self, disk: Medium, lun: int) -> None:
         """Attach a disk while the guest runs.
 
         Raises:
@@ -420,6 +435,8 @@ def _parse(image: bytes, unpack: str) -> Kernel:
         return kernel
     try:
         return parse_kernel(unpack_kernel(image))
+    except KernelError:
+        raise  # the kernel could not do it either
     except BootError:
         if unpack == "host":
             raise

@@ -15,7 +15,10 @@ from vmbus.machine.linux import BootError
 
 __all__ = ["MODULES", "build_initramfs", "cpio", "resolve_modules"]
 
-MODULES: Final = ("hv_vmbus", "hv_storvsc", "sd_mod", "hv_netvsc", "hv_utils", "ext4")
+MODULES: Final = (
+    *("hv_vmbus", "hv_storvsc", "sd_mod", "sr_mod", "hv_netvsc", "hv_utils"),
+    *("ata_piix", "ext4", "isofs"),
+)
 """What a guest of this package needs, with all that these depend on; those built into the kernel are left out."""
 
 SECTION_STRINGS: Final = 62

@@ -13,7 +13,7 @@ import struct
 import zlib
 from typing import Any, Final
 
-from vmbus.machine.linux import SETUP_SECTS, BootError
+from vmbus.machine.linux import SETUP_SECTS, BootError, KernelError
 
 __all__ = ["unpack_kernel"]
 
@@ -56,13 +56,14 @@ def unpack_kernel(image: bytes) -> bytes:
     """The ELF kernel inside the bzImage `image`.
 
     Raises:
-        BootError: there is none, it is damaged, or the package for its compression is not installed.
+        KernelError: there is none, or it is damaged.
+        BootError: its compression is not known, or the package for its compression is not installed.
     """
     start = ((image[SETUP_SECTS] or 4) + 1) * 512
     offset, length = struct.unpack_from("<II", image, PAYLOAD_OFFSET)
     payload = image[start + offset : start + offset + length]
     if len(payload) < length or length < 16:
-        raise BootError("the kernel is truncated: its compressed part is not all there")
+        raise KernelError("the kernel is truncated: its compressed part is not all there")
     try:
         if payload[:4] == LZ4_LEGACY_MAGIC:
             unpacked = _lz4(payload)
@@ -81,7 +82,7 @@ def unpack_kernel(image: bytes) -> bytes:
     except BootError:
         raise
     except Exception as error:  # each library has an exception of its own for damaged data
-        raise BootError(f"the kernel's compressed part is damaged: {error}") from error
+        raise KernelError(f"the kernel's compressed part is damaged: {error}") from error
     if unpacked[:4] != b"\x7fELF":
-        raise BootError("the kernel's compressed part holds no ELF file")
+        raise KernelError("the kernel's compressed part holds no ELF file")
     return unpacked

@@ -12,7 +12,7 @@ from vmbus.core.memory import GuestMemory
 from vmbus.errors import VmbusError
 from vmbus.machine.acpi import RESET_PORT, RESET_VALUE, AcpiTables
 
-__all__ = ["BootError", "Entry", "Kernel", "load_linux", "parse_kernel"]
+__all__ = ["BootError", "Entry", "Kernel", "KernelError", "SizeError", "load_linux", "parse_kernel"]
 
 # Where things lie below 1 MiB.
 GDT_ADDRESS: Final = 0x1000
@@ -79,6 +79,14 @@ class BootError(VmbusError):
     """The guest cannot be started: the kernel, initrd, command line or memory size does not fit."""
 
 
+class KernelError(BootError):
+    """The file is not a kernel that can be booted, or it is damaged."""
+
+
+class SizeError(BootError):
+    """Kernel, initrd or command line do not fit into the memory, or what they are given."""
+
+
 @dataclass(frozen=True)
 class Kernel:
     """A kernel file that can be loaded.
@@ -119,7 +127,7 @@ def parse_kernel(image: bytes) -> Kernel:
     """Recognise and check a kernel file.
 
     Raises:
-        BootError: it is not a kernel that can be booted, or it is truncated.
+        KernelError: it is not a kernel that can be booted, or it is truncated.
     """
     if image[:4] == b"\x7fELF":
         return _parse_elf(image)
@@ -128,26 +136,28 @@ def parse_kernel(image: bytes) -> Kernel:
         or image[MAGIC : MAGIC + 4] != b"HdrS"
         or image[BOOT_FLAG : BOOT_FLAG + 2] != b"\x55\xaa"
     ):
-        raise BootError("not a Linux kernel: neither a bzImage nor an ELF file")
+        raise KernelError("not a Linux kernel: neither a bzImage nor an ELF file")
     return _parse_bzimage(image)
 
 
 def _parse_bzimage(image: bytes) -> Kernel:
     (version,) = struct.unpack_from("<H", image, PROTOCOL_VERSION)
     if version < OLDEST_PROTOCOL:
-        raise BootError(f"the kernel speaks boot protocol {version >> 8}.{version & 0xFF:02}; 2.12 is needed")
+        raise KernelError(
+            f"the kernel speaks boot protocol {version >> 8}.{version & 0xFF:02}; 2.12 is needed"
+        )
     (flags,) = struct.unpack_from("<H", image, XLOADFLAGS)
     if not flags & XLF_KERNEL_64:
-        raise BootError("the kernel has no 64-bit entry point")
+        raise KernelError("the kernel has no 64-bit entry point")
     start = ((image[SETUP_SECTS] or 4) + 1) * 512
     (paragraphs,) = struct.unpack_from("<I", image, SYSSIZE)
     if len(image) < start + paragraphs * 16 or not paragraphs:
-        raise BootError(f"the kernel is truncated: {len(image)} of {start + paragraphs * 16} bytes")
+        raise KernelError(f"the kernel is truncated: {len(image)} of {start + paragraphs * 16} bytes")
     (preferred,) = struct.unpack_from("<Q", image, PREF_ADDRESS)
     init_size, initrd_max = (struct.unpack_from("<I", image, at)[0] for at in (INIT_SIZE, INITRD_ADDR_MAX))
     (command_line_size,) = struct.unpack_from("<I", image, CMDLINE_SIZE)
     if preferred < HIGH_MEMORY_START or preferred + max(init_size, paragraphs * 16) > MOST_MEMORY:
-        raise BootError(f"the kernel asks for address {preferred:#x} and {init_size:#x} bytes")
+        raise KernelError(f"the kernel asks for address {preferred:#x} and {init_size:#x} bytes")
     return Kernel(
         header=image[SETUP_SECTS : min(MAGIC + image[HEADER_LENGTH], HEADER_END)],
         segments=((preferred, memoryview(image)[start : start + paragraphs * 16]),),
@@ -161,27 +171,27 @@ def _parse_bzimage(image: bytes) -> Kernel:
 
 def _parse_elf(image: bytes) -> Kernel:
     if len(image) < 64 or image[4] != ELF_CLASS_64:
-        raise BootError("not a 64-bit ELF kernel")
+        raise KernelError("not a 64-bit ELF kernel")
     machine, _, entry, table = struct.unpack_from("<HIQQ", image, 18)
     size, count = struct.unpack_from("<HH", image, 54)
     if machine != ELF_MACHINE_X86_64 or size < 56:
-        raise BootError("not an x86-64 ELF kernel")
+        raise KernelError("not an x86-64 ELF kernel")
     segments = []
     for at in range(table, table + size * count, size):
         if at + 56 > len(image):
-            raise BootError("the kernel is truncated: its program headers are missing")
+            raise KernelError("the kernel is truncated: its program headers are missing")
         kind, _, offset, virtual, physical, in_file, in_memory = struct.unpack_from("<IIQQQQQ", image, at)
         if kind != ELF_LOAD:
             continue
         if offset + in_file > len(image):
-            raise BootError(f"the kernel is truncated: {len(image)} of {offset + in_file} bytes")
+            raise KernelError(f"the kernel is truncated: {len(image)} of {offset + in_file} bytes")
         if physical < HIGH_MEMORY_START or physical + max(in_memory, in_file) > MOST_MEMORY:
-            raise BootError(f"the ELF file wants to lie at {physical:#x}, where no kernel can")
+            raise KernelError(f"the ELF file wants to lie at {physical:#x}, where no kernel can")
         if virtual <= entry < virtual + in_memory:
             entry = physical + entry - virtual
         segments.append((physical, memoryview(image)[offset : offset + in_file], in_memory))
     if not any(physical <= entry < physical + size for physical, _, size in segments):
-        raise BootError("the ELF file's entry point is outside of what it loads")
+        raise KernelError("the ELF file's entry point is outside of what it loads")
     header = bytearray(HEADER_END - SETUP_SECTS)
     struct.pack_into("<H", header, BOOT_FLAG - SETUP_SECTS, 0xAA55)
     header[MAGIC - SETUP_SECTS : MAGIC - SETUP_SECTS + 4] = b"HdrS"
@@ -208,19 +218,20 @@ def load_linux(
     """Put kernel, initrd, command line, memory map and ACPI tables into empty guest memory.
 
     Raises:
-        BootError: something does not fit.
+        SizeError: something does not fit.
+        BootError: the command line contains a NUL character.
     """
     if memory.size > MOST_MEMORY:
-        raise BootError(
+        raise SizeError(
             f"{memory.size >> 20} MiB of memory are too much: up to {MOST_MEMORY >> 20} MiB are supported"
         )
     if kernel.end > memory.size:
-        raise BootError(
+        raise SizeError(
             f"the kernel needs {-(-kernel.end >> 20)} MiB of memory, there are {memory.size >> 20} MiB"
         )
     arguments = command_line.encode()
     if len(arguments) > kernel.command_line_size:
-        raise BootError(
+        raise SizeError(
             f"the command line has {len(arguments)} bytes, the kernel takes {kernel.command_line_size}"
         )
     if b"\0" in arguments:
@@ -238,7 +249,7 @@ def load_linux(
         top = min(memory.size, kernel.initrd_limit + 1)
         address = top - len(initrd) & ~0xFFF if len(initrd) <= top else 0
         if address < kernel.end:
-            raise BootError(
+            raise SizeError(
                 f"the initrd of {len(initrd) / (1 << 20):.1f} MiB does not fit into {memory.size >> 20} MiB "
                 f"of memory beside the kernel ({-(-kernel.end >> 20)} MiB)"
             )
