@@ -36,6 +36,7 @@ EXIT_STATUS: Final = {
     Outcome.VIRTUAL_TIME: 15,
     Outcome.WALL_TIME: 16,
     Outcome.STOPPED: 17,
+    Outcome.SUSPENDED: 18,
 }
 """The exit status for each outcome."""
 START_STATUS: Final[tuple[tuple[type[VmbusError], int, str], ...]] = (
