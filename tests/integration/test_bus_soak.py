@@ -1,8 +1,11 @@
 """Twelve children with eight channels each at once, in every hosting, with offers rescinded and children killed."""
 
+import contextlib
 import gc
+import logging
 import os
 import random
+import threading
 import time
 
 import pytest
@@ -11,6 +14,7 @@ from reference.descriptors import open_descriptors
 
 from vmbus.bus import GuestRun, Hosting, Inline, Processes, Threads, VmbusHost, start_guest
 from vmbus.bus.vmbus_guest import VmbusGuest
+from vmbus.errors import DeviceError
 from vmbus.hypervisor import Hypervisor, VirtualClock
 from vmbus.trace.events import EventTrace
 
@@ -263,6 +267,84 @@ def test_create_and_destroy() -> None:
 @pytest.mark.slow
 def test_a_thousand_rounds_of_create_and_destroy() -> None:
     rounds_without_leaks(1000)
+
+
+def guest_mappings() -> int:
+    """Mappings of guests' memory; threads have stacks and heaps of the C library's, which it keeps."""
+    with open("/proc/self/maps", encoding="ascii") as maps:
+        return sum("memfd:vmbus-guest" in line for line in maps)
+
+
+def live_and_die(hv: Hypervisor, hosting: Hosting, rng: random.Random, children: int) -> None:
+    """Children that run at once, each from its creation to its destruction; some are killed, some lose a device."""
+    hosts, providers, runs = [], [], []
+    for _ in range(children):
+        child = hv.create_child(hv.root, memory_size=2 << 20)  # type: ignore[arg-type]
+        hosts.append(VmbusHost(hv, child, hosting=hosting))
+        providers.append([Provider(hosts[-1], n) for n in (1, 2)])
+        arguments = {"seed": rng.randrange(1 << 30), "rounds": 12, "channels": 2}
+        runs.append(start_guest(hosts[-1], CLIENT, arguments))
+    for number in range(children):
+        fate = rng.randrange(4)
+        if fate == 0:
+            time.sleep(rng.random() * 0.005)
+            runs[number].kill()
+        elif fate == 1:
+            providers[number][0].offered.rescind()
+        elif fate == 2:
+            hosts[number].child.destroy()  # with the guest still in it
+    for host, run, mine in zip(hosts, runs, providers, strict=True):
+        with contextlib.suppress(DeviceError):  # that of a destroyed child ends anyhow
+            run.join(120)
+        host.child.destroy()
+        assert host.offered == {}
+        assert host.channels == []
+        assert not host.machine.channels
+        assert not host.machine.gpadls
+        assert all(p.opens == p.closes and p.wrong == 0 for p in mine)
+        hosting.wait_for(lambda run=run: run.done)  # type: ignore[misc]
+
+
+def generations_without_leaks(hosting: Threads, generations: int, children: int, seed: int) -> None:
+    rng = random.Random(seed)
+    hv = Hypervisor()
+    hv.create_root()
+    for _ in range(3):
+        live_and_die(hv, hosting, rng, children)
+    gc.collect()
+    before = open_descriptors(), threading.active_count(), guest_mappings(), len(gc.get_objects())
+    for _ in range(generations):
+        live_and_die(hv, hosting, rng, children)
+    gc.collect()
+    after = open_descriptors(), threading.active_count(), guest_mappings(), len(gc.get_objects())
+    assert after[:3] == before[:3], "file descriptors, threads, mappings of guest memory"
+    assert after[3] <= before[3] + generations * children * 60, "objects"
+    assert set(hv.partitions) == {hv.root.id}  # type: ignore[union-attr]
+    with pytest.raises(ChildProcessError):  # neither living children nor dead ones that nobody waited for
+        os.waitpid(-1, os.WNOHANG)
+    hosting.close()
+
+
+@pytest.fixture
+def quiet(caplog: pytest.LogCaptureFixture) -> None:
+    """What is logged keeps the exceptions that it names, and those what they came through: not to be counted."""
+    caplog.set_level(logging.CRITICAL, logger="vmbus")
+
+
+def test_lives_in_threads(quiet: None) -> None:
+    generations_without_leaks(Threads(workers=2), 10, 8, seed=20)
+
+
+@pytest.mark.slow
+def test_a_thousand_lives_in_threads(quiet: None) -> None:
+    generations_without_leaks(Threads(workers=4), 125, 8, seed=21)
+
+
+@pytest.mark.slow
+def test_lives_in_processes(quiet: None) -> None:
+    """Ten generations of twelve; VMBUS_SOAK_GENERATIONS asks for more, as 84 for a thousand lives."""
+    generations = int(os.environ.get("VMBUS_SOAK_GENERATIONS", "10"))
+    generations_without_leaks(Processes(workers=4), generations, 12, seed=22)
 
 
 def test_relids_and_gpadls_do_not_run_out() -> None:

@@ -94,8 +94,9 @@ class _Local(GuestRun):
         return False
 
     def kill(self) -> None:
-        self.killed = True
+        self.killed = self.guest.killed = True
         self._host.reset()
+        self._host.hosting.progressed()
 
 
 class _Inline(_Local):

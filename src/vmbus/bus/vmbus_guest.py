@@ -111,6 +111,7 @@ class VmbusGuest:
         machine: the control plane's state.
         pages: the page allocator, which device drivers of the model guest use too.
         violations: messages of the host that were refused.
+        killed: whoever runs the guest has given it up; it waits for nothing any more.
         on_offer: called with each `Offer` that comes.
         on_rescind: called with an `Offer` that the host took back, after its channel (if open) has closed.
         on_tl_result: called with a `vmbus.bus.actions.TlConnectAnswered`.
@@ -137,6 +138,8 @@ class VmbusGuest:
         vps, memory, hosting, account = _surroundings(processors, memory, hosting, account)
         self.memory = memory
         self.hosting = hosting
+        self._partition = vps[0].partition if isinstance(vps[0], VirtualProcessor) else None
+        self.killed = False
         self.account = account
         self.pages = pages or PageAllocator.above(memory, 1 << 20)
         self.violations = 0
@@ -231,6 +234,11 @@ class VmbusGuest:
                 return
             self._post(self.machine.unload())
         self._await(lambda: self.machine.state is LinkState.IDLE, "UNLOAD")
+
+    @property
+    def lost(self) -> bool:
+        """The guest was killed, or its partition was reset or destroyed under it: nobody answers it any more."""
+        return self.killed or (self._partition is not None and not self._partition.hypercalls_enabled)
 
     def close(self) -> None:
         """Unload and let go of processors and memory."""
@@ -430,8 +438,8 @@ class VmbusGuest:
             self.hosting.ring(task)
 
     def wait(self, channel: Channel, condition: Callable[[], bool], timeout: float) -> bool:
-        """Let others work until the condition holds."""
-        return self.hosting.wait_for(condition, timeout)
+        """Let others work until the condition holds, or never will because the guest is lost."""
+        return self.hosting.wait_for(lambda: condition() or self.lost, timeout) and condition()
 
     def close_channel(self, channel: Channel) -> None:
         """Close, tear every GPADL down, free the ring."""
@@ -484,7 +492,7 @@ class VmbusGuest:
             raise HypercallError(status)
 
     def _await(self, condition: Callable[[], bool], what: str) -> None:
-        if not self.hosting.wait_for(lambda: self._poll() and condition()):
+        if not self.hosting.wait_for(lambda: self._poll() and (condition() or self.lost)) or not condition():
             raise RemoteProtocolError(f"the host does not answer {what}")
 
     def _answer(self, kind: str, number: int) -> int:

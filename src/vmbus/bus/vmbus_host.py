@@ -218,6 +218,7 @@ class VmbusHost:
             self.close()
         elif event.kind == "reset":
             self.reset()
+        self.hosting.progressed()  # a guest in this process that waits for an answer gets none any more
         if self._previous_on_event is not None:
             self._previous_on_event(event)
 
