@@ -125,6 +125,17 @@ def test_hypercalls_need_the_hypercall_page(hv):
         vp.hypercall(CallCode.POST_MESSAGE, INPUT, 0)
 
 
+def test_processor_denies_the_leaks_of_speculative_ones(child):
+    vp = child.vps[0]
+    assert vp.cpuid(7, 0) == (0, 0, 0, 1 << 29)
+    assert vp.cpuid(7, 1) == (0, 0, 0, 0)
+    value = vp.rdmsr(0x10A)
+    assert value & 1  # RDCL_NO: no separate page tables needed
+    assert not value & 1 << 1  # but no enhanced IBRS, which would need MSRs of its own
+    with pytest.raises(GeneralProtectionFault):
+        vp.wrmsr(0x10A, value)
+
+
 def test_cpuid_shows_the_hypervisor_only_to_those_who_know_it(hv):
     linux = hv.create_child(hv.root, "linux").vps[0]
     dos = hv.create_child(hv.root, "dos", personality=DOS).vps[0]

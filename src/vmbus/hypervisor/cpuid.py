@@ -1,7 +1,9 @@
 """CPUID as a virtual processor shows it: a plain processor and the hypervisor leaves (TLFS chapter 2).
 
 The processor is a deliberately small x86-64 one: what a general-purpose 64-bit kernel needs and an interpreting
-engine can execute (SSE3 and CMPXCHG16B, no AVX, XSAVE, SMAP, MCE or MTRR), with the TSC frequency in leaf 0x15.
+engine can execute (SSE3 and CMPXCHG16B, no AVX, XSAVE, SMAP, MCE or MTRR), with the TSC frequency in leaf 0x15. It says
+that it does not have the leaks of speculative processors, so that a kernel spares itself separate page tables for user
+space and the like: an engine executes nothing ahead of time.
 """
 
 from typing import Final, TypeAlias
@@ -9,17 +11,24 @@ from typing import Final, TypeAlias
 from vmbus.hypervisor.personality import Personality
 from vmbus.hypervisor.tlfs import MAX_VPS
 
-__all__ = ["TOPOLOGY_LEAF", "CpuidResult", "leaves", "topology"]
+__all__ = ["ARCH_CAPABILITIES", "FEATURES_LEAF", "TOPOLOGY_LEAF", "CpuidResult", "leaves", "topology"]
 
 CpuidResult: TypeAlias = tuple[int, int, int, int]
 """EAX, EBX, ECX, EDX."""
 
 MAX_BASIC_LEAF: Final = 0x16
+FEATURES_LEAF: Final = 0x07
+"""Structured extended features; there is only its subleaf 0."""
 TOPOLOGY_LEAF: Final = 0x0B
 """Extended topology enumeration, which tells the x2APIC id (SDM 11.12.8)."""
 MAX_EXTENDED_LEAF: Final = 0x8000_0008
 PHYSICAL_ADDRESS_BITS: Final = 40
 LINEAR_ADDRESS_BITS: Final = 48
+
+ARCH_CAPABILITIES: Final = sum(1 << n for n in (0, 4, 5, 6, 8, 13, 14, 15, 20, 24, 26, 27, 62))
+"""What IA32_ARCH_CAPABILITIES denies (SDM volume 4, table 2-2): RDCL (Meltdown), SSB, MDS, machine checks on page size
+changes, TAA, SBDR and SSDP, FBSDP, PSDP, BHI, PBRSB, GDS, RFDS, ITS."""
+_ARCH_CAPABILITIES_PRESENT: Final = 1 << 29
 
 _FEATURES_ECX: Final = 1 << 0 | 1 << 13 | 1 << 24  # SSE3, CMPXCHG16B, TSC-deadline
 _X2APIC: Final = 1 << 21
@@ -56,6 +65,7 @@ def leaves(
             _FEATURES_EDX | (1 << 28 if vp_count > 1 else 0),
         ),
         0x06: (1 << 2, 0, 0, 0),  # ARAT: the APIC timer always runs
+        FEATURES_LEAF: (0, 0, 0, _ARCH_CAPABILITIES_PRESENT),
         0x15: (1, 1, tsc_frequency, 0),
         0x16: (megahertz, megahertz, 100, 0),
         0x8000_0000: (MAX_EXTENDED_LEAF, 0, 0, 0),

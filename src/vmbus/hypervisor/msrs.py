@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from vmbus.hypervisor import x2apic
+from vmbus.hypervisor.cpuid import ARCH_CAPABILITIES
 from vmbus.hypervisor.faults import GeneralProtectionFault
 from vmbus.hypervisor.personality import CRASH_MSRS_AVAILABLE
 from vmbus.hypervisor.tlfs import SINT_COUNT, STIMER_COUNT, Msr, Privilege
@@ -165,6 +166,7 @@ def _tables() -> tuple[dict[int, ReadEntry], dict[int, WriteEntry]]:
         Msr.IA32_TSC_ADJUST: (0, lambda vp: vp.tsc_offset & 0xFFFF_FFFF_FFFF_FFFF),
         Msr.IA32_BIOS_SIGN_ID: (0, _read_zero),
         Msr.IA32_MTRRCAP: (0, _read_zero),
+        Msr.IA32_ARCH_CAPABILITIES: (0, lambda vp: ARCH_CAPABILITIES),
         Msr.IA32_MISC_ENABLE: (0, lambda vp: 1),  # fast strings
         Msr.IA32_PAT: (0, lambda vp: vp.pat),
         Msr.IA32_TSC_DEADLINE: (0, lambda vp: vp.apic.tsc_deadline),

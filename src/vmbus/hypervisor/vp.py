@@ -20,7 +20,7 @@ from vmbus.hypervisor.apic import (
     LocalApic,
     Register,
 )
-from vmbus.hypervisor.cpuid import TOPOLOGY_LEAF, CpuidResult, leaves, topology
+from vmbus.hypervisor.cpuid import FEATURES_LEAF, TOPOLOGY_LEAF, CpuidResult, leaves, topology
 from vmbus.hypervisor.faults import GeneralProtectionFault, PageFault, UndefinedOpcodeFault, VpSuspended
 from vmbus.hypervisor.hypercalls import dispatch
 from vmbus.hypervisor.msrs import MSR_READ, MSR_WRITE
@@ -225,6 +225,8 @@ class VirtualProcessor:
         result = self._leaves.get(leaf, (0, 0, 0, 0))
         if leaf == TOPOLOGY_LEAF and partition.personality.x2apic:
             result = topology(subleaf, self.index, shown[1])
+        elif leaf == FEATURES_LEAF and subleaf:
+            result = (0, 0, 0, 0)
         if leaf in partition.intercepts.cpuid:
             return intercepts.cpuid(self, leaf, subleaf, result)
         return result
