@@ -1,7 +1,9 @@
 """Hostile hosts against the network client: an error or a skipped packet, never a crash, a hang or a wrong frame."""
 
 import struct
+import time
 from collections.abc import Callable
+from contextlib import suppress
 
 import pytest
 from reference.netpair import frame, mac, make_guest
@@ -12,8 +14,8 @@ from reference.network_attacker import (
     seized_host,
 )
 
-from vmbus.core.ring import COMPLETION
-from vmbus.errors import DeviceError, RemoteProtocolError
+from vmbus.core.ring import COMPLETION, Packet, RingReader
+from vmbus.errors import DeviceError, RemoteProtocolError, RingFull
 from vmbus.network import rndis
 from vmbus.network.rndis import NdisStatus, PacketIdFlags, RndisType
 from vmbus.network.switch import Switch
@@ -189,3 +191,48 @@ def test_bring_up_with_one_wrong_answer() -> None:
             assert size * count <= guest.nic._send.window.size
             came_up += 1
     assert came_up > 10
+
+
+class Endless:
+    """A ring that its writer fills whenever it is looked at."""
+
+    def __init__(self, reader: RingReader, refill: Callable[[], None]) -> None:
+        self.reader = reader
+        self.refill = refill
+
+    def recv_packets(self, most: int) -> list[Packet]:
+        self.refill()
+        return self.reader.recv_packets(most)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.reader, name)
+
+
+@pytest.mark.parametrize("noise", ["frames", "strangers", "nonsense"])
+def test_a_host_that_never_stops_talking_does_not_keep_the_client(noise: str) -> None:
+    host, guest = seized_host()
+    nic = guest.nic
+    nic.use_compiled_path = False
+    nic.timeout = 0.2
+    put(guest, 0, GOOD)
+
+    def talk() -> None:
+        with suppress(RingFull):
+            for _ in range(20):
+                if noise == "frames":
+                    host.receive_ranges([(len(GOOD), 0)])
+                elif noise == "strangers":
+                    host.send(bytes(8), kind=COMPLETION, flags=0, tid=77)
+                else:
+                    host.send(b"\xff" * 40, flags=0)
+        host.drain()
+
+    ring = guest.guest_end.incoming
+    guest.guest_end.incoming = Endless(ring, talk)  # type: ignore[assignment]
+    began = time.monotonic()
+    assert len(nic.receive(64)) == (64 if noise == "frames" else 0)
+    with pytest.raises(DeviceError, match="did not answer"):
+        nic.keepalive()
+    assert nic.send_batch([frame(mac(2), mac(1))] * 10) == 10
+    assert time.monotonic() - began < 20
+    guest.guest_end.incoming = ring

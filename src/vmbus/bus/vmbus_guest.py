@@ -154,6 +154,7 @@ class VmbusGuest:
         self._winding_up: set[int] = set()
         self._answers: dict[tuple[str, int], int] = {}
         self._refused: str | None = None
+        self._unfinished: deque[Channel] = deque()
         self._calls: deque[Callable[[], None]] = deque()
         self._calling = threading.Lock()
         self._driver_pages = self.pages.allocate(5)
@@ -432,8 +433,8 @@ class VmbusGuest:
             self._ports[0].vp.hypercall(SIGNAL_EVENT, connection_id, 0)
 
     def again(self, channel: Channel) -> None:
-        """Call the channel's driver once more, after the interrupt that is being handled."""
-        self._calls.append(channel.deliver_signal)
+        """Call the channel's driver once more, as if another interrupt had come."""
+        self._unfinished.append(channel)
         if (task := self._ports[0].task) is not None:
             self.hosting.ring(task)
 
@@ -508,6 +509,8 @@ class VmbusGuest:
 
     def _on_interrupt(self, port: _Port) -> None:
         """The interrupt handler: messages, then event flags, until no interrupt waits."""
+        for _ in range(len(self._unfinished)):
+            self._deliver(self._unfinished.popleft())
         while (vector := port.vp.pop_interrupt()) is not None:
             port.vp.wrmsr(Msr.EOI, 0)
             if vector == VECTOR:
@@ -538,11 +541,14 @@ class VmbusGuest:
         for flag in flags:
             channel = self._by_flag.get(flag)
             if channel is not None:
-                try:
-                    channel.deliver_signal()
-                except RingCorrupt as error:
-                    log.warning("channel %d is closed: %s", channel.channel_id, error)
-                    self._calls.append(channel.close)
+                self._deliver(channel)
+
+    def _deliver(self, channel: Channel) -> None:
+        try:
+            channel.deliver_signal()
+        except RingCorrupt as error:
+            log.warning("channel %d is closed: %s", channel.channel_id, error)
+            self._calls.append(channel.close)
 
     def _take(self, event: act.GuestEvent) -> None:
         match event:

@@ -8,11 +8,12 @@ The host may be hostile: what it names is checked against what it was given, cop
 """
 
 import logging
+import time
 from collections import deque
 from collections.abc import Sequence
 from typing import Final, TypeVar
 
-from vmbus.bus.channel import Channel
+from vmbus.bus.channel import TURN, Channel
 from vmbus.core.memory import GpaRanges
 from vmbus.core.netio import DONE, GuestQueue, SendPool
 from vmbus.core.ring import COMPLETION, COMPLETION_REQUESTED, IN_BAND, TRANSFER_PAGES, Packet
@@ -97,7 +98,7 @@ class NetworkVsc(Sending):
         self._received: deque[bytes] = deque()
         self._completions: dict[int, deque[int]] = {0: deque()}
         self._fragments: list[Frame] = []
-        channel.on_signal = lambda: self._drain(0)
+        channel.on_signal = lambda: self._signalled(0)
         channel.on_closed = self._closed
         try:
             self._gpadls = [channel.create_gpadl(self._receive.pfns), channel.create_gpadl(self._send.pfns)]
@@ -249,9 +250,9 @@ class NetworkVsc(Sending):
                 raise LocalProtocolError(f"sub-channel {index} of {self.protocol.subchannels}")
             self._channels[index] = channel
             self._completions[index] = deque()
-            channel.on_signal = lambda: self._drain(index)
+            channel.on_signal = lambda: self._signalled(index)
             channel.on_closed = lambda: self._channel_closed(index)
-        self._drain(index)
+        self._signalled(index)
 
     def close(self) -> None:
         """Halt the adapter, take its buffers back and close its channels; a second call does nothing."""
@@ -292,10 +293,13 @@ class NetworkVsc(Sending):
         with self._lock:
             self._check()
             task = self.protocol.run(script)
-        self._drain(0)
+        deadline = time.monotonic() + self.timeout
+        while not self._drain(0) and not task.done and time.monotonic() < deadline:
+            continue  # a host that never stops sending must answer in time all the same
         channel = self._channels.get(0)
         if not task.done and channel is not None:
-            channel.wait(lambda: task.done or self._failure is not None, self.timeout)
+            left = max(0.0, deadline - time.monotonic())
+            channel.wait(lambda: task.done or self._failure is not None, left)
         if task.done:
             return task.result
         self._check()
@@ -344,14 +348,20 @@ class NetworkVsc(Sending):
 
     # ---- from the host
 
-    def _drain(self, index: int) -> None:
-        """Read a channel's ring until it is empty."""
+    def _signalled(self, index: int) -> None:
+        """The host rang."""
+        if not self._drain(index) and (channel := self._channels.get(index)) is not None:
+            channel.again()
+
+    def _drain(self, index: int) -> bool:
+        """Read a channel's ring until it is empty, or for a turn: False if there is more."""
+        turn = TURN
         while (channel := self._channels.get(index)) is not None:
             needed = False
             try:
                 with self._lock:
                     if not channel.is_open:
-                        return
+                        return True
                     channel.incoming.mask()
                     taken, ring = self._take_packets(index, channel)
                     channel.account.packets_received += taken
@@ -368,11 +378,15 @@ class NetworkVsc(Sending):
                 self._failure = error
                 log.warning("network adapter closed: %s", error)
                 channel.close()
-                return
+                return True
             if needed:
                 ring_peer(channel)
             if not more:
-                return
+                return True
+            turn -= 1
+            if turn <= 0:
+                return False
+        return True
 
     def _take_packets(self, index: int, channel: Channel) -> tuple[int, bool]:
         """Take packets from a ring: how many, and whether to ring the host."""

@@ -91,8 +91,8 @@ class Sending(ABC):
         self._lay_out(list(pages))
 
     @abstractmethod
-    def _drain(self, index: int) -> None:
-        """Read a channel's ring until it is empty."""
+    def _drain(self, index: int) -> bool:
+        """Read a channel's ring until it is empty, or for a turn: False if there is more."""
 
     def _lay_out(self, pages: list[int]) -> None:
         fixed = CONTROL_PAGES + LARGE_BUFFERS * LARGE_PAGES
