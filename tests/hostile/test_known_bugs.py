@@ -1,5 +1,4 @@
-"""Bugs that other hosts had, and the tests that keep them out of this one: every bug of the list has one in each room it can
-be made in."""
+"""Bugs that other hosts had, and the tests that keep them out of this one, in each room where they can be made."""
 
 import ast
 from pathlib import Path

@@ -20,6 +20,7 @@ from vmbus.hypervisor.personality import (
     WINDOWS_10,
     WINDOWS_2000,
 )
+from vmbus.hypervisor.tlfs import Msr
 
 KIND = UUID("ba6163d9-04a1-4d29-b605-72e2ffb1dc7f")
 ALL_VERSIONS = pytest.mark.parametrize("version", Version, ids=version_name)
@@ -355,6 +356,26 @@ def test_personalities_negotiate_what_they_speak(personality: Personality, versi
     guest = VmbusGuest(child.vps[0])
     assert guest.connect() == version
     assert ask(guest.open(guest.offers[0]), b"personal") == b"lanosrep"
+    guest.close()
+
+
+@pytest.mark.parametrize("personality", [SERVER_2008, SERVER_2022], ids=lambda p: p.name)
+def test_interrupts_end_by_themselves_unless_that_is_deprecated(personality: Personality) -> None:
+    hv = Hypervisor(clock=VirtualClock())
+    child = hv.create_child(hv.create_root(), memory_size=8 << 20, personality=personality)
+    host = VmbusHost(hv, child)
+    host.offer(an_offer(), echo)
+    guest = VmbusGuest(child.vps[0])
+    guest.connect()
+    channel = guest.open(guest.offers[0])
+    vp = child.vps[0]
+    assert bool(vp.rdmsr(Msr.SINT0 + 2) >> 17 & 1) == personality.auto_eoi
+    interrupts, writes = child.account.interrupts.total(), child.account.exits["wrmsr"]
+    for number in range(10):
+        assert ask(channel, bytes([number]) * 8) == bytes([number]) * 8
+    assert child.account.interrupts.total() == interrupts + 10
+    assert child.account.exits["wrmsr"] == writes + (0 if personality.auto_eoi else 10)
+    assert vp.apic.isr == 0
     guest.close()
 
 

@@ -101,6 +101,10 @@ def test_the_process_has_its_memory_and_its_lines_and_nothing_else(hv):
     assert other.memory.fd >= 0
     assert run(child, "descriptors") == 0
     assert report(child).split("|") == ["/memfd", "socket", "socket", "socket"]
+    for connection_id in (2, 3):
+        hv.create_event_port(child, connection_id, lambda flag: None)
+    assert run(child, "descriptors", signals=2) == 0
+    assert report(child).split("|") == ["/memfd", "[eventfd]", "[eventfd]", "socket", "socket", "socket"]
 
 
 @pytest.mark.parametrize("spin", [0.0, 20e-6])

@@ -56,12 +56,15 @@ def exits(partition):
     partition.memory.write(REPORT, "|".join(found).encode().ljust(1024, b"\0"))
 
 
-def descriptors(partition):
-    """What the process holds, by kind."""
+def descriptors(partition, signals=0):
+    """What the process holds, by kind, after it has rung `signals` connections."""
     kinds = []
+    if signals:
+        guest = RawGuest(_Vp(partition))
+        assert [guest.signal(2 + n) for n in range(signals)] == [0] * signals
     for fd in range(3, 256):
         try:
-            kinds.append(os.readlink(f"/proc/self/fd/{fd}").split(":")[0])
+            kinds.append(os.readlink(f"/proc/self/fd/{fd}").replace("anon_inode:", "").split(":")[0])
         except OSError:
             continue
     partition.memory.write(REPORT, "|".join(sorted(kinds)).encode().ljust(1024, b"\0"))

@@ -9,20 +9,21 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Final, Protocol, TypeVar
+from typing import Final, TypeVar
 from uuid import UUID
 
 from vmbus.bus import actions as act
 from vmbus.bus import wire
 from vmbus.bus.channel import Channel, Gpadl
 from vmbus.bus.guest import GuestChannel, GuestMachine
-from vmbus.bus.hosting import Hosting, Task, hosting_of
+from vmbus.bus.guest_processor import VECTOR, GuestProcessor, ProcessorPort, spoken_versions, surroundings
+from vmbus.bus.hosting import Hosting
 from vmbus.bus.monitor import pending_bit
 from vmbus.bus.offer import Offer
 from vmbus.bus.pages import PageAllocator
 from vmbus.bus.transitions import ChannelState, GpadlState, LinkState
 from vmbus.bus.versions import SUPPORTED_FEATURES, FeatureFlags, Version
-from vmbus.core.dispatch import EventFlags, MessageSlot
+from vmbus.core.dispatch import EventFlags
 from vmbus.core.memory import PAGE_SIZE, GpaRanges, GuestMemory, Window
 from vmbus.core.ring import RingReader, RingWriter
 from vmbus.errors import HypercallError, LocalProtocolError, RemoteProtocolError, RingCorrupt
@@ -36,8 +37,6 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-VECTOR: Final = 0xF3
-"""Interrupt vector of the VMBus SINT (Linux: HYPERVISOR_CALLBACK_VECTOR)."""
 NO_GUID: Final = UUID(int=0)
 SUSPENSION_LIMIT: Final = 3600.0
 """Seconds that an exit waits, where time is the host's, for its suspended processor to run again."""
@@ -46,50 +45,6 @@ SIGNAL_EVENT: Final = int(CallCode.SIGNAL_EVENT) | 1 << 16
 FROM_HOST_SINT: Final = 0
 FROM_GUEST_SINT: Final = 8
 """The halves of the shared interrupt page, as event-flag pages count them."""
-
-
-class GuestProcessor(Protocol):
-    """What the driver needs of a virtual processor."""
-
-    index: int
-    on_interrupt: Callable[[], None] | None
-
-    def hypercall(self, control: int, input: int, output: int, xmm: bytes = b"") -> int:
-        """RCX, RDX, R8 → RAX."""
-
-    def rdmsr(self, index: int) -> int:
-        """RDMSR."""
-
-    def wrmsr(self, index: int, value: int) -> None:
-        """WRMSR."""
-
-    def pop_interrupt(self) -> int | None:
-        """The next vector to handle."""
-
-
-class _Port:
-    """The driver's part of one processor: its message slot and event flags."""
-
-    def __init__(self, vp: GuestProcessor, memory: GuestMemory, pages: PageAllocator) -> None:
-        self.vp = vp
-        self.pages = pages.allocate(2)
-        message_page, flags_page = (pfn * PAGE_SIZE for pfn in self.pages)
-        vp.wrmsr(Msr.SIMP, message_page | 1)
-        vp.wrmsr(Msr.SIEFP, flags_page | 1)
-        vp.wrmsr(Msr.SCONTROL, 1)
-        vp.wrmsr(Msr.SINT0 + wire.VMBUS_SINT, VECTOR)
-        self.slot: MessageSlot | None = MessageSlot(memory, message_page, wire.VMBUS_SINT)
-        self.flags: EventFlags | None = EventFlags(memory, flags_page, wire.VMBUS_SINT)
-        self.task: Task | None = None
-
-    def close(self) -> None:
-        self.slot = self.flags = None
-        self.vp.on_interrupt = None
-        if isinstance(self.vp, VirtualProcessor):
-            self.vp.on_stall = self.vp.on_resume = None
-        self.vp.wrmsr(Msr.SINT0 + wire.VMBUS_SINT, 1 << 16)
-        self.vp.wrmsr(Msr.SIMP, 0)
-        self.vp.wrmsr(Msr.SIEFP, 0)
 
 
 class VmbusGuest:
@@ -134,8 +89,8 @@ class VmbusGuest:
         account: Account | None = None,
     ) -> None:
         if versions is None:
-            versions = _spoken(processors)
-        vps, memory, hosting, account = _surroundings(processors, memory, hosting, account)
+            versions = spoken_versions(processors)
+        vps, memory, hosting, account = surroundings(processors, memory, hosting, account)
         self.memory = memory
         self.hosting = hosting
         self._partition = vps[0].partition if isinstance(vps[0], VirtualProcessor) else None
@@ -147,7 +102,7 @@ class VmbusGuest:
         self.on_rescind: Callable[[Offer], None] | None = None
         self.on_tl_result: Callable[[act.TlConnectAnswered], None] | None = None
         self._lock = threading.RLock()
-        self._ports: list[_Port] = []
+        self._ports: list[ProcessorPort] = []
         self._channels: dict[int, Channel] = {}
         self._by_flag: dict[int, Channel] = {}
         self._rings: dict[int, tuple[list[int], Window, Window]] = {}
@@ -175,7 +130,7 @@ class VmbusGuest:
             vps[0].wrmsr(Msr.GUEST_OS_ID, LINUX_GUEST_OS_ID)
             vps[0].wrmsr(Msr.HYPERCALL, hypercall | 1)
         for vp in vps:
-            port = _Port(vp, memory, self.pages)
+            port = ProcessorPort(vp, memory, self.pages)
             port.task = hosting.task(f"guest vp{vp.index}", lambda port=port: self._on_interrupt(port))  # type: ignore[misc]
             vp.on_interrupt = lambda task=port.task: hosting.ring(task)
             if isinstance(vp, VirtualProcessor):  # its exits wait here while its parent has suspended it
@@ -507,18 +462,19 @@ class VmbusGuest:
             self._take_messages(port)
         return True
 
-    def _on_interrupt(self, port: _Port) -> None:
+    def _on_interrupt(self, port: ProcessorPort) -> None:
         """The interrupt handler: messages, then event flags, until no interrupt waits."""
         for _ in range(len(self._unfinished)):
             self._deliver(self._unfinished.popleft())
         while (vector := port.vp.pop_interrupt()) is not None:
-            port.vp.wrmsr(Msr.EOI, 0)
+            if not (port.auto_eoi and vector == VECTOR):
+                port.vp.wrmsr(Msr.EOI, 0)
             if vector == VECTOR:
                 self._take_messages(port)
                 self._take_flags(port)
         self._call()
 
-    def _take_messages(self, port: _Port) -> None:
+    def _take_messages(self, port: ProcessorPort) -> None:
         with self._lock:
             slot = port.slot
             while slot is not None and (message := slot.take()) is not None:
@@ -534,7 +490,7 @@ class VmbusGuest:
                     log.debug("the host's message is ignored: %s", error)
                 slot = port.slot
 
-    def _take_flags(self, port: _Port) -> None:
+    def _take_flags(self, port: ProcessorPort) -> None:
         flags = port.flags.take() if port.flags is not None else []
         if self.version < Version.V2_4 and 0 in flags:
             flags += self._from_host.take()
@@ -612,35 +568,3 @@ class VmbusGuest:
                     self._calls.popleft()()
             finally:
                 self._calling.release()
-
-
-def _spoken(processors: GuestProcessor | Sequence[GuestProcessor]) -> list[int]:
-    """The versions that the guest operating system of that partition knows, best first."""
-    newest = max(Version)
-    if isinstance(processors, VirtualProcessor):
-        personality = processors.partition.personality
-        if not personality.vmbus_version:
-            raise LocalProtocolError(f"{personality.name} has no VMBus driver: it needs emulated hardware")
-        newest = Version(personality.vmbus_version)
-    return sorted((v for v in Version if v <= newest), reverse=True)
-
-
-def _surroundings(
-    processors: GuestProcessor | Sequence[GuestProcessor],
-    memory: GuestMemory | None,
-    hosting: Hosting | None,
-    account: Account | None,
-) -> tuple[list[GuestProcessor], GuestMemory, Hosting, Account]:
-    """Fill in what a processor of a hypervisor in this process knows by itself."""
-    if isinstance(processors, VirtualProcessor):
-        partition = processors.partition
-        return (
-            list(partition.vps),
-            partition.memory,
-            hosting or hosting_of(partition.hypervisor),
-            account or partition.hypervisor.ledger.account(partition.name, "vmbus"),
-        )
-    vps = [processors] if not isinstance(processors, Sequence) else list(processors)
-    if memory is None or hosting is None:
-        raise TypeError("processors that are not of this process's hypervisor need memory and hosting")
-    return vps, memory, hosting, account or Account()

@@ -121,7 +121,6 @@ _STORED: Final = {
     PartitionProperty.CPU_RESERVE: (0, 0, 0x1_0000),
     PartitionProperty.CPU_CAP: (0x1_0000, 0, 0x1_0000),
     PartitionProperty.CPU_WEIGHT: (100, 1, 10_000),
-    PartitionProperty.TIME_FREEZE: (0, 0, 1),
 }
 """Properties that are kept for the parent: default, least and greatest value (TLFS, partition properties)."""
 _READ_ONLY: Final = frozenset(
