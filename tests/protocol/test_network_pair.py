@@ -11,8 +11,10 @@ from reference import netpair, packets
 from reference.netpair import frame, mac, make_guest, make_pair, receive_all, send_all
 
 from vmbus.errors import DeviceError, LocalProtocolError
+from vmbus.network import vsp_delivery
+from vmbus.network.offload import coalesce
 from vmbus.network.oid import HashTypes, Offloads, Oid, PacketFilter
-from vmbus.network.rndis import Frame, LargeSend, NdisStatus, TransmitChecksum, pack_packet
+from vmbus.network.rndis import Frame, LargeSend, NdisStatus, ReceiveChecksum, TransmitChecksum, pack_packet
 from vmbus.network.rss import DEFAULT_KEY
 from vmbus.network.switch import BROADCAST, Access, Switch, Trunk, tag_frame
 from vmbus.network.vsc_protocol import GuestConfig
@@ -192,6 +194,23 @@ def test_large_sends_are_cut_and_coalesced(version: Version, pair: tuple[str, st
     assert b"".join(f[header:] for f in got) == payload
     assert len(got) == (1 if version == Version.V6_1 else -(-len(payload) // mss))
     assert a.vsp.port.counters.received_frames == -(-len(payload) // mss)
+
+
+def test_a_host_that_leaves_the_checksum_of_what_it_coalesced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the RSC interface allows it: checked before coalescing, and the header's value fits the first segment only."""
+
+    def coalesced(frames: list[bytes], **wanted: bool) -> list[list[bytes]]:
+        groups = coalesce(frames, **wanted)
+        return [[group[0][:50] + b"\xab\xcd" + group[0][52:], *group[1:]] for group in groups]
+
+    found = ReceiveChecksum.TCP_VALUE_INVALID | ReceiveChecksum.TCP_SUCCEEDED | ReceiveChecksum.IP_SUCCEEDED
+    _, a, b = make_pair(full())
+    b.nic.set_filter(PacketFilter.PROMISCUOUS)
+    monkeypatch.setattr(vsp_delivery, "coalesce", coalesced)
+    monkeypatch.setattr(b.vsp, "_checksum_of", lambda frame, many: int(found))
+    large = packets.tcp_frame("10.0.0.1", "10.0.0.2", bytes(range(250)) * 20, flags=0x18)
+    assert a.nic.send(Frame(large, large_send=LargeSend(1460, 34).pack()))
+    assert receive_all(b.nic) == [large]
 
 
 def test_rsc_is_only_for_those_who_asked() -> None:

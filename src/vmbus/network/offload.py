@@ -6,7 +6,7 @@ big integer, which is what ones' complement addition of 16-bit words amounts to.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Final
 
@@ -48,6 +48,16 @@ class Protocol(IntEnum):
 
 
 _EXTENSIONS: Final = (Protocol.HOP_BY_HOP, Protocol.ROUTING, Protocol.DESTINATION_OPTIONS)
+
+# Plain numbers: operations on members of enumerations cost more than the checks themselves, and these are per frame.
+_TCP: Final = int(Protocol.TCP)
+_UDP: Final = int(Protocol.UDP)
+_IP_FAILED: Final = int(ReceiveChecksum.IP_FAILED)
+_IP_SUCCEEDED: Final = int(ReceiveChecksum.IP_SUCCEEDED)
+_TCP_FAILED: Final = int(ReceiveChecksum.TCP_FAILED)
+_TCP_SUCCEEDED: Final = int(ReceiveChecksum.TCP_SUCCEEDED)
+_UDP_FAILED: Final = int(ReceiveChecksum.UDP_FAILED)
+_UDP_SUCCEEDED: Final = int(ReceiveChecksum.UDP_SUCCEEDED)
 
 
 @dataclass(slots=True)
@@ -156,10 +166,10 @@ def _fill_ip(frame: bytearray, layers: Layers) -> None:
 
 
 def _fill_transport(frame: bytearray, layers: Layers) -> None:
-    at = layers.transport + (16 if layers.protocol == Protocol.TCP else 6)
+    at = layers.transport + (16 if layers.protocol == _TCP else 6)
     frame[at : at + 2] = b"\0\0"
     value = _transport_checksum(frame, layers)
-    if value == 0 and layers.protocol == Protocol.UDP:
+    if value == 0 and layers.protocol == _UDP:
         value = 0xFFFF  # RFC 768: 0 would mean that there is no checksum
     frame[at : at + 2] = value.to_bytes(2, "big")
 
@@ -259,28 +269,28 @@ def _large_send_headers(frame: bytes, wanted: LargeSend) -> tuple[int, int]:
     return ip, transport
 
 
-def check(frame: bytes) -> ReceiveChecksum:
-    """What can be said about the checksums of a frame; 0 when there is nothing to check."""
+def check(frame: bytes) -> int:
+    """What can be said about the checksums of a frame, as `ReceiveChecksum`; 0 when there is nothing to check."""
     layers = parse(frame)
-    if layers is None:
-        return ReceiveChecksum(0)
-    result = ReceiveChecksum(0)
+    return 0 if layers is None else _check(frame, layers)
+
+
+def _check(frame: bytes, layers: Layers) -> int:
+    result = 0
     if layers.version == 4:
         header = frame[layers.ip : layers.ip + (frame[layers.ip] & 15) * 4]
-        result |= ReceiveChecksum.IP_FAILED if checksum(header) else ReceiveChecksum.IP_SUCCEEDED
+        result = _IP_FAILED if checksum(header) else _IP_SUCCEEDED
     if layers.fragment:
         return result
     length = layers.end - layers.transport
-    if layers.protocol == Protocol.TCP and length >= MIN_TCP:
-        good = _transport_checksum(frame, layers) == 0
-        result |= ReceiveChecksum.TCP_SUCCEEDED if good else ReceiveChecksum.TCP_FAILED
-    elif layers.protocol == Protocol.UDP and length >= MIN_UDP:
+    if layers.protocol == _TCP and length >= MIN_TCP:
+        result |= _TCP_FAILED if _transport_checksum(frame, layers) else _TCP_SUCCEEDED
+    elif layers.protocol == _UDP and length >= MIN_UDP:
         present = frame[layers.transport + 6] or frame[layers.transport + 7]
         if present:
-            good = _transport_checksum(frame, layers) == 0
-            result |= ReceiveChecksum.UDP_SUCCEEDED if good else ReceiveChecksum.UDP_FAILED
+            result |= _UDP_FAILED if _transport_checksum(frame, layers) else _UDP_SUCCEEDED
         elif layers.version == 4:
-            result |= ReceiveChecksum.UDP_SUCCEEDED  # RFC 768: the sender computed none
+            result |= _UDP_SUCCEEDED  # RFC 768: the sender computed none
     return result
 
 
@@ -305,8 +315,9 @@ def coalesce(frames: Sequence[bytes], *, ipv4: bool = True, ipv6: bool = True) -
 
     Returns:
         for every resulting packet its fragments: a single frame as it was, or the first frame with a new IP
-        length and the payloads of the following ones. The TCP checksum of a coalesced packet is the first
-        segment's and wrong for the whole (`ReceiveChecksum.TCP_VALUE_INVALID`); its IP checksum is right.
+        length and the payloads of the following ones. Both checksums are right for the whole: Linux verifies TCP's
+        itself when it is told not to let the adapter do so (``ethtool -K eth0 rx off``), and still takes
+        coalesced packets.
     """
     result: list[list[bytes]] = []
     run: _Run | None = None
@@ -340,7 +351,7 @@ def coalesce(frames: Sequence[bytes], *, ipv4: bool = True, ipv6: bool = True) -
 
 def _coalescable(frame: bytes, ipv4: bool, ipv6: bool) -> Layers | None:
     layers = parse(frame)
-    if layers is None or layers.protocol != Protocol.TCP or layers.fragment:
+    if layers is None or layers.protocol != _TCP or layers.fragment:
         return None
     if layers.version == 4:
         if not ipv4 or layers.transport - layers.ip != MIN_IPV4:
@@ -353,8 +364,8 @@ def _coalescable(frame: bytes, ipv4: bool, ipv6: bool) -> Layers | None:
     start = transport + (frame[transport + 12] >> 4) * 4
     if start < transport + MIN_TCP or start >= layers.end or frame[transport + 13] & ~TCP_PSH != TCP_ACK:
         return None
-    good = ReceiveChecksum.TCP_SUCCEEDED | (ReceiveChecksum.IP_SUCCEEDED if layers.version == 4 else 0)
-    return layers if check(frame) == good else None
+    good = _TCP_SUCCEEDED | _IP_SUCCEEDED if layers.version == 4 else _TCP_SUCCEEDED
+    return layers if _check(frame, layers) == good else None
 
 
 def _append(run: _Run, frame: bytes, layers: Layers) -> bool:
@@ -403,4 +414,7 @@ def _finish(run: _Run) -> list[bytes]:
             _fill_ip(headers, run.layers)
         else:
             headers[ip + 4 : ip + 6] = (run.size - MIN_IPV6).to_bytes(2, "big")
+        whole = headers + b"".join(run.payloads)
+        _fill_transport(whole, replace(run.layers, end=ip + run.size))
+        headers = whole[: len(headers)]
     return [bytes(headers) + run.payloads[0], *run.payloads[1:]]

@@ -19,7 +19,7 @@ from vmbus.core.ring import COMPLETION
 from vmbus.errors import LocalProtocolError, RingError, RingFull
 from vmbus.network import rndis
 from vmbus.network.offload import check, coalesce
-from vmbus.network.rndis import Frame, PacketIdFlags, ReceiveChecksum
+from vmbus.network.rndis import Frame, PacketIdFlags
 from vmbus.network.switch import Port, strip_tag
 from vmbus.network.vsp_oid import AdapterStatistics
 from vmbus.network.vsp_protocol import CONTROL_SECTIONS, HostProtocol
@@ -31,6 +31,9 @@ BATCH: Final = 64
 """Ring packets taken at once, and frames announced in one transfer-page packet."""
 MAX_BACKLOG: Final = 2048
 """Frames that wait for receive sections or ring space, per channel."""
+_FRAGMENT: Final = int(PacketIdFlags.SUB_ALLOCATION)
+_FIRST: Final = int(PacketIdFlags.FIRST)
+_LAST: Final = int(PacketIdFlags.LAST)
 _ATTEMPTS: Final = 4
 """How often a full ring is tried again when the guest made room just then."""
 
@@ -204,11 +207,11 @@ class Delivery(ABC):
         self._next_packet_id = self._next_packet_id + 1 & 0xFFFF
         messages = []
         for number, part in enumerate(group):
-            flags = PacketIdFlags.SUB_ALLOCATION
+            flags = _FRAGMENT
             if number == 0:
-                flags |= PacketIdFlags.FIRST
+                flags |= _FIRST
             if number == len(group) - 1:
-                flags |= PacketIdFlags.LAST
+                flags |= _LAST
             identity = 1 | flags << 8 | self._next_packet_id << 16
             data = plain if number == 0 else part
             messages.append(rndis.pack_packet(Frame(data, checksum, None, vlan, hash_value, identity)))
@@ -219,10 +222,7 @@ class Delivery(ABC):
         wanted = self.protocol.oids.offloads.receive
         if not (wanted.tcp4 or wanted.tcp6 or wanted.udp4 or wanted.udp6 or wanted.ipv4_header or coalesced):
             return None
-        found = check(frame)
-        if coalesced:
-            found |= ReceiveChecksum.TCP_VALUE_INVALID
-        return int(found) or None
+        return check(frame) or None
 
     def _flush(self, queue: Queue) -> bool:
         """Send what waits for `queue`: completions, control messages, frames. Whether to ring the guest."""

@@ -39,6 +39,11 @@ from vmbus.network.wire import DEFAULT_FRAME, ETHERNET_HEADER, MAX_FRAME, Versio
 __all__ = ["AdapterConfig", "AdapterStatistics", "OidServer"]
 
 Counts = tuple[int, int, int, int, int, int]
+_PROMISCUOUS: Final = int(PacketFilter.PROMISCUOUS)
+_DIRECTED: Final = int(PacketFilter.DIRECTED)
+_BROADCAST: Final = int(PacketFilter.BROADCAST)
+_ALL_MULTICAST: Final = int(PacketFilter.ALL_MULTICAST)
+_MULTICAST: Final = int(PacketFilter.MULTICAST)
 MAX_MULTICAST: Final = 64
 MAX_NAME: Final = 255
 SUPPORTED_HASHES: Final = (
@@ -224,16 +229,16 @@ class OidServer:
 
     def accepts(self, address: bytes) -> bool:
         """Whether the packet filter lets a frame with this destination address through."""
-        wanted = self.packet_filter
-        if wanted & PacketFilter.PROMISCUOUS:
+        wanted = int(self.packet_filter)
+        if wanted & _PROMISCUOUS:
             return True
         if not address[0] & 1:
-            return bool(wanted & PacketFilter.DIRECTED) and address == self.current_mac
+            return bool(wanted & _DIRECTED) and address == self.current_mac
         if address == b"\xff" * 6:
-            return bool(wanted & PacketFilter.BROADCAST)
-        if wanted & PacketFilter.ALL_MULTICAST:
+            return bool(wanted & _BROADCAST)
+        if wanted & _ALL_MULTICAST:
             return True
-        return bool(wanted & PacketFilter.MULTICAST) and address in self.multicast
+        return bool(wanted & _MULTICAST) and address in self.multicast
 
     def query(self, oid: int, data: bytes) -> tuple[int, bytes]:
         """The NDIS status and the answer to a query with input `data`."""
