@@ -12,6 +12,7 @@ from reference.iso9660 import iso_image
 from vmbus.core.memory import GpaRanges
 from vmbus.machine.guest import RESUMABLE, Machine, Outcome
 from vmbus.machine.initramfs import cpio
+from vmbus.machine.linux import BootError
 from vmbus.machine.packages import Guest, make_root_disk
 from vmbus.storage.images import create_vhdx
 
@@ -256,3 +257,52 @@ def shared_pages(machine: Machine, target: str) -> list[int]:
         case _:
             ranges = [GpaRanges.parse(bytes(gpadl.data), gpadl.count) for gpadl in bus.gpadls.values()]
             return [pfn for parts in ranges for part in parts for pfn in part.pfns]
+
+
+# Without enlightenments
+
+
+def test_the_same_disk_with_and_without_enlightenments(boot, shell, guest: Guest, tmp_path: Path) -> None:
+    """Linux's ata_piix on the emulated controller, then hv_storvsc: the same image, the same work, other exits."""
+    image, second = tmp_path / "root.img", tmp_path / "second.img"
+    make_root_disk(image, 48 * MIB, guest.busybox.read_bytes())
+    second.write_bytes(random.Random(3).randbytes(2 * MIB))
+    digest, exits, written = sha256(second.read_bytes()), [], []
+    for enlightened, driver in ((False, "ata_piix"), (True, "hv_storvsc")):
+        machine = boot(
+            disks=[image, second],
+            enlightenments=enlightened,
+            append="console=ttyS0 quiet panic=-1 root=/dev/sda",
+        )
+        run = shell(machine)
+        run("grep '^/dev/sda / ext4 rw' /proc/mounts")
+        assert driver in run("cat /sys/class/scsi_host/host0/proc_name").replace("storvsc_host", "hv_storvsc")
+        before = machine.partition.account.exits.total()
+        assert digest in run("dd if=/dev/sdb bs=64k iflag=direct 2>/dev/null | sha256sum")
+        exits.append(machine.partition.account.exits.total() - before)
+        name = f"/file-{driver}"
+        written.append(
+            (name, run(f"dd if=/dev/urandom of={name} bs=64k count=32 2>/dev/null; sha256sum <{name}"))
+        )
+        run.power_off()
+        machine.close()
+    checked("e2fsck", "-fn", image)
+    for name, said in written:
+        found = subprocess.run(
+            ["debugfs", "-R", f"cat {name}", image], capture_output=True, check=True
+        ).stdout
+        assert len(found) == 2 * MIB
+        assert sha256(found) in said
+    assert second.stat().st_size == 2 * MIB
+    assert sha256(second.read_bytes()) == digest
+    emulated, fast = exits
+    assert emulated > 2 * MIB // 4, "every 32-bit word of data is an exit"
+    assert fast < emulated / 100
+
+
+def test_more_disks_than_the_emulated_controller_takes(boot, tmp_path: Path) -> None:
+    images = [tmp_path / str(n) for n in range(5)]
+    for path in images:
+        path.write_bytes(bytes(MIB))
+    with pytest.raises(BootError, match="up to 4 disks"):
+        boot(enlightenments=False, disks=images)

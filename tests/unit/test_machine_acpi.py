@@ -62,7 +62,7 @@ def test_misplaced_tables_are_refused() -> None:
 
 @pytest.mark.skipif(shutil.which("iasl") is None, reason="iasl is not installed")
 def test_the_dsdt_disassembles_to_what_was_meant(tmp_path: Path) -> None:
-    found = tables(com1=(0x3F8, 4), vmbus=(0xF800_0000, 0x400_0000))
+    found = tables(com1=(0x3F8, 4), vmbus=(0xF800_0000, 0x400_0000), pci={7: 16})
     path = tmp_path / "dsdt.aml"
     path.write_bytes(found[b"DSDT"])
     done = subprocess.run(["iasl", "-d", path], capture_output=True, text=True, check=False)
@@ -77,6 +77,17 @@ def test_the_dsdt_disassembles_to_what_was_meant(tmp_path: Path) -> None:
         r"Interrupt \(ResourceConsumer, Edge, ActiveHigh, Exclusive.*\)\s+\{\s+0x00000004", source
     )
     assert re.search(r"Name \(\\?_S5, Package", source)
+    assert re.search(r'EisaId \("PNP0A03"\)', source)
+    assert re.search(r"WordBusNumber \(ResourceProducer, MinFixed, MaxFixed", source)
+    assert re.search(
+        r"WordIO \(ResourceProducer, MinFixed, MaxFixed, PosDecode, EntireRange,\s+0x0000, .*\s+0x1000, .*\s+0xFFFF, "
+        r".*\s+0x0000, .*\s+0xF000,",
+        source,
+    )
+    assert re.search(r"0x0CF8, +// Range Minimum", source)
+    assert re.search(
+        r"Name \(_PRT, Package.*\s+\{\s+Package.*\s+\{\s+0x0007FFFF,\s+Zero,\s+Zero,\s+0x10\s", source
+    )
     for signature in (b"FACP", b"APIC", b"XSDT"):
         path = tmp_path / f"{signature.decode().lower()}.dat"
         path.write_bytes(found[signature])

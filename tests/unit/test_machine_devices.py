@@ -52,6 +52,18 @@ def test_registers() -> None:
     assert board.vp.mmio_read(IO_APIC_ADDRESS + 0x20, 4) == 0
 
 
+def test_the_trigger_mode_shows_in_the_local_apic() -> None:
+    """Linux masks and unmasks a level-triggered line around every interrupt whose TMR bit is clear."""
+    board = Board()
+    for low, bit in ((0x45 | LEVEL, 1 << 5), (0x45, 0)):
+        board.route(9, low)
+        board.devices.set_line(9, True)
+        assert board.vp.pop_interrupt() == 0x45
+        assert board.vp.mmio_read(0xFEE0_0180 + 0x20, 4) == bit
+        board.devices.set_line(9, False)
+        board.end()
+
+
 def test_edges_are_delivered_once() -> None:
     board = Board()
     board.route(4, 0x41)

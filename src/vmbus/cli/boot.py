@@ -107,7 +107,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--append", default="", metavar="TEXT", help="added to the kernel's command line")
     parser.add_argument("--memory", type=size, default=512 << 20, metavar="SIZE", help="RAM (default: 512M)")
     parser.add_argument(
-        "--no-enlightenments", action="store_true", help="show the guest a plain PC: no hypervisor, no VMBus"
+        "--no-enlightenments",
+        action="store_true",
+        help="show the guest a plain PC: no hypervisor, no VMBus, disks on an emulated IDE controller",
     )
     parser.add_argument(
         "--unpack",

@@ -124,6 +124,6 @@ class IoApic:
             self._entries[line] |= REMOTE_IRR
         for vp in self._partition.vps:
             if vp.apic.matches(entry >> 56, bool(entry & LOGICAL)):
-                vp.request_interrupt(vector)
+                vp.request_interrupt(vector, level=bool(entry & LEVEL))  # shows in the TMR
                 if entry & DELIVERY_MODE:
                     return

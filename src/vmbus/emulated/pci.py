@@ -5,7 +5,7 @@ registers put them, and vanish when the guest disables them (PCI Local Bus Speci
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import IntEnum
 from typing import NamedTuple, Protocol
 
@@ -111,6 +111,7 @@ class PciFunction:
         bars: its base address registers, from BAR0 on.
         registers: what is behind them.
         interrupt_pin: 1 for INTA#, 0 for none.
+        fixed: contents of further, read-only configuration registers by offset.
 
     Attributes:
         on_command: called with the command register after each write to it.
@@ -127,6 +128,7 @@ class PciFunction:
         bars: tuple[Bar, ...] = (),
         registers: BarDevice | None = None,
         interrupt_pin: int = 0,
+        fixed: Mapping[int, bytes] | None = None,
     ) -> None:
         if len(bars) > BARS or any(
             bar.size & (bar.size - 1) or bar.size < (4 if bar.io else 16) for bar in bars
@@ -152,6 +154,8 @@ class PciFunction:
             (ConfigOffset.INTERRUPT_PIN, 1, interrupt_pin),
         ):
             self._space[offset : offset + length] = value.to_bytes(length, "little")
+        for offset, content in (fixed or {}).items():
+            self._space[offset : offset + len(content)] = content
         command = PciCommand.BUS_MASTER | PciCommand.INTERRUPT_DISABLE
         for number, bar in enumerate(bars):
             at = ConfigOffset.BAR0 + 4 * number

@@ -6,7 +6,7 @@ range of addresses that VMBus devices may use for their memory, the VMBus itself
 """
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
@@ -32,6 +32,10 @@ SOFT_OFF = 5
 
 LOCAL_APIC_ADDRESS = 0xFEE0_0000
 IO_APIC_ADDRESS = 0xFEC0_0000
+
+PCI_CONFIG_PORT = 0xCF8
+PCI_PORTS = (0x1000, 0xFFFF)
+"""The ports, first and last, that a guest may give to PCI functions."""
 
 FADT_SIZE = 276
 FADT_WBINVD = 1 << 0
@@ -125,8 +129,35 @@ def _madt(processors: int, io_apic: bool) -> bytes:
     return _table(b"APIC", 4, struct.pack("<II", LOCAL_APIC_ADDRESS, 0) + entries)
 
 
-def _dsdt(com1: tuple[int, int | None] | None, vmbus: tuple[int, int] | None) -> bytes:
-    devices = b""
+def _host_bridge(interrupts: Mapping[int, int]) -> bytes:
+    """PCI bus 0: its configuration ports, the ports that it passes on, and where INTA# of each slot goes."""
+    resources = (
+        aml.word_range(aml.BUS_NUMBERS, 0, 0)
+        + aml.io_ports(PCI_CONFIG_PORT, 8)
+        + aml.word_range(aml.PORTS, *PCI_PORTS)
+        + aml.end_tag()
+    )
+    zero = aml.integer(0)
+    routes = [
+        aml.package(aml.integer(slot << 16 | 0xFFFF), zero, zero, aml.integer(line))
+        for slot, line in sorted(interrupts.items())
+    ]
+    return aml.device(
+        "PCI0",
+        aml.name("_HID", aml.eisa_id("PNP0A03")),
+        aml.name("_UID", zero),
+        aml.name("_ADR", zero),
+        aml.name("_BBN", zero),
+        aml.name("_STA", aml.integer(0x0F)),
+        aml.name("_CRS", aml.buffer(resources)),
+        aml.name("_PRT", aml.package(*routes)),
+    )
+
+
+def _dsdt(
+    com1: tuple[int, int | None] | None, vmbus: tuple[int, int] | None, pci: Mapping[int, int] | None
+) -> bytes:
+    devices = _host_bridge(pci) if pci is not None else b""
     if com1 is not None:
         port, line = com1
         resources = (
@@ -167,6 +198,7 @@ def build_tables(
     com1: tuple[int, int | None] | None = (0x3F8, None),
     vmbus: tuple[int, int] | None = (0xF800_0000, 0x0400_0000),
     io_apic: bool = False,
+    pci: Mapping[int, int] | None = None,
 ) -> AcpiTables:
     """Build all tables for guest physical address `base`.
 
@@ -176,6 +208,7 @@ def build_tables(
         com1: first port and interrupt line (None: polled) of the serial port, or no serial port.
         vmbus: first address and length of the memory that VMBus devices may use, or no VMBus.
         io_apic: an I/O APIC with the ISA lines is there.
+        pci: PCI bus 0 is there; the interrupt line of each slot that has one.
 
     Raises:
         ValueError: `base` is misaligned or too high.
@@ -189,7 +222,7 @@ def build_tables(
         parts.append(table.ljust(-(-len(table) // 16) * 16, b"\0"))
         return address
 
-    fadt = add(_fadt(add(_dsdt(com1, vmbus))))
+    fadt = add(_fadt(add(_dsdt(com1, vmbus, pci))))
     madt = add(_madt(processors, io_apic))
     xsdt = add(_table(b"XSDT", 1, struct.pack("<QQ", fadt, madt)))
     root = bytearray(struct.pack("<8sB6sBIIQB3x", b"RSD PTR ", 0, OEM_ID, 2, 0, 36, xsdt, 0))

@@ -21,9 +21,12 @@ __all__ = [
     "path",
     "scope",
     "string",
+    "word_range",
 ]
 
 MEMORY_READ_WRITE = 1
+PORTS = 1
+BUS_NUMBERS = 2
 
 
 def path(text: str) -> bytes:
@@ -123,6 +126,13 @@ def dword_memory(first: int, length: int) -> bytes:
     return struct.pack(
         "<BHBBBIIIII", 0x87, 23, 0, general, MEMORY_READ_WRITE, 0, first, first + length - 1, 0, length
     )
+
+
+def word_range(kind: int, first: int, last: int) -> bytes:
+    """A fixed range of bus numbers or ports (`BUS_NUMBERS`, `PORTS`) that a bridge passes on to what lies under it."""
+    general = 1 << 2 | 1 << 3  # minimum and maximum fixed
+    specific = 3 if kind == PORTS else 0  # the entire range
+    return struct.pack("<BHBBBHHHHH", 0x88, 13, kind, general, specific, 0, first, last, 0, last - first + 1)
 
 
 def end_tag() -> bytes:

@@ -24,6 +24,8 @@ from uuid import UUID, uuid5
 
 from vmbus.bus import Offered, VmbusHost
 from vmbus.emulated.ioapic import IoApic
+from vmbus.emulated.pci import PciBus, host_bridge
+from vmbus.emulated.piix import MOST_DISKS, PiixIde
 from vmbus.emulated.rtc import RTC_PORT, RealTimeClock
 from vmbus.emulated.uart import COM1_IRQ, COM1_PORT, Uart16550
 from vmbus.engine.unicorn import Stop, UnicornEngine
@@ -46,6 +48,9 @@ __all__ = ["PLAIN_PC", "Machine", "Outcome", "Result"]
 log = logging.getLogger(__name__)
 
 DEFAULT_MEMORY: Final = 512 << 20
+IDE_SLOT: Final = 7
+IDE_LINE: Final = 16
+"""The emulated disk controller's place on the PCI bus, and its line of the I/O APIC (behind the ISA lines)."""
 STORAGE_INSTANCE: Final = UUID("6c2ab6f0-4f0e-4f4e-9d5e-0f2b1f7a5c01")
 """The controller's instance: fixed, because serial numbers of disks come from it and runs have to repeat."""
 PANIC_TEXT: Final = b"---[ end Kernel panic"
@@ -129,7 +134,8 @@ class Machine:
         networks: a network adapter each, as `vmbus.machine.network.parse_network` takes it.
         append: the kernel's command line.
         memory: bytes of RAM.
-        enlightenments: show the guest a hypervisor and a VMBus. Without, it sees a plain PC.
+        enlightenments: show the guest a hypervisor and a VMBus. Without, it sees a plain PC, with its disks on an
+            emulated IDE controller.
         unpack: ``"host"`` unpacks a bzImage here, ``"guest"`` lets it unpack itself, ``"auto"`` does it here
             when that is possible.
         name: of the child partition, in the ledger.
@@ -169,10 +175,8 @@ class Machine:
         initial = b"" if initrd is None else _contents(initrd)
         if memory % 4096 or memory <= 0:
             raise BootError(f"{memory} bytes of memory are not whole pages")
-        if (disks or cdroms) and not enlightenments:
-            raise BootError(
-                "disks and CD-ROM drives need the enlightenments: this machine has no emulated disk controller"
-            )
+        if cdroms and not enlightenments:
+            raise BootError("CD-ROM drives need the enlightenments: the emulated controller takes disks only")
         try:
             opened = [self._open(disk) for disk in disks]
             opened += [self._drive(iso, lun) for lun, iso in enumerate(cdroms, len(opened))]
@@ -186,6 +190,7 @@ class Machine:
             self._add_devices()
             self.bus: VmbusHost | None = None
             self.storage: StorageVsp | None = None
+            self.ide: PiixIde | None = None
             if enlightenments:
                 self.bus = (
                     VmbusHost(self.hypervisor, self.partition)
@@ -193,6 +198,8 @@ class Machine:
                     else VmbusHost(self.hypervisor, self.partition, versions=versions)
                 )
                 self._add_storage(opened)
+            elif opened:
+                self._add_ide(opened)
             self.network = GuestNetwork(self.bus)
             entry = load_linux(
                 self.partition.memory,
@@ -204,6 +211,7 @@ class Machine:
                     com1=(COM1_PORT, COM1_IRQ),
                     vmbus=(0xF800_0000, 0x0400_0000) if enlightenments else None,
                     io_apic=True,
+                    pci=None if self.ide is None else {IDE_SLOT: IDE_LINE},
                 ),
             )
             self.engine.cpu.enter_long_mode(
@@ -248,6 +256,18 @@ class Machine:
             {(0, lun): disk for lun, disk in enumerate(disks)}, instance_id=STORAGE_INSTANCE
         )
         self.offer(self.storage, "storage")
+
+    def _add_ide(self, disks: Sequence[Disk | LogicalUnit]) -> None:
+        media = [disk for disk in disks if isinstance(disk, Disk)]
+        if len(media) != len(disks) or len(media) > MOST_DISKS:
+            raise BootError(
+                f"without enlightenments there is one IDE controller, for up to {MOST_DISKS} disks"
+            )
+        account = self.hypervisor.ledger.account(self.partition.name, "ide")
+        self.ide = PiixIde(media, lambda level: self._io_apic.set_line(IDE_LINE, level), account)
+        bus = PciBus(self.partition.devices)
+        bus.add(0, host_bridge())
+        bus.add(IDE_SLOT, self.ide.function)
 
     def offer(self, provider: StorageVsp, name: str) -> Offered:
         """Offer a provider's device to the guest, and its sub-channels when the guest asks for them.
