@@ -11,7 +11,13 @@ import pytest
 from reference.raw_guest import RawGuest
 
 from vmbus.errors import HypercallError, RemoteProtocolError
-from vmbus.hypervisor import GeneralProtectionFault, Hypervisor, UndefinedOpcodeFault, VirtualClock
+from vmbus.hypervisor import (
+    GeneralProtectionFault,
+    Hypervisor,
+    UndefinedOpcodeFault,
+    VirtualClock,
+    VpSuspended,
+)
 from vmbus.hypervisor.abi import RepCall, control
 from vmbus.hypervisor.hypercalls import CALLS
 from vmbus.hypervisor.msrs import MSR_WRITE
@@ -168,9 +174,12 @@ def test_whatever_a_guest_does(privileges, round_number):
     attacker = victims.attacker.vp
     actions = (one_hypercall, one_hypercall, one_hypercall, one_msr, one_apic_access, one_io)
     for step in range(2500):
-        with contextlib.suppress(GeneralProtectionFault):  # an MSR or a value that it does not take
+        # an MSR or a value that it does not take, or it has suspended itself
+        with contextlib.suppress(GeneralProtectionFault, VpSuspended):
             generator.choice(actions)(generator, victims)
         if step % 50 == 0:
+            for vp in attacker.partition.vps:
+                vp.suspend(False)
             if not attacker.partition.hypercalls_enabled:
                 attacker.partition.hypercall_msr = 0
                 attacker.wrmsr(Msr.GUEST_OS_ID, 1)
