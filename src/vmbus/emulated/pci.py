@@ -154,8 +154,8 @@ class PciFunction:
             (ConfigOffset.INTERRUPT_PIN, 1, interrupt_pin),
         ):
             self._space[offset : offset + length] = value.to_bytes(length, "little")
-        for offset, content in (fixed or {}).items():
-            self._space[offset : offset + len(content)] = content
+        for start, content in (fixed or {}).items():
+            self._space[start : start + len(content)] = content
         command = PciCommand.BUS_MASTER | PciCommand.INTERRUPT_DISABLE
         for number, bar in enumerate(bars):
             at = ConfigOffset.BAR0 + 4 * number
