@@ -17,7 +17,7 @@ from reference.network_attacker import (
 from vmbus.core.ring import COMPLETION, Packet, RingReader
 from vmbus.errors import DeviceError, RemoteProtocolError, RingFull
 from vmbus.network import rndis
-from vmbus.network.rndis import NdisStatus, PacketIdFlags, RndisType
+from vmbus.network.rndis import Frame, NdisStatus, PacketIdFlags, RndisType
 from vmbus.network.switch import Switch
 
 
@@ -149,6 +149,56 @@ def test_rndis_of_a_host_that_lies() -> None:
         host.receive_ranges([(len(message), 0)])
         assert nic.protocol.violations == number + 1
     assert nic.is_open
+
+
+@pytest.mark.parametrize("plain", [True, False])
+@pytest.mark.parametrize("word", range(19))
+def test_every_word_of_a_received_message(word: int, plain: bool) -> None:
+    """Header, per-packet information and data of an RNDIS packet: a frame inside the buffer, or a violation."""
+    host, guest = seized_host()
+    guest.nic.use_compiled_path = plain
+    sent = Frame(frame(mac(1), mac(2)), checksum=0, vlan=7)
+    taken = 0
+    for value in (0, 1, 12, 0x2C, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF):
+        message = bytearray(rndis.pack_packet(sent))
+        struct.pack_into("<I", message, word * 4, value)
+        put(guest, 0, bytes(message))
+        before = guest.nic.protocol.violations
+        host.receive_ranges([(len(message), 0)])
+        frames = guest.nic.receive()
+        host.drain()
+        assert host.next_id in host.answers, "the host gets its section back"
+        assert len(frames) <= 1
+        assert all(len(got) <= len(message) for got in frames)
+        taken += len(frames)
+        assert guest.nic.protocol.violations >= before
+    assert taken < 7 or word >= 10  # words 0 to 9 place something: not every value can be right
+    put(guest, 0, GOOD)
+    host.receive_ranges([(len(GOOD), 0)])
+    assert guest.nic.receive() == [frame(mac(2), mac(1))]
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_frames_that_are_never_completed(plain: bool) -> None:
+    """The client runs out of sections, says so, and goes on when the host comes to its senses."""
+    host, guest = seized_host()
+    nic = guest.nic
+    nic.use_compiled_path = plain
+    count = nic.protocol.send_section[1]
+    frames = [frame(mac(2), mac(1), bytes(1400))] * (8 * count)
+    sent = nic.send_batch(frames)
+    assert 0 < sent < len(frames)
+    assert nic.send_batch(frames) == 0
+    assert nic.sent_frames == 0
+    tids = []
+    while packets := host.channel.incoming.recv_packets(64):
+        tids += [packet.transaction_id for packet in packets]
+    host.channel.incoming.take_signal()
+    for tid in tids:
+        host.send(b"\x6c\0\0\0\1\0\0\0", kind=COMPLETION, flags=0, tid=tid)
+    nic.receive()
+    assert nic.sent_frames == sent
+    assert nic.send_batch(frames[:8]) == 8
 
 
 def hostile_answers() -> list[Callable[[bytes], bytes]]:

@@ -132,6 +132,42 @@ def test_a_buffer_that_is_not_there_is_an_error_of_that_request(
     assert room.attacker.works()
 
 
+VALUES = (0, 1, 2, 0x40, 0xFF, 0xFFFF, 0x10000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
+
+
+@pytest.mark.parametrize("word", range(16))
+def test_every_word_of_a_request(room: Room, word: int) -> None:
+    """Each field at its limits: an answer to that request, nothing outside of the disk, and the channel goes on."""
+    attacker = room.attacker
+    for value in VALUES:
+        packet = bytearray(srb(read10(0, 8), 4096))
+        struct.pack_into("<I", packet, word * 4, value)
+        answer = attacker.ask(GPA_DIRECT, bytes(packet), gpa_header([(4096, 0, [3])]))
+        assert len(answer) == 64
+        assert struct.unpack_from("<I", answer)[0] == 1
+        if status_of(answer)[0] == 0 and status_of(answer)[1] == SUCCESS:
+            assert struct.unpack_from("<I", answer, 24)[0] <= 4096
+        attacker.execute(bytes(6), 0, [])  # a reset leaves a unit attention
+        attacker.execute(bytes(6), 0, [])
+        assert attacker.works()
+    assert room.disk.read(0, MIB) == CONTENT
+
+
+@pytest.mark.parametrize("word", range(6))
+def test_every_word_of_a_range(word: int) -> None:
+    """Count, lengths, offsets and page numbers: the channel closes, or the request fails; nobody else notices."""
+    for value in VALUES:
+        made = Room(MemoryDisk(MIB, content=CONTENT))
+        header = bytearray(gpa_header([(8192, 0, [3, 4])]))
+        struct.pack_into("<I", header, 4 + word * 4, value)
+        tid = made.attacker.send(GPA_DIRECT, srb(read10(0, 16), 8192), bytes(header))
+        if made.attacker.guest.is_open:
+            made.attacker.collect()
+            assert tid in made.attacker.answers
+            assert made.attacker.works()
+        made.close()
+
+
 def test_addresses_of_nobody(room: Room) -> None:
     for address in ({"target": 1}, {"target": 255}, {"lun": 1}, {"lun": 255}, {"path": 1}, {"path": 255}):
         answer = room.attacker.execute(read10(0, 1), 512, [(512, 0, [3])], **address)

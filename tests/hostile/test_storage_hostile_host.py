@@ -121,6 +121,28 @@ def test_nonsense_in_a_completion_is_an_error_of_that_request(host: Host, bad: b
     assert disk.read(512, 512) == content(512, 512)
 
 
+@pytest.mark.parametrize("word", range(16))
+def test_every_word_of_a_completion(host: Host, word: int) -> None:
+    """Each field at its limits: the data that were asked for, or an error; and the next request is right."""
+    disk = host.client.disk()
+    for value in (0, 1, 2, 4, 0x84, 0xFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF):
+
+        def lying(packet: Packet, value: int = value) -> list[tuple[int, bytes]]:
+            ((tid, payload),) = host.honest(packet)
+            changed = bytearray(payload)
+            struct.pack_into("<I", changed, word * 4, value)
+            return [(tid, bytes(changed))]
+
+        host.answer = lying
+        for attempt in (lambda: disk.read(0, 4096), lambda: b"".join(disk.read_batch([0, 4096], 4096)[:1])):
+            try:
+                assert attempt() == content(0, 4096)
+            except (DeviceError, RemoteProtocolError):
+                continue
+        host.answer = host.honest
+        assert disk.read(512, 512) == content(512, 512)
+
+
 @pytest.mark.parametrize(
     "capacity",
     [
