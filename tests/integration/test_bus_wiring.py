@@ -1,5 +1,7 @@
 """Both ends of the bus over a real hypervisor: hypercalls, SynIC, mapped rings, in every version and hosting."""
 
+import threading
+import time
 from collections.abc import Iterator
 from uuid import UUID
 
@@ -8,7 +10,7 @@ import pytest
 from vmbus.bus import Channel, Inline, Offer, Threads, Version, VmbusGuest, VmbusHost
 from vmbus.bus.versions import version_name
 from vmbus.errors import LocalProtocolError, RemoteProtocolError
-from vmbus.hypervisor import Hypervisor, Personality, VirtualClock
+from vmbus.hypervisor import GuestFault, Hypervisor, Personality, VirtualClock
 from vmbus.hypervisor.personality import (
     DOS,
     LINUX,
@@ -270,6 +272,35 @@ def test_reset_of_the_partition_closes_all(world: World) -> None:
     again.connect()
     assert ask(again.open(again.offers[0]), b"again...") == b"...niaga"
     again.close()
+
+
+@pytest.mark.parametrize("end", ["destroyed", "reset", "killed"])
+def test_a_guest_that_is_lost_waits_for_nothing(end: str) -> None:
+    world = World("threads")
+    world.host.offer(an_offer(), echo)
+    guest = world.guest()
+    guest.connect()
+    channel = guest.open(guest.offers[0])
+    answers: list[bool] = []
+    waiter = threading.Thread(target=lambda: answers.append(channel.wait(lambda: False, 60)))
+    waiter.start()
+    time.sleep(0.05)
+    assert not guest.lost
+    if end == "destroyed":
+        world.child.destroy()
+    elif end == "reset":
+        world.child.reset()
+        world.child.notify("reset", 0)
+    else:
+        guest.killed = True
+        world.hosting.progressed()
+    waiter.join(10)
+    assert answers == [False]
+    assert guest.lost
+    if end != "killed":
+        with pytest.raises((RemoteProtocolError, GuestFault)):
+            guest.connect()
+    world.close()
 
 
 def test_hv_sock(world: World) -> None:
