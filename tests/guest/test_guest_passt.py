@@ -61,7 +61,7 @@ def test_the_command_gives_the_guest_a_network(
 
 
 @pytest.fixture
-def passt(needs: Callable[[str], str], tmp_path: Path, port: int) -> Iterator[Path]:
+def passt(needs: Callable[[str], str], tmp_path: Path, port: int) -> Iterator[tuple[Path, Any]]:
     """The socket of a passt that a user has started, with a port that leads to the guest's web server."""
     tmp_path.chmod(0o755)
     path = tmp_path / "socket"
@@ -76,7 +76,7 @@ def passt(needs: Callable[[str], str], tmp_path: Path, port: int) -> Iterator[Pa
         while not path.exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         time.sleep(0.3)  # between bind and listen
-        yield path
+        yield path, process
     finally:
         process.kill()
         process.wait()
@@ -84,15 +84,23 @@ def passt(needs: Callable[[str], str], tmp_path: Path, port: int) -> Iterator[Pa
 
 @pytest.mark.parametrize(("mtu", "offloads"), [(1500, "on"), (9000, "off")])
 def test_a_long_transfer_through_a_socket(
-    guest: Guest, shell: Any, serve: Any, fetch: Any, passt: Path, port: int, mtu: int, offloads: str
+    guest: Guest,
+    shell: Any,
+    serve: Any,
+    fetch: Any,
+    passt: tuple[Path, Any],
+    port: int,
+    mtu: int,
+    offloads: str,
 ) -> None:
+    path, process = passt
     data = random.Random(mtu).randbytes(LONG)
     wanted = hashlib.sha256(data).hexdigest()
     with Machine(
         guest.kernel,
         initrd=guest.initramfs,
         append="console=ttyS0 quiet ip=dhcp panic=-1",
-        networks=[f"stream:{passt},mtu={mtu},offloads={offloads}"],
+        networks=[f"stream:{path},mtu={mtu},offloads={offloads}"],
     ) as machine:
         run = shell(machine)
         adapter = machine.network.interfaces[0].adapter
@@ -110,3 +118,7 @@ def test_a_long_transfer_through_a_socket(
         statistics = adapter.statistics
         assert statistics.violations == statistics.sent_errors == statistics.received_no_buffer == 0
         assert machine.network.interfaces[0].uplink.uplink.dropped == 0
+        # When passt dies, the guest's cable is pulled, and the guest goes on.
+        process.kill()
+        carrier = "/sys/class/net/eth0/carrier"
+        run(f"n=0; until [ $(cat {carrier}) = 0 ]; do n=$((n+1)); [ $n = 100 ] && exit 1; sleep 0.1; done")

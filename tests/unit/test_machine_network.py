@@ -151,6 +151,21 @@ def test_what_waits_for_a_slow_peer_is_sent_in_idle_time(network: GuestNetwork) 
         assert uplink.pending == 0
 
 
+def test_an_uplink_whose_other_side_goes_pulls_the_cable(network: GuestNetwork, caplog) -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    broken, kept = network.add(StreamUplink(ours)), network.add(LoopbackUplink())
+    network.poll()
+    assert broken.adapter.link_up
+    theirs.close()
+    assert network.idle(1_900_000_000) is True
+    assert (broken.adapter.link_up, kept.adapter.link_up) == (False, True)
+    assert "the other side closed the connection; its link is down now" in caplog.text
+    assert not network.is_live
+    assert [port.name for port in broken.switch.ports] == ["guest 00:15:5d:00:00:01"]
+    network.poll()
+    network.remove(broken)
+
+
 def test_passt_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(passt, "PROGRAM", "no-such-passt")
     with pytest.raises(DeviceError, match="install the package passt"):

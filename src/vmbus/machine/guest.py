@@ -339,7 +339,6 @@ class Machine:
 
         Raises:
             LocalProtocolError: the guest has ended already.
-            DeviceError: the other side of a network is gone.
             EngineError: the engine cannot go on.
         """
         if self._ended is not None:

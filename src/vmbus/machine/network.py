@@ -9,6 +9,7 @@ A guest on a virtual clock skips idle time. With a network it must not: what the
 `GuestNetwork.idle` lets a guest that waits for its next timer wait as long in real time, unless a frame comes.
 """
 
+import logging
 import os
 import select
 import time
@@ -30,6 +31,8 @@ from vmbus.network.vsp_oid import AdapterConfig
 from vmbus.network.wire import ETHERNET_HEADER
 
 __all__ = ["FORMS", "OPTIONS", "GuestNetwork", "Interface", "Wanted", "parse_mac", "parse_network"]
+
+log = logging.getLogger(__name__)
 
 NAMESPACE: Final = UUID("5d0b0b6c-3f0e-4a53-9f4e-8b6a3f1f0d11")
 """Instance ids of adapters come from their address, so that runs repeat."""
@@ -159,7 +162,8 @@ class Interface:
     Attributes:
         adapter: the adapter: link, statistics, virtual function.
         switch: the switch that it is on.
-        uplink: None for an adapter on a private switch, or on one that somebody else made.
+        uplink: None for an adapter on a private switch or on one that somebody else made, and for one whose other
+            side is gone.
         capture: where its traffic is recorded, or None.
     """
 
@@ -281,14 +285,17 @@ class GuestNetwork:
         return any(i.uplink is not None and i.uplink.uplink.fileno() >= 0 for i in self.interfaces)
 
     def poll(self) -> None:
-        """Bring in what has come from the uplinks.
-
-        Raises:
-            DeviceError: an uplink is gone.
-        """
+        """Bring in what has come from the uplinks; where the other side is gone, the guest's cable is pulled."""
         for interface in self.interfaces:
-            if interface.uplink is not None:
+            if interface.uplink is None:
+                continue
+            try:
                 interface.uplink.poll()
+            except DeviceError as error:
+                log.warning("%s: %s; its link is down now", interface.adapter.port.name, error)
+                interface.uplink.close()
+                interface.uplink = None
+                interface.adapter.set_link(False)
 
     def idle(self, until_timer: int | None, also: Sequence[int] = ()) -> bool:
         """The guest waits: for a frame, or for its next timer in `until_timer` virtual nanoseconds.
