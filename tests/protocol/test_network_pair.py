@@ -290,6 +290,17 @@ def test_virtual_functions(version: Version) -> None:
     assert a.vsp.statistics.violations == 1
 
 
+@pytest.mark.parametrize("version", [Version.V1, Version.V2])
+def test_what_a_version_does_not_know_is_not_sent(version: Version) -> None:
+    _, a, b = make_pair(full(version))
+    assert a.nic.request_subchannels(3) == 0
+    with pytest.raises(LocalProtocolError, match="SWITCH_DATA_PATH"):
+        a.nic.switch_data_path(True)
+    assert a.vsp.statistics.violations == 0
+    send_all(a.nic, [frame(mac(2), mac(1))])
+    assert receive_all(b.nic) == [frame(mac(2), mac(1))]
+
+
 def test_a_virtual_function_from_before_the_guest_came() -> None:
     guest = make_guest(Switch(), 1)
     guest.vsp.associate_vf(5)

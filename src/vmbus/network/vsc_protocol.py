@@ -12,7 +12,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Generic, TypeAlias, TypeVar
 
-from vmbus.errors import DeviceError, RemoteProtocolError
+from vmbus.errors import DeviceError, LocalProtocolError, RemoteProtocolError
 from vmbus.network import rndis, wire
 from vmbus.network.oid import (
     HASH_KEY_SIZE,
@@ -291,7 +291,9 @@ class GuestProtocol:
         body = wire.SendRndisPacketComplete(NvspStatus.SUCCESS)
         return int(MessageType.SEND_RNDIS_PACKET_COMPLETE).to_bytes(4, "little") + body.pack()
 
-    def _pack(self, message_type: int, body: Structure) -> bytes:
+    def _pack(self, message_type: MessageType, body: Structure) -> bytes:
+        if wire.MESSAGES[message_type].since > self.version:
+            raise LocalProtocolError(f"NVSP {message_type.name} is unknown in version 0x{self.version:x}")
         return pack_message(message_type, body, self.version)
 
     # ---- scripts
@@ -458,7 +460,9 @@ class GuestProtocol:
         self.table_entries = entries if 0 < entries <= MAX_TABLE else 128
 
     def open_subchannels(self, count: int) -> Script[int]:
-        """Ask for sub-channels; how many the host will offer."""
+        """Ask for sub-channels; how many the host will offer: none before NVSP 5."""
+        if self.version < Version.V5:
+            return 0
         request = wire.SubchannelRequest(SubchannelOperation.ALLOCATE, count)
         payload = self._pack(MessageType.SUB_CHANNEL, request)
         answer = yield from self._ask(payload, MessageType.SUB_CHANNEL, wire.SubchannelComplete)
