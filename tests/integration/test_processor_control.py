@@ -32,6 +32,7 @@ from vmbus.hypervisor.wire import (
     GetPortProperty,
     InitialVpContext,
     PartitionReference,
+    PortReference,
     SegmentRegister,
     SetVpRegister,
     StartVirtualProcessor,
@@ -357,6 +358,38 @@ def test_a_guest_with_a_bus_stands_still_and_goes_on_in_threads():
 
 
 # Ports
+
+
+def test_the_messages_of_a_deleted_port_are_lost_and_no_others(hv, root, child):
+    guest = RawGuest(child.vps[0])
+    for number in (1, 2):
+        port = CreatePort(PARTITION_ID_SELF, number, 0, 0, 0, child.id, PortType.MESSAGE, 0, 2, 0, 0)
+        assert root.call(CallCode.CREATE_PORT, port.pack())[0] == Status.SUCCESS
+        link = ConnectPort(
+            PARTITION_ID_SELF, number, 0, 0, 0, hv.root.id, number, 0, PortType.MESSAGE, 0, b"", 0
+        )
+        assert guest.call(CallCode.CONNECT_PORT, link.pack())[0] == Status.SUCCESS
+    for text in (b"in the slot", b"waits", b"waits, too"):
+        assert guest.post(1, 1, text) == Status.SUCCESS
+    assert guest.post(2, 1, b"of another port") == Status.SUCCESS
+    assert hv.root.vps[0].synic.queued_messages == 3
+    assert root.call(CallCode.DELETE_PORT, PortReference(PARTITION_ID_SELF, 1, 0).pack())[0] == Status.SUCCESS
+    assert guest.post(1, 1, b"late") == Status.INVALID_PORT_ID
+    assert [root.take_message(2) for _ in range(3)] == [
+        (1, 1, b"in the slot"),
+        (1, 2, b"of another port"),
+        None,
+    ]
+    assert hv.root.vps[0].synic.queued_messages == 0
+    assert guest.post(2, 1, b"next") == Status.SUCCESS
+    assert root.take_message(2) == (1, 2, b"next")
+
+
+@pytest.mark.parametrize("sint", [0, 16])
+def test_ports_have_a_sint_of_their_own(root, child, sint):
+    for kind, high in ((PortType.MESSAGE, 0), (PortType.EVENT, 1 << 16)):
+        port = CreatePort(PARTITION_ID_SELF, 1, 0, 0, 0, child.id, kind, 0, sint, high, 0)
+        assert root.call(CallCode.CREATE_PORT, port.pack())[0] == Status.INVALID_PARAMETER
 
 
 def test_port_properties(hv, root, child):

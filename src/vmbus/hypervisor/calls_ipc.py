@@ -137,7 +137,8 @@ def _create_port(vp: "VirtualProcessor", data: bytes) -> None:
             raise HypercallError(Status.INVALID_PARAMETER)
     elif call.port_type != PortType.MESSAGE:
         raise HypercallError(Status.INVALID_PARAMETER)
-    if port.target_sint >= SINT_COUNT:
+    if port.kind is not PortType.MONITOR and not 0 < port.target_sint < SINT_COUNT:
+        # SINT0 is the hypervisor's own.
         raise HypercallError(Status.INVALID_PARAMETER)
     if port.target_vp != ANY_VP and port.target_vp >= len(owner.vps):
         raise HypercallError(Status.INVALID_VP_INDEX)
@@ -177,9 +178,12 @@ def _port_property(vp: "VirtualProcessor", data: bytes) -> bytes:
 
 
 def delete_port(port: Port) -> None:
-    """Delete a port. Connections to it stay until their owner disconnects them, and lead nowhere."""
+    """Delete a port with the messages that wait in it. Connections to it stay, and lead nowhere."""
     port.deleted = True
     port.owner.ports.pop(port.port_id, None)
+    if port.waiting:
+        for vp in port.owner.vps:
+            vp.synic.drop(port)
 
 
 def _connect_port(vp: "VirtualProcessor", data: bytes) -> None:

@@ -260,6 +260,17 @@ class Synic:
         """How many messages wait, over all SINTs."""
         return sum(map(len, self._queues))
 
+    def drop(self, port: "Port") -> None:
+        """The port is deleted: its messages that wait are lost (HvCallDeletePort); one in its slot stays there."""
+        with self._lock:
+            for sint, queue in enumerate(self._queues):
+                kept = [message for message in queue if message[3] is not port]
+                port.waiting -= len(queue) - len(kept)
+                queue.clear()
+                queue.extend(kept)
+                if not kept:
+                    self._queued &= ~(1 << sint)
+
     def _flush_sint(self, sint: int) -> None:
         register = None
         with self._lock:
