@@ -80,6 +80,7 @@ def cache(folder: Path) -> None:
         (folder / name).write_bytes(data)
     manifest = {
         "format": packages.MANIFEST_FORMAT,
+        "recipe": packages.RECIPE,
         "version": "6.1.0",
         "packages": {},
         "files": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
@@ -98,6 +99,16 @@ def test_the_cache_is_used_only_while_every_checksum_holds(tmp_path: Path) -> No
     assert load_guest(tmp_path) is None
     cache(tmp_path)
     (tmp_path / "manifest.json").write_text("[1, 2]")
+    assert load_guest(tmp_path) is None
+
+
+def test_a_guest_of_another_recipe_is_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache(tmp_path)
+    assert load_guest(tmp_path) is not None
+    monkeypatch.setattr(packages, "RECIPE", "of another init")
+    assert load_guest(tmp_path) is None
+    monkeypatch.undo()
+    monkeypatch.setattr(packages, "MANIFEST_FORMAT", packages.MANIFEST_FORMAT + 1)
     assert load_guest(tmp_path) is None
 
 

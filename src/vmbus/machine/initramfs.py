@@ -5,6 +5,7 @@ root disk that it names (``root=/dev/sda``) and goes on there, or gives a shell 
 here: no tool of the host is run.
 """
 
+import hashlib
 import lzma
 import struct
 from collections.abc import Iterable, Mapping
@@ -13,7 +14,7 @@ from typing import Final
 
 from vmbus.machine.linux import BootError
 
-__all__ = ["MODULES", "build_initramfs", "cpio", "resolve_modules"]
+__all__ = ["MODULES", "RECIPE", "build_initramfs", "cpio", "resolve_modules"]
 
 MODULES: Final = (
     *("hv_vmbus", "hv_storvsc", "sd_mod", "sr_mod", "hv_netvsc", "hv_utils"),
@@ -92,6 +93,9 @@ done >/etc/resolv.conf
 echo "$interface: $ip/$mask, router $router" >/dev/console
 """
 """What busybox's DHCP client runs with the answer in its environment."""
+
+RECIPE: Final = hashlib.sha256("\0".join((INIT, DHCP_SCRIPT, *MODULES)).encode()).hexdigest()
+"""Changes with everything that `build_initramfs` puts into an archive by itself: old archives are built again."""
 
 
 def cpio(entries: Iterable[tuple[str, int, bytes]]) -> bytes:

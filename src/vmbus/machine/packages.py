@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
-from vmbus.machine.initramfs import build_initramfs, resolve_modules
+from vmbus.machine.initramfs import RECIPE, build_initramfs, resolve_modules
 from vmbus.machine.linux import BootError, parse_kernel
 
 __all__ = ["Guest", "default_cache", "load_guest", "make_root_disk", "prepare_guest"]
@@ -26,8 +26,8 @@ KERNEL_PACKAGES: Final = ("linux-image-cloud-amd64", "linux-image-amd64", "linux
 """Meta packages that depend on the newest kernel, best first: Debian's cloud kernel is small."""
 BUSYBOX_PACKAGE: Final = "busybox-static"
 MANIFEST: Final = "manifest.json"
-MANIFEST_FORMAT: Final = 3
-"""Counted up when the initramfs is built differently, so that old ones are not reused."""
+MANIFEST_FORMAT: Final = 4
+"""Counted up when the cache or the archive is laid out differently; what goes into the archive is in its `RECIPE`."""
 NEEDED: Final = ("apt-get", "apt-cache", "dpkg-deb")
 
 Progress = Callable[[str], None]
@@ -63,7 +63,7 @@ def load_guest(cache: Path | None = None) -> Guest | None:
     folder = default_cache() if cache is None else cache
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        if manifest["format"] != MANIFEST_FORMAT:
+        if (manifest["format"], manifest["recipe"]) != (MANIFEST_FORMAT, RECIPE):
             return None
         for name, checksum in manifest["files"].items():
             if _sha256(folder / name) != checksum:
@@ -136,6 +136,7 @@ def prepare_guest(
         packages = {file.name: _sha256(file) for file in files}
     manifest = {
         "format": MANIFEST_FORMAT,
+        "recipe": RECIPE,
         "version": version,
         "packages": packages,
         "files": {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()},
