@@ -4,7 +4,7 @@
 cdef int _resolve(void *handle, const char *name, void **target) except -1:
     target[0] = dlsym(handle, name)
     if target[0] == NULL:
-        raise EngineError(f"the unicorn library lacks {name.decode()}")
+        raise EngineError(f"this build of the unicorn library lacks {name.decode()}: install unicorn==2.1.4 from PyPI")
     return 0
 
 

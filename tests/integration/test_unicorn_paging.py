@@ -170,6 +170,51 @@ def test_every_kind_of_page_and_access(coded: bool) -> None:
         assert not device.wrong, device.wrong[0]
 
 
+ALIAS = """
+    _start:
+        mov $0xc0000080, %ecx; rdmsr; or $0x800, %eax; wrmsr           # EFER.NXE
+        movq $0x20003, 0x3200; movq $0x21003, 0x20000                  # 64 GiB: a no-execute alias of 0x400000
+        movabs $0x8000000000400003, %rax; or $FLAGS, %rax; mov %rax, 0x21000
+        mov %cr3, %rax; mov %rax, %cr3
+        movabs $0x1000000000, %r8
+        mov $0x400000, %ebx
+"""
+
+
+def test_store_behind_a_load_through_the_same_entry_is_seen_by_translated_code() -> None:
+    # The guest has not stored to the page before code on it runs: the host has put it there.
+    source = (
+        ALIAS.replace("FLAGS", hex(ACCESSED | DIRTY))
+        + """
+        mov 0x800(%r8), %eax                                           # the alias is in the TLB
+        call *%rbx; putc
+        movb $'B', 1(%r8)
+        call *%rbx; putc
+        power_off
+    """
+    )
+    with Machine(tiny_guest(source), memory=MEMORY) as machine:
+        machine.partition.memory.write(PAGE, b"\xb0A\xc3")  # mov $'A', %al; ret
+        assert machine.run(virtual_seconds=1).outcome is Outcome.POWER_OFF
+        assert machine.console.text == "AB"
+
+
+def test_store_behind_a_load_marks_the_page_dirty() -> None:
+    source = (
+        ALIAS.replace("FLAGS", "0")
+        + """
+        movb $1, (%rbx)                                                # a store through another mapping
+        mov (%r8), %al
+        movb $2, (%r8)
+        power_off
+    """
+    )
+    with Machine(tiny_guest(source), memory=MEMORY) as machine:
+        assert machine.run(virtual_seconds=1).outcome is Outcome.POWER_OFF
+        entry = int.from_bytes(machine.partition.memory.read(ENTRY, 8), "little")
+        assert entry & (ACCESSED | DIRTY) == ACCESSED | DIRTY
+
+
 def test_stores_and_code_take_turns_on_one_page() -> None:
     # 0x200000 is mapped once, writable and executable; the code that runs there also stores to its own page.
     source = """
