@@ -57,8 +57,6 @@ cdef enum:
     PAGE_DIRTY = 0x40
     PAGE_LARGE = 0x80
     RDTSC_TICKS = 20            # what reading the time costs, so that a loop that waits for it ends
-    MOST_CODE_RANGES = 256
-    CODE_RANGE_GAP = 8          # pages: closer ranges of translated code become one
     CONTROL_SIZE = 0x10000
 
 cdef enum:                      # bits of RFLAGS
@@ -106,12 +104,6 @@ cdef uint64_t NO_EXECUTE = <uint64_t>1 << 63
 STOP_REQUESTED = 0
 STOP_TRIPLE_FAULT = 1
 
-cdef struct code_range_t:
-    # Guest physical pages that hold translated code; `hook` keeps the library from treating them as plain data.
-    uint64_t begin
-    uint64_t end
-    uint64_t *bounds            # begin and end of the hook itself, which grow with the range
-
 cdef struct cpu_t:
     const unicorn_t *lib
     void *uc
@@ -146,8 +138,6 @@ cdef struct cpu_t:
     uint8_t *code               # CODE_… per guest page, and one byte more: some page is CODE_WRITTEN
     uint32_t *stored            # per guest page: the flush since which a TLB entry may let stores through
     uint32_t flush
-    code_range_t ranges[MOST_CODE_RANGES]
-    int range_count
     PyObject *owner
 
 cdef unicorn_t library
@@ -198,7 +188,6 @@ cdef class Cpu:
     def __cinit__(self, GuestMemory memory, processor, *, fault, before, after, after_port, on_event, on_halt,
                   uint32_t translation_cache=256 << 20):
         cdef cpu_t *m = &self.m
-        cdef size_t hook
         if not library_path:
             raise EngineError("the unicorn library is not loaded")
         self.memory = memory
@@ -238,12 +227,9 @@ cdef class Cpu:
         self._hook(UC_HOOK_INSN, <void *>_on_cpuid, UC_X86_INS_CPUID)
         self._hook(UC_HOOK_INSN, <void *>_on_syscall, UC_X86_INS_SYSCALL)
         _serve_tlb(m)
-        # Bounds of a hook grow in place (see _protect_code). This one lies above all guest physical memory. But the library
-        # also looks for hooks at the virtual address of each new translation, and without one searches its whole TLB
-        # for entries to make slow again, which _on_translation has taken care of.
-        _check(m.lib, m.lib.hook_add(m.uc, &hook, UC_HOOK_MEM_FETCH_PROT, <void *>_never, m, MMIO_END, ~<uint64_t>0), "hook")
-        if (<uint64_t *>(hook + 24))[0] != MMIO_END or (<uint64_t *>(hook + 24))[1] != ~<uint64_t>0:
-            raise _mismatch("bounds of a hook")
+        # Under a memory hook a TLB entry never comes to let stores through by itself (see code.pxi). This one never fires: all
+        # memory may be fetched from.
+        self._hook(UC_HOOK_MEM_FETCH_PROT, <void *>_never)
 
     def __dealloc__(self):
         self._release()
@@ -408,5 +394,4 @@ cdef class Cpu:
             pages += self.m.code[page] == CODE_TRANSLATED
         return {"blocks": self.m.blocks, "exceptions": self.m.exceptions, "interrupts": self.m.interrupts,
                 "syscalls": self.m.syscalls, "time_reads": self.m.time_reads,
-                "code_pages": pages, "code_ranges": self.m.range_count,
-                "pages_forgotten": self.m.pages_forgotten}
+                "code_pages": pages, "pages_forgotten": self.m.pages_forgotten}

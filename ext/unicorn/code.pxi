@@ -1,36 +1,8 @@
 # Translated code and writes to it
 #
-# The library drops the translation of code that is written over only when the store takes its slow path, and it
-# lets stores to a page take the fast path after the first one. It makes an exception for pages under a memory hook. So
-# every page with translated code lies under one of a few hooks of a kind that never fires (all memory may be fetched
-# from), and stores elsewhere stay fast.
-
-
-cdef void _protect_code(cpu_t *m, uint64_t page) noexcept nogil:
-    cdef uint64_t begin = page << 12, end = (page << 12) + PAGE - 1, distance, best = ~<uint64_t>0
-    cdef code_range_t *r
-    cdef code_range_t *near = NULL
-    cdef int index
-    cdef size_t hook = 0
-    for index in range(m.range_count):
-        r = &m.ranges[index]
-        distance = r.begin - end if end < r.begin else begin - r.end if begin > r.end else 0
-        if distance < best:
-            best = distance
-            near = r
-    if near != NULL and (best <= CODE_RANGE_GAP * PAGE or m.range_count == MOST_CODE_RANGES):
-        if begin < near.begin:
-            near.begin = near.bounds[0] = begin
-        if end > near.end:
-            near.end = near.bounds[1] = end
-    else:
-        r = &m.ranges[m.range_count]
-        if m.lib.hook_add(m.uc, &hook, UC_HOOK_MEM_FETCH_PROT, <void *>_never, m, begin, end):
-            return
-        r.begin = begin
-        r.end = end
-        r.bounds = <uint64_t *>(hook + 24)
-        m.range_count += 1
+# The library drops the translation of code that is written over only when the store takes its slow path, and by itself it
+# lets stores to a page take the fast path after the first one, unless the page is under a memory hook. So all pages are
+# under one. Which stores are fast is then decided where the TLB is filled (tlb.pxi): those to pages without translated code.
 
 
 cdef void _forget_written(cpu_t *m) noexcept nogil:
@@ -71,7 +43,6 @@ cdef void _note_code(cpu_t *m, uint64_t first, uint64_t last) noexcept nogil:
         page = physical >> 12
         if physical < m.memory_size and m.code[page] != CODE_TRANSLATED:
             m.code[page] = CODE_TRANSLATED
-            _protect_code(m, page)
             if m.stored[page] == m.flush:           # an entry of the TLB lets stores to it through, see tlb.pxi
                 m.lib.ctl(m.uc, UC_CTL_TLB_FLUSH)
                 m.flush += 1
