@@ -12,6 +12,7 @@ counts; frame data is copied once, to where it goes.
 cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.list cimport PyList_Append, PyList_GET_ITEM, PyList_GET_SIZE
+from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
@@ -97,6 +98,16 @@ cdef tuple _take_counts(counts_t *counts):
     result = (counts.frames[0], counts.frames[1], counts.frames[2], counts.bytes[0], counts.bytes[1], counts.bytes[2])
     memset(counts, 0, sizeof(counts_t))
     return result
+
+
+cdef enum:
+    LARGE_BLOCK = 4 << 20
+
+# Frames come and go in batches of some 100 KiB. With its first settings glibc's allocator gives the end of the heap back
+# to the kernel each time, and every page of the next batch is a fault: 1500-byte frames took nearly three times as long.
+# It adapts to programs that have freed a large block once, and keeps up to twice as much from then on (mallopt(3),
+# M_MMAP_THRESHOLD). By Python's functions, because a compiler leaves out malloc and free of what nobody uses.
+PyMem_RawFree(PyMem_RawMalloc(LARGE_BLOCK))
 
 
 include "netio/sections.pxi"
