@@ -17,7 +17,7 @@ from vmbus.bus import actions as act
 from vmbus.bus.codec import MESSAGES, Sender, encode, parse
 from vmbus.bus.host import HostMachine
 from vmbus.bus.transitions import ChannelState
-from vmbus.errors import RemoteProtocolError, VmbusError
+from vmbus.errors import LocalProtocolError, RemoteProtocolError, VmbusError
 from vmbus.hypervisor import Hypervisor, VirtualClock
 
 KIND = UUID("ba6163d9-04a1-4d29-b605-72e2ffb1dc7f")
@@ -109,6 +109,36 @@ def test_bug_gpadl_fails_on_a_revoked_channel() -> None:
     assert say(pair, wire.GpadlTeardown(1, 7)) == [wire.GpadlTorndown(7)]
     assert say(pair, wire.RelIdReleased(1)) == []
     assert not pair.host.gpadls
+
+
+def test_a_rescind_that_comes_while_another_answer_is_awaited_closes_at_once() -> None:
+    """Its callbacks wait, but nobody may write into a ring whose pages are free again."""
+    hv = Hypervisor(clock=VirtualClock())
+    child = hv.create_child(hv.create_root(), memory_size=8 << 20)
+    hosting = Inline(eager=False)
+    host = VmbusHost(hv, child, hosting=hosting)
+    doomed, _ = (host.offer(an_offer(number)) for number in (1, 2))
+    guest = VmbusGuest(child.vps[0], hosting=hosting)
+    guest.connect()
+    first, second = guest.offers
+    channel = guest.open(first, 1, 1)
+    pages = guest.pages.in_use
+    ended: list[int] = []
+    channel.on_closed = lambda: ended.append(1)
+    interrupt = guest._ports[0].task
+    assert interrupt is not None
+    interrupt.running = True  # the interrupt handler is held up: whoever awaits an answer takes the messages
+    doomed.rescind()
+    guest.open(second, 1, 1)
+    assert guest.pages.in_use == pages, "the first ring's pages are the second's"
+    assert not channel.is_open
+    with pytest.raises(LocalProtocolError):
+        channel.send(b"into whose ring?")
+    assert ended == []
+    interrupt.running = False
+    hosting.run()
+    assert ended == [1]
+    guest.close()
 
 
 def test_bug_primary_rescinded_before_its_sub_channels() -> None:

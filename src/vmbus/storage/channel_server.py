@@ -34,7 +34,7 @@ class ChannelServer:
         fast_useful: `fast` has units to serve.
         notices: what the guest is to be told unasked.
         violations: packets of the guest that broke the protocol. Only the first is logged.
-        running: requests on worker threads.
+        running: requests on worker threads, with the target and the logical unit that they are for.
     """
 
     def __init__(self, channel: Channel, path: int | None) -> None:
@@ -48,7 +48,7 @@ class ChannelServer:
         self.completions: deque[tuple[int, bytes]] = deque()
         self.notices: set[Operation] = set()
         self.violations = 0
-        self.running: set[Future[Outcome]] = set()
+        self.running: dict[Future[Outcome], tuple[int, int]] = {}
         self._idle = threading.Condition()
         self._lock = threading.Lock()
         self._runner = 0
@@ -85,16 +85,23 @@ class ChannelServer:
             with self._lock:
                 pass
 
-    def begun(self, future: Future[Outcome]) -> None:
-        """A request runs on a worker thread."""
+    def begun(self, future: Future[Outcome], address: tuple[int, int]) -> None:
+        """A request waits for a worker thread, or runs on one."""
         with self._idle:
-            self.running.add(future)
+            self.running[future] = address
 
     def finished(self, future: Future[Outcome]) -> None:
         """It does not any more."""
         with self._idle:
-            self.running.discard(future)
+            self.running.pop(future, None)
             self._idle.notify_all()
+
+    def cancel(self, address: tuple[int, int] | None = None) -> None:
+        """Complete as aborted what waits for a worker thread, for one unit or for all."""
+        with self._idle:
+            waiting = [future for future, wanted in self.running.items() if address in (None, wanted)]
+        for future in waiting:
+            future.cancel()
 
     def wait_idle(self) -> None:
         """Wait until no request runs on a worker thread."""

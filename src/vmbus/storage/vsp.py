@@ -226,8 +226,7 @@ class StorageVsp:
         del self._servers[server.index]
         channel.on_signal = None
         server.settle()
-        for future in list(server.running):
-            future.cancel()
+        server.cancel()
         server.wait_idle()
         server.completions.clear()
         if server.index == 0:
@@ -428,18 +427,17 @@ class StorageVsp:
 
     def _reset(self, operation: Operation, payload: bytes) -> NtStatus:
         """Abort what has not begun, let what has begun end, and give the units their unit attention."""
-        for server in list(self._servers.values()):
-            for future in list(server.running):
-                future.cancel()
+        units, address = dict(self._units), None
         if operation is Operation.RESET_LUN:
             request = ScsiRequest.unpack(payload.ljust(MAX_REQUEST_SIZE, b"\0"))
-            unit = self._units.get((request.target_id, request.lun))
-            if unit is None:
+            address = (request.target_id, request.lun)
+            if address not in units:
                 return NtStatus.DEVICE_DOES_NOT_EXIST
+            units = {address: units[address]}
+        for server in list(self._servers.values()):
+            server.cancel(address)
+        for unit in units.values():
             unit.reset(_RESETS[operation])
-        else:
-            for unit in self._units.values():
-                unit.reset(_RESETS[operation])
         return NtStatus.SUCCESS
 
     def _execute_srb(self, server: ChannelServer, packet: Packet, request: _Request) -> None:
@@ -455,7 +453,7 @@ class StorageVsp:
             self._respond(server, request, self._carry_out(scsi, task))
             return
         future = self._pool.submit(self._carry_out, scsi, task)
-        server.begun(future)
+        server.begun(future, (scsi.target_id, scsi.lun))
 
         def finished(future: Future[Outcome]) -> None:
             outcome = Outcome(ScsiStatus.TASK_ABORTED) if future.cancelled() else future.result()
