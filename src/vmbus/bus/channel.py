@@ -290,10 +290,13 @@ class Channel:
 
     def ended(self) -> None:
         """The bus says that the channel is closed: no more signals; `on_closed` is called once."""
-        if self._open:
-            self._open = False
-            if self.on_closed is not None:
-                self.on_closed()
+        if self.cut() and self.on_closed is not None:
+            self.on_closed()
+
+    def cut(self) -> bool:
+        """Close this end now, and leave the call of `on_closed` to the caller; whether it was open."""
+        was, self._open = self._open, False
+        return was
 
     def _check(self) -> None:
         if not self._open:

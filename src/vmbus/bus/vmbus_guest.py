@@ -533,8 +533,9 @@ class VmbusGuest:
         self._winding_up.add(channel_id)
         channel = self._channels.pop(channel_id, None)
         self._by_flag.pop(channel_id, None)
-        if channel is not None:
-            self._calls.append(channel.ended)
+        # Closed before its pages are anybody else's: callbacks may come later, whoever still has it must not write.
+        if channel is not None and channel.cut() and channel.on_closed is not None:
+            self._calls.append(channel.on_closed)
         self._later(self.on_rescind, known.offer)
         for gpadl_id in [n for n, s in known.gpadls.items() if s is GpadlState.CREATED]:
             self._post(self.machine.teardown_gpadl(channel_id, gpadl_id))
