@@ -3,13 +3,24 @@
 import os
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 
 import numpy as np
 import pytest
-from reference.storage_attacker import GPA_DIRECT, Attacker, gpa_header, read10, srb, status_of, write10
+from reference.storage_attacker import (
+    GPA_DIRECT,
+    IN_BAND,
+    Attacker,
+    control,
+    gpa_header,
+    read10,
+    srb,
+    status_of,
+    write10,
+)
 
 from vmbus.bus.channel import Channel, loopback
 from vmbus.core.memory import GuestMemory
@@ -19,7 +30,7 @@ from vmbus.storage.scsi.codes import AdditionalSense, Opcode, SenseKey
 from vmbus.storage.scsi.sense import Sense
 from vmbus.storage.vsc import CommandError, StorageVsc
 from vmbus.storage.vsp import StorageVsp
-from vmbus.storage.wire import SrbStatus, Version
+from vmbus.storage.wire import NtStatus, SrbStatus, Version
 
 MIB = 1 << 20
 CONTENT = os.urandom(8 * MIB)
@@ -155,6 +166,57 @@ def test_a_reset_is_told_to_the_next_command(connect: Connect) -> None:
     result = vsc.execute(0, 0, bytes([Opcode.TEST_UNIT_READY]))
     assert result.sense == Sense(SenseKey.UNIT_ATTENTION, AdditionalSense.BUS_RESET_OCCURRED)
     assert device.read(0, 512) == bytes(512)
+
+
+@pytest.mark.parametrize(("operation", "aborted"), [(4, [0]), (5, [0, 1]), (6, [0, 1])])
+def test_a_reset_aborts_what_has_not_begun(operation: int, aborted: list[int]) -> None:
+    """A unit's reset leaves the requests of other units alone; what a worker is at ends as usual; all complete once."""
+    entered, gate = threading.Event(), threading.Event()
+
+    class Gated(Slow):
+        def __init__(self, inner: Disk) -> None:
+            super().__init__(inner)
+            self.read = self.gated  # type: ignore[method-assign]
+
+        def gated(self, offset: int, length: int) -> bytes:
+            entered.set()
+            assert gate.wait(5)
+            return self.inner.read(offset, length)
+
+    attacker = Attacker()
+    disks: dict[tuple[int, int], Disk] = {(0, lun): Gated(MemoryDisk(MIB)) for lun in (0, 1)}
+    provider = StorageVsp(disks, workers=1)
+    provider.open(attacker.host)
+    attacker.negotiate()
+    sent: dict[int, list[int]] = {0: [], 1: []}
+    for number in range(8):
+        lun = number % 2
+        packet = srb(read10(0, 1), 512, lun=lun)
+        sent[lun].append(attacker.send(GPA_DIRECT, packet, gpa_header([(512, 0, [3 + number])])))
+    assert entered.wait(5)
+    body = srb(bytes(6))[12:]  # the address of unit 0
+    assert status_of(attacker.ask(IN_BAND, control(operation, body)))[0] == 0
+    gate.set()
+    wanted = {*sent[0], *sent[1]}
+    ends = time.monotonic() + 5
+    while wanted - set(attacker.answers) and time.monotonic() < ends:
+        attacker.collect()
+        time.sleep(0.001)
+    assert not wanted - set(attacker.answers)
+    first = sent[0][0]
+    for lun, tids in sent.items():
+        for tid in tids:
+            status, srb_status, _ = status_of(attacker.answers[tid])
+            if lun in aborted and tid != first:
+                assert (status, srb_status) == (NtStatus.CANCELLED, SrbStatus.ABORTED)
+            else:
+                assert srb_status in (
+                    SrbStatus.SUCCESS,
+                    SrbStatus.ERROR,
+                )  # or the unit attention of the reset
+                assert status != NtStatus.CANCELLED
+    assert status_of(attacker.answers[first])[1] == SrbStatus.SUCCESS
+    provider.shutdown()
 
 
 def test_requests_overlap_and_finish_in_any_order(connect: Connect) -> None:
