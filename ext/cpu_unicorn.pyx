@@ -57,6 +57,7 @@ cdef enum:
     PAGE_DIRTY = 0x40
     PAGE_LARGE = 0x80
     RDTSC_TICKS = 20            # what reading the time costs, so that a loop that waits for it ends
+    MOST_PROCESSORS = 16
     CONTROL_SIZE = 0x10000
 
 cdef enum:                      # bits of RFLAGS
@@ -91,6 +92,14 @@ cdef enum:                      # the second word of a descriptor, for the segme
     CODE64_FLAGS = 0x00AF9B00
     DATA_FLAGS = 0x00CF9300
     STACK_FLAGS = 0x00C09300
+    REAL_CODE_FLAGS = 0x00009B00
+    REAL_DATA_FLAGS = 0x00009300
+    REAL_LDT_FLAGS = 0x00008200
+    REAL_TSS_FLAGS = 0x00008B00
+
+cdef enum:                      # what a processor finds when it starts
+    CR0_EXTENSION_TYPE = 1 << 4
+    STARTUP_RDX = 0xF60         # family 15, model 6
 
 cdef uint64_t CONTROL_GPA = <uint64_t>1 << 41
 """Where the library finds the control block: above the 40 address bits that guests can put into a page table."""
@@ -138,6 +147,11 @@ cdef struct cpu_t:
     uint8_t *code               # CODE_… per guest page, and one byte more: some page is CODE_WRITTEN
     uint32_t *stored            # per guest page: the flush since which a TLB entry may let stores through
     uint32_t flush
+    int processor               # whose state is live
+    int next_processor          # whose state becomes live at the next opportunity
+    int processors
+    void *states[MOST_PROCESSORS]   # saved ones; that of the live processor is stale
+    uint64_t switches
     PyObject *owner
 
 cdef unicorn_t library
@@ -148,19 +162,20 @@ include "unicorn/events.pxi"
 include "unicorn/hooks.pxi"
 include "unicorn/code.pxi"
 include "unicorn/tlb.pxi"
+include "unicorn/processors.pxi"
 include "unicorn/exits.pxi"
 
 
 @cython.no_gc_clear
 cdef class Cpu:
-    """One processor over a partition's memory.
+    """One or more processors over a partition's memory, of which one at a time executes.
 
-    Its exits call the methods of `processor` (those of `vmbus.engine.Processor`, and `pop_interrupt`) from inside
+    Their exits call the methods of `processors` (those of `vmbus.engine.Processor`, and `pop_interrupt`) from inside
     `run`. An exception of such a call ends `run` and is raised there, except `fault`, which the guest gets.
 
     Args:
         memory: guest physical memory, from address 0.
-        processor: answers the exits.
+        processors: answer the exits, each its own. The first one runs, until `switch`.
         fault: exception class with a `vector`: what the guest's own instruction raises.
         before: called with the time in ticks before an exit is answered.
         after: called without argument when it was answered.
@@ -174,7 +189,7 @@ cdef class Cpu:
 
     Attributes:
         next_event: time in ticks at which `on_event` is called next.
-        interrupt: an interrupt waits; `processor.pop_interrupt` is called once the guest can take it.
+        interrupt: an interrupt waits for the running processor; `processor.pop_interrupt` is called once the guest can take it.
         nmi: an NMI waits; `processor.take_nmi` is called once the guest handles no other one.
     """
 
@@ -184,8 +199,9 @@ cdef class Cpu:
     cdef object io_read, io_write, mmio_read, mmio_write, rdmsr, wrmsr, cpuid_answer, hypercall, pop_interrupt, take_nmi, cpuid
     cdef object error
     cdef bint running, holds_memory
+    cdef tuple processors
 
-    def __cinit__(self, GuestMemory memory, processor, *, fault, before, after, after_port, on_event, on_halt,
+    def __cinit__(self, GuestMemory memory, processors, *, fault, before, after, after_port, on_event, on_halt,
                   uint32_t translation_cache=256 << 20):
         cdef cpu_t *m = &self.m
         if not library_path:
@@ -193,11 +209,11 @@ cdef class Cpu:
         self.memory = memory
         self.fault, self.before, self.after, self.after_port = fault, before, after, after_port
         self.on_event, self.on_halt = on_event, on_halt
-        self.io_read, self.io_write = processor.io_read, processor.io_write
-        self.mmio_read, self.mmio_write = processor.mmio_read, processor.mmio_write
-        self.rdmsr, self.wrmsr, self.cpuid = processor.rdmsr, processor.wrmsr, processor.cpuid
-        self.hypercall, self.pop_interrupt = processor.hypercall, processor.pop_interrupt
-        self.take_nmi = processor.take_nmi
+        self.processors = tuple(processors)
+        if not 0 < len(self.processors) <= MOST_PROCESSORS:
+            raise EngineError(f"the engine runs 1 to {MOST_PROCESSORS} processors, not {len(self.processors)}")
+        m.processors = len(self.processors)
+        self._bind(self.processors[0])
         m.owner = <PyObject *>self
         m.memory = memory.c.base
         m.memory_size = memory.c.size
@@ -259,6 +275,14 @@ cdef class Cpu:
         return _check(self.m.lib, self.m.lib.hook_add(self.m.uc, &hook, kind, callback, &self.m, <uint64_t>1, <uint64_t>0,
                                                       instruction), "adding a hook")
 
+    cdef int _bind(self, processor) except -1:
+        self.io_read, self.io_write = processor.io_read, processor.io_write
+        self.mmio_read, self.mmio_write = processor.mmio_read, processor.mmio_write
+        self.rdmsr, self.wrmsr, self.cpuid = processor.rdmsr, processor.wrmsr, processor.cpuid
+        self.hypercall, self.pop_interrupt = processor.hypercall, processor.pop_interrupt
+        self.take_nmi = processor.take_nmi
+        return 0
+
     cdef int _fail(self, error) except -1:
         """Keep the first exception of an exit for `run` to raise, and leave."""
         if self.error is None:
@@ -279,6 +303,31 @@ cdef class Cpu:
         m.lib.reg_write(m.uc, UC_X86_REG_RSP, &rsp)
         m.lib.reg_write(m.uc, UC_X86_REG_EFLAGS, &value)
         _intercepts(m)
+        _make_states(m)
+
+    def switch(self, int index) -> None:
+        """Let processor `index` execute from the next block on; for calls from `on_event` and `on_halt`.
+
+        Raises:
+            EngineError: there is no such processor.
+        """
+        if not 0 <= index < self.m.processors:
+            raise EngineError(f"there is no processor {index}")
+        self._bind(self.processors[index])
+        self.m.next_processor = index
+
+    def start(self, int index, int page) -> None:
+        """Put a processor other than the executing one into the state that a STARTUP IPI leaves: real mode, at `page`.
+
+        Raises:
+            EngineError: there is no such processor, or it executes.
+        """
+        cdef cpu_t *m = &self.m
+        if not 0 <= index < m.processors or index == m.processor or index == m.next_processor:
+            raise EngineError(f"processor {index} cannot be started")
+        if m.states[index] == NULL:
+            raise EngineError("the boot processor has not been started")
+        _start(m, index, page & 0xFF)
 
     def run(self) -> int:
         """Execute until `stop`, a triple fault or an exception of an exit.
@@ -394,4 +443,4 @@ cdef class Cpu:
             pages += self.m.code[page] == CODE_TRANSLATED
         return {"blocks": self.m.blocks, "exceptions": self.m.exceptions, "interrupts": self.m.interrupts,
                 "syscalls": self.m.syscalls, "time_reads": self.m.time_reads,
-                "code_pages": pages, "pages_forgotten": self.m.pages_forgotten}
+                "code_pages": pages, "pages_forgotten": self.m.pages_forgotten, "switches": self.m.switches}

@@ -20,11 +20,17 @@ cdef void _attend(cpu_t *m, uint64_t address, uint32_t size) noexcept nogil:
         if m.code[m.memory_size >> 12]:
             _forget_written(m)
             again = True                            # this very block may be one of them: look it up again
+            address = m.live.rip                    # in real mode not the block's linear address
             m.lib.reg_write(m.uc, UC_X86_REG_RIP, &address)
             m.next_event = 0
         else:
             _event(m)
             again = m.stopping
+            if not again and m.next_processor != m.processor:
+                again = True                        # this block comes when its processor runs again
+                _switch(m)
+                address = m.live.rip
+                m.lib.reg_write(m.uc, UC_X86_REG_RIP, &address)
     if not again and m.interrupt and (m.nmi or _flags(m) & FLAG_INTERRUPT):
         m.lib.context_save(m.uc, m.context)
         if not m.head.hflags & HF_INHIBIT_IRQ:
@@ -96,6 +102,8 @@ cdef void _on_interrupt(void *uc, uint32_t number, void *user) noexcept nogil:
     else:
         _deliver(m, VECTOR_INVALID_OPCODE, False, 0)
     m.lib.context_restore(uc, m.context)
+    if m.next_processor != m.processor and not m.stopping:
+        _switch(m)                                  # this one halted
 
 
 cdef void _on_syscall(void *uc, void *user) noexcept nogil:

@@ -239,6 +239,7 @@ cdef void _long_mode(cpu_t *m, uint64_t cr3, uint64_t gdt, uint16_t code, uint16
 
 
 cdef void _close(cpu_t *m) noexcept:
+    _free_states(m)
     if m.context != NULL:
         m.lib.context_free(m.context)
         m.context = NULL

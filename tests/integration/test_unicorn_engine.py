@@ -8,6 +8,7 @@ from reference.tiny_guest import tiny_guest
 
 from vmbus.errors import EngineError, LocalProtocolError
 from vmbus.machine.guest import Machine, Outcome
+from vmbus.machine.linux import BootError
 
 need_engine()
 
@@ -515,3 +516,155 @@ def test_an_exception_of_a_device_reaches_the_caller() -> None:
         machine.partition.devices.add_ports(0x510, 1, Broken())
         with pytest.raises(RuntimeError, match="the device broke"):
             machine.run(virtual_seconds=1)
+
+
+# Several processors
+
+APPLICATION_PROCESSOR = """
+    .macro ipi low
+        mov $0xfee00000, %edi
+        movl $0x01000000, 0x310(%rdi)             # to APIC id 1
+        movl $\\low, 0x300(%rdi)
+    .endm
+    .macro start_other                            # its code, which is at `other`, is copied to 0x8000
+        lea other(%rip), %rsi; mov $0x8000, %edi; mov $(other_end - other), %ecx; rep movsb
+        ipi 0x4500                                # INIT
+        ipi 0x4608                                # STARTUP at page 8
+        ipi 0x4608                                # the second one does not count
+    .endm
+"""
+
+
+def run_two(source: str, *, outcome: Outcome = Outcome.POWER_OFF, **limits: float) -> Machine:
+    """Run a tiny guest on two processors."""
+    limits.setdefault("virtual_seconds", 1.0)
+    with Machine(tiny_guest(APPLICATION_PROCESSOR + source), memory=MEMORY, processors=2) as machine:
+        result = machine.run(**limits)
+        assert result.outcome is outcome, (result, machine.console.text, machine.engine.cpu.describe())
+        return machine
+
+
+REAL_MODE = """
+    .code16
+    other:
+        mov %cs, %ax; mov %ax, %ds
+        mov $0x3f8, %dx
+        mov $'r', %al; out %al, %dx
+        movl $0, %ecx
+    1:  incl %ecx                                 # its own registers, while the other one executes, too
+        cmpl $300000, %ecx; jne 1b
+        movl $0x1234, 0x800                       # 0x8800
+"""
+PARK = """
+        cli
+    2:  hlt
+        jmp 2b
+    other_end:
+    .code64
+"""
+
+
+def test_a_second_processor_starts_in_real_mode_and_both_take_turns() -> None:
+    source = """
+    _start: start_other
+        print 'b'
+        mov $0x5678, %rbx
+    1:  inc %rbx
+        cmpl $0x1234, 0x8800; jne 1b
+        print 'd'
+        power_off
+    """
+    machine = run_two(source + REAL_MODE + PARK)
+    assert machine.console.text == "brd"
+    assert machine.counts["switches"] > 10, "neither waits for the other to end"
+    again = run_two(source + REAL_MODE + PARK)
+    assert again.counts == machine.counts
+
+
+def test_a_halted_processor_is_woken_by_the_other_one() -> None:
+    source = """
+    _start: gate 0x40, woken
+        load_idt
+        mov $0xfee00000, %ebx
+        movl $0x1ff, 0xf0(%rbx)
+        start_other
+        sti
+    1:  hlt
+        jmp 1b
+    woken: print 'w'
+        movl $0, 0xb0(%rbx)
+        power_off
+    """
+    other = """
+    .code16
+    other:
+        mov $0x3f8, %dx; mov $'o', %al; out %al, %dx
+        lgdtl %cs:descriptors - other
+        mov %cr0, %eax; or $1, %eax; mov %eax, %cr0       # protected mode, for 32-bit addresses
+        ljmpl $8, $0x8000 + protected - other
+    .code32
+    protected:
+        mov $16, %ax; mov %ax, %ds
+        movl $0x1ff, 0xfee000f0
+        movl $0, 0xfee00310
+        movl $0x4040, 0xfee00300                          # vector 0x40 to APIC id 0
+        mov $0x3f8, %edx; mov $'s', %al; out %al, %dx
+    1:  jmp 1b
+        .balign 8
+    table: .quad 0, 0x00cf9b000000ffff, 0x00cf93000000ffff
+    descriptors: .word 23
+        .long 0x8000 + table - other
+    other_end:
+    .code64
+    """
+    machine = run_two(source + other)
+    assert machine.console.text in ("ow", "osw")
+    assert machine.partition.account.interrupts[0x40] == 1
+
+
+def test_processors_that_are_all_parked_have_halted() -> None:
+    run_two("_start: start_other; cli; 1: hlt; jmp 1b" + REAL_MODE + PARK, outcome=Outcome.HALTED)
+
+
+def test_triple_fault_of_a_second_processor() -> None:
+    run_two(
+        "_start: start_other; 1: jmp 1b\n.code16\nother: ud2\nother_end:\n.code64",
+        outcome=Outcome.TRIPLE_FAULT,
+    )
+
+
+def test_limits_hold_for_two_that_loop() -> None:
+    source = "_start: start_other; 1: jmp 1b\n.code16\nother: cli; 1: jmp 1b\nother_end:\n.code64"
+    machine = run_two(source, outcome=Outcome.VIRTUAL_TIME, virtual_seconds=0.05)
+    assert 0.04999 < machine.virtual_seconds <= 0.05
+    run_two(source, outcome=Outcome.WALL_TIME, virtual_seconds=1e6, wall_seconds=0.3)
+
+
+def test_init_stops_a_processor_until_it_is_started_again() -> None:
+    source = """
+    _start: start_other
+    1:  cmpl $5, 0x8800; jb 1b
+        ipi 0x4500
+        mov 0x8800, %ebx
+        mov $1000000, %ecx
+    2:  loop 2b
+        cmp %ebx, 0x8800; jne 9f                  # it does not count any more
+        print 's'
+        ipi 0x4608
+        movl $0, 0x8800
+    3:  cmpl $5, 0x8800; jb 3b
+        print 'a'
+    9:  power_off
+    .code16
+    other: mov %cs, %ax; mov %ax, %ds
+    1:  incl 0x800; jmp 1b
+    other_end:
+    .code64
+    """
+    assert run_two(source).console.text == "sa"
+
+
+@pytest.mark.parametrize("count", [0, 17, -1])
+def test_number_of_processors(count: int) -> None:
+    with pytest.raises(BootError, match="1 to 16 processors"):
+        Machine(tiny_guest("_start: hlt"), memory=MEMORY, processors=count)

@@ -107,6 +107,13 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--append", default="", metavar="TEXT", help="added to the kernel's command line")
     parser.add_argument("--memory", type=size, default=512 << 20, metavar="SIZE", help="RAM (default: 512M)")
     parser.add_argument(
+        "--processors",
+        type=int,
+        default=1,
+        metavar="N",
+        help="virtual processors, which take turns on one thread (default: 1)",
+    )
+    parser.add_argument(
         "--no-enlightenments",
         action="store_true",
         help="show the guest a plain PC: no hypervisor, no VMBus, disks on an emulated IDE controller",
@@ -166,6 +173,7 @@ def _boot(args: argparse.Namespace, started: list[Machine]) -> int:
         cdroms=args.cdrom,
         append=command_line,
         memory=args.memory,
+        processors=args.processors,
         enlightenments=not args.no_enlightenments,
         unpack=args.unpack,
     ) as machine:

@@ -1,4 +1,4 @@
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, Protocol, Self, final
 
 from vmbus.core.memory import GuestMemory
@@ -33,7 +33,7 @@ class Cpu:
     def __new__(
         cls,
         memory: GuestMemory,
-        processor: _Processor,
+        processors: Sequence[_Processor],
         *,
         fault: type[Exception],
         before: Callable[[int], object],
@@ -46,6 +46,8 @@ class Cpu:
     def enter_long_mode(
         self, rip: int, rsi: int, rsp: int, cr3: int, gdt: int, code: int, data: int
     ) -> None: ...
+    def switch(self, index: int) -> None: ...
+    def start(self, index: int, page: int) -> None: ...
     def run(self) -> int: ...
     def stop(self) -> None: ...
     def close(self) -> None: ...

@@ -1,20 +1,25 @@
-"""The engine that runs unmodified kernels: one virtual processor on the Unicorn library.
+"""The engine that runs unmodified kernels: virtual processors on the Unicorn library.
 
 `vmbus.core.cpu_unicorn` executes instructions and delivers events; this module gives it the time and says when to stop.
 Every exit is answered by the `VirtualProcessor` itself, on the thread that calls `run`: providers behind a
 doorbell hypercall have done their work when the guest's instruction ends. With a `VirtualClock` a run therefore
 repeats exactly: nothing in it depends on the host's time.
+
+Several processors take turns, on one thread and one clock: each executes until it halts, until its slice of time is
+over, or until an interrupt wakes another that has halted.
 """
 
 import importlib.util
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
+from functools import partial
 from pathlib import Path
 
 from vmbus.core import cpu_unicorn
 from vmbus.errors import EngineError
 from vmbus.hypervisor import GuestFault, VirtualClock, VirtualProcessor
+from vmbus.hypervisor.apic import DeliveryMode, Ipi
 
 __all__ = ["Stop", "UnicornEngine", "find_library"]
 
@@ -23,6 +28,8 @@ POLL_TICKS = 20_000_000
 """How often, in virtual ns, the host's own business is looked at: tens of milliseconds of host time."""
 POLL_EXITS = 2000
 """The same in exits: a guest that polls a device takes far more host time than its own."""
+SLICE = 100_000
+"""Ticks that a processor executes while others could, too."""
 TSC_FREQUENCY = 1_000_000_000
 """Hz; a tick of the engine is a nanosecond."""
 
@@ -53,34 +60,51 @@ def find_library() -> Path:
     raise EngineError("running a real kernel needs the unicorn package: pip install 'vmbus[guest]'")
 
 
+class _State(Enum):
+    """What a processor would do if it had the engine."""
+
+    WAITS = "for a STARTUP IPI"
+    RUNS = "execute"
+    HALTED = "wait for an interrupt"
+    PARKED = "wait for an NMI: halted with interrupts disabled"
+
+
 class UnicornEngine:
-    """Runs the code of one virtual processor until something stops it.
+    """Runs the code of a partition's virtual processors until something stops it.
 
     Args:
-        vp: the processor; its hypervisor must have a `VirtualClock` and a TSC of 1 GHz.
+        vps: all processors of one partition; its hypervisor must have a `VirtualClock` and a TSC of 1 GHz. The
+            first one is the boot processor, the others wait for INIT and STARTUP.
         translation_cache: bytes for translated code; it is filled only as far as needed.
 
     Raises:
         EngineError: there is no usable Unicorn library, or the clock does not fit.
 
     Attributes:
-        cpu: the compiled processor.
+        cpu: the compiled processor, which executes all of them.
+        vp: the one that executes now.
         idle: called with the virtual ns until the next timer (None if none is set) while the guest waits for an
             interrupt; returns True to be called again (something came from outside, or may still come), False to
             go on to that timer. Without it idle time is skipped.
         poll: called now and then while the guest runs, for the host's own business.
     """
 
-    def __init__(self, vp: VirtualProcessor, *, translation_cache: int = 256 << 20) -> None:
+    def __init__(self, vps: Sequence[VirtualProcessor], *, translation_cache: int = 256 << 20) -> None:
+        vp = vps[0]
         hypervisor = vp.partition.hypervisor
         if not isinstance(hypervisor.clock, VirtualClock) or hypervisor.tsc_frequency != TSC_FREQUENCY:
             raise EngineError("the Unicorn engine needs a VirtualClock and a TSC of 1 GHz: it makes the time")
         cpu_unicorn.load(str(find_library()))
+        self.vps = tuple(vps)
         self.vp = vp
+        self._current = 0
+        self._states = [_State.RUNS] + [_State.WAITS] * (len(vps) - 1)
+        self._slice_end = 0
         self.idle: Callable[[int | None], bool] | None = None
         self.poll: Callable[[], None] | None = None
         self._clock = hypervisor.clock
         self._stop = Stop.REQUESTED
+        self._stopping = False
         self._limit = FOREVER
         self._next_poll = 0
         self._due = 0
@@ -89,7 +113,7 @@ class UnicornEngine:
         self._wall_limit = float("inf")
         self.cpu = cpu_unicorn.Cpu(
             vp.partition.memory,
-            vp,
+            self.vps,
             fault=GuestFault,
             before=self._before,
             after=self._after,
@@ -98,7 +122,9 @@ class UnicornEngine:
             on_halt=self._halt,
             translation_cache=translation_cache,
         )
-        vp.on_interrupt = self._interrupt
+        for index, each in enumerate(self.vps):
+            each.on_interrupt = partial(self._interrupt, index)
+            each.on_startup = partial(self._startup, index)
         vp.partition.on_suspension = self._suspension
 
     def run(self, *, virtual_limit: int | None = None, wall_limit: float | None = None) -> Stop:
@@ -115,11 +141,12 @@ class UnicornEngine:
             EngineError: the engine cannot go on.
             Exception: what a device, a provider or a callback raised.
         """
-        if self.vp.suspended:
+        if any(vp.suspended for vp in self.vps):
             return Stop.SUSPENDED
         self._limit = FOREVER if virtual_limit is None else virtual_limit
         self._wall_limit = float("inf") if wall_limit is None else wall_limit
         self._stop = Stop.REQUESTED
+        self._stopping = False
         self._next_poll = self.cpu.ticks
         self._after()
         reason = self.cpu.run()
@@ -131,11 +158,13 @@ class UnicornEngine:
     def stop(self, why: Stop = Stop.REQUESTED) -> None:
         """Make `run` return `why`; for calls from inside it (devices, callbacks)."""
         self._stop = why
+        self._stopping = True
         self.cpu.stop()
 
     def close(self) -> None:
         """Give back the library's memory; the counts stay readable."""
-        self.vp.on_interrupt = None
+        for vp in self.vps:
+            vp.on_interrupt = vp.on_startup = None
         self.vp.partition.on_suspension = None
         self.cpu.close()
 
@@ -155,12 +184,60 @@ class UnicornEngine:
         if self._clock.revision != self._revision:
             self._after()
 
-    def _interrupt(self) -> None:
-        self.cpu.nmi = self.vp.nmi_pending
-        self.cpu.interrupt = True
+    # Several processors
+
+    def _awake(self, index: int) -> bool:
+        """Whether processor `index` has something to execute."""
+        state = self._states[index]
+        if state is _State.HALTED:
+            return self.vps[index].interrupt_pending or self.vps[index].nmi_pending
+        return state is _State.RUNS or (state is _State.PARKED and self.vps[index].nmi_pending)
+
+    def _next(self) -> int | None:
+        """Whose turn it is after the current processor's; None if no other has anything to do."""
+        count = len(self.vps)
+        for step in range(1, count):
+            index = (self._current + step) % count
+            if self._awake(index):
+                return index
+        return None
+
+    def _turn(self, index: int) -> None:
+        """Processor `index` executes from now on."""
+        self._current = index
+        self._states[index] = _State.RUNS
+        self._slice_end = self.cpu.ticks + SLICE
+        if self.vps[index] is not self.vp:
+            self.vp = self.vps[index]
+            self.cpu.switch(index)
+
+    def _wake(self, index: int) -> None:
+        """Processor `index` may have something to do at last: it gets its turn at once."""
+        if index != self._current and self._awake(index):
+            self._slice_end = 0
+            self._revision = -1
+            self.cpu.next_event = 0
+
+    def _startup(self, index: int, ipi: Ipi) -> None:
+        """INIT and STARTUP (SDM volume 3, section 8.4): the first STARTUP after an INIT counts."""
+        if index == self._current:
+            return  # a processor that resets itself is left alone
+        if ipi.mode == DeliveryMode.INIT:
+            self._states[index] = _State.WAITS
+        elif self._states[index] is _State.WAITS:
+            self.cpu.start(index, ipi.vector)
+            self._states[index] = _State.RUNS
+            self._wake(index)
+
+    def _interrupt(self, index: int) -> None:
+        if index == self._current:
+            self.cpu.nmi = self.vp.nmi_pending
+            self.cpu.interrupt = True
+        elif self._states[index] is not _State.RUNS:
+            self._wake(index)
 
     def _suspension(self, vp: VirtualProcessor) -> None:
-        if vp is self.vp and vp.suspended:
+        if vp.suspended:
             self.stop(Stop.SUSPENDED)
 
     def _after(self) -> None:
@@ -169,7 +246,10 @@ class UnicornEngine:
         due = self._clock.next_deadline()
         self._revision = self._clock.revision
         self._due = FOREVER if due is None else due
-        cpu.next_event = min(self._next_poll, self._limit, self._due)
+        event = min(self._next_poll, self._limit, self._due)
+        if len(self.vps) > 1 and self._slice_end < event and self._next() is not None:
+            event = self._slice_end
+        cpu.next_event = event
         cpu.nmi = vp.nmi_pending
         cpu.interrupt = vp.interrupt_pending
         cpu.tsc_offset = vp.tsc_offset
@@ -184,35 +264,40 @@ class UnicornEngine:
                 self.stop(Stop.WALL_TIME)
         if ticks >= self._limit:
             self.stop(Stop.VIRTUAL_TIME)
+        if len(self.vps) > 1 and ticks >= self._slice_end:
+            other = self._next()
+            self._turn(self._current if other is None else other)
         self._after()
 
     def _halt(self, ticks: int, interruptible: bool) -> None:
-        clock, vp = self._clock, self.vp
-        vp.account.exits["halt"] += 1
+        clock = self._clock
+        self.vp.account.exits["halt"] += 1
         clock.advance_to(ticks)
-        if not interruptible and not vp.interrupt_pending and not vp.nmi_pending:
+        self._states[self._current] = _State.HALTED if interruptible else _State.PARKED
+        if not any(self._awake(i) or s is _State.HALTED for i, s in enumerate(self._states)):
             self.stop(Stop.HALTED)
-            return
-        while not (vp.interrupt_pending or vp.nmi_pending or vp.suspended):
+        while not (self._stopping or self._any_awake()):
             due = clock.next_deadline()
             if self._wait_outside(None if due is None else due - clock.now()):
                 if time.monotonic() >= self._wall_limit:
                     self.stop(Stop.WALL_TIME)
-                    break
                 continue
             if due is None:
                 self.stop(Stop.IDLE)
-                break
-            if due >= self._limit:
+            elif due >= self._limit:
                 clock.advance_to(self._limit)
                 self.stop(Stop.VIRTUAL_TIME)
-                break
-            if time.monotonic() >= self._wall_limit:
+            elif time.monotonic() >= self._wall_limit:
                 self.stop(Stop.WALL_TIME)
-                break
-            clock.advance_to(due)
+            else:
+                clock.advance_to(due)
         self.cpu.advance_to(clock.now())
+        other = None if self._awake(self._current) else self._next()
+        self._turn(self._current if other is None else other)
         self._after()
+
+    def _any_awake(self) -> bool:
+        return self._awake(self._current) or self._next() is not None
 
     def _wait_outside(self, until_timer: int | None) -> bool:
         if self.idle is None:
@@ -220,4 +305,4 @@ class UnicornEngine:
         if self.poll is not None:
             self.poll()
         # The host's own business may have woken the guest.
-        return self.vp.interrupt_pending or self.idle(until_timer)
+        return self._any_awake() or self.idle(until_timer)

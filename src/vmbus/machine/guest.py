@@ -51,6 +51,7 @@ DEFAULT_MEMORY: Final = 512 << 20
 IDE_SLOT: Final = 7
 IDE_LINE: Final = 16
 """The emulated disk controller's place on the PCI bus, and its line of the I/O APIC (behind the ISA lines)."""
+MOST_PROCESSORS: Final = 16
 STORAGE_INSTANCE: Final = UUID("6c2ab6f0-4f0e-4f4e-9d5e-0f2b1f7a5c01")
 """The controller's instance: fixed, because serial numbers of disks come from it and runs have to repeat."""
 PANIC_TEXT: Final = b"---[ end Kernel panic"
@@ -134,6 +135,8 @@ class Machine:
         networks: a network adapter each, as `vmbus.machine.network.parse_network` takes it.
         append: the kernel's command line.
         memory: bytes of RAM.
+        processors: virtual processors; they take turns on one thread. Each more than one lets the storage controller
+            have a sub-channel.
         enlightenments: show the guest a hypervisor and a VMBus. Without, it sees a plain PC, with its disks on an
             emulated IDE controller.
         unpack: ``"host"`` unpacks a bzImage here, ``"guest"`` lets it unpack itself, ``"auto"`` does it here
@@ -162,6 +165,7 @@ class Machine:
         networks: Sequence[str] = (),
         append: str = "console=ttyS0",
         memory: int = DEFAULT_MEMORY,
+        processors: int = 1,
         enlightenments: bool = True,
         unpack: str = "auto",
         name: str = "linux",
@@ -175,6 +179,8 @@ class Machine:
         initial = b"" if initrd is None else _contents(initrd)
         if memory % 4096 or memory <= 0:
             raise BootError(f"{memory} bytes of memory are not whole pages")
+        if not 0 < processors <= MOST_PROCESSORS:
+            raise BootError(f"a machine has 1 to {MOST_PROCESSORS} processors, not {processors}")
         if cdroms and not enlightenments:
             raise BootError("CD-ROM drives need the enlightenments: the emulated controller takes disks only")
         try:
@@ -183,10 +189,14 @@ class Machine:
             self.hypervisor = Hypervisor(clock=VirtualClock())
             root = self.hypervisor.create_root()
             self.partition: Partition = self.hypervisor.create_child(
-                root, name, memory_size=memory, personality=LINUX if enlightenments else PLAIN_PC
+                root,
+                name,
+                memory_size=memory,
+                vps=processors,
+                personality=LINUX if enlightenments else PLAIN_PC,
             )
             self.partition.on_event = self._on_event
-            self.engine = UnicornEngine(self.partition.vps[0])
+            self.engine = UnicornEngine(self.partition.vps)
             self._add_devices()
             self.bus: VmbusHost | None = None
             self.storage: StorageVsp | None = None
@@ -208,6 +218,7 @@ class Machine:
                 initrd=initial,
                 acpi=build_tables(
                     ACPI_ADDRESS,
+                    processors=processors,
                     com1=(COM1_PORT, COM1_IRQ),
                     vmbus=(0xF800_0000, 0x0400_0000) if enlightenments else None,
                     io_apic=True,
@@ -253,7 +264,9 @@ class Machine:
 
     def _add_storage(self, disks: Sequence[Disk | LogicalUnit]) -> None:
         self.storage = StorageVsp(
-            {(0, lun): disk for lun, disk in enumerate(disks)}, instance_id=STORAGE_INSTANCE
+            {(0, lun): disk for lun, disk in enumerate(disks)},
+            instance_id=STORAGE_INSTANCE,
+            max_sub_channels=len(self.partition.vps) - 1,
         )
         self.offer(self.storage, "storage")
 

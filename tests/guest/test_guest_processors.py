@@ -1,0 +1,103 @@
+"""Linux on several processors: they start by INIT and STARTUP, take turns, and each has a channel of its own."""
+
+import hashlib
+import re
+from pathlib import Path
+
+import pytest
+
+from vmbus.machine.guest import Machine, Outcome
+
+pytestmark = [pytest.mark.guest, pytest.mark.slow]
+
+CHANNELS = "/sys/bus/vmbus/devices/6c2ab6f0-4f0e-4f4e-9d5e-0f2b1f7a5c01/channels"
+
+
+def digest(image: Path) -> str:
+    return hashlib.sha256(image.read_bytes()).hexdigest()
+
+
+def signals(run) -> dict[int, tuple[int, int]]:
+    """(processor, interrupts) of each of the controller's channels, as Linux counts them."""
+    said = run(f"cd {CHANNELS}; for c in *; do echo $c $(cat $c/cpu) $(cat $c/interrupts); done")
+    return {
+        int(c): (int(cpu), int(count)) for c, cpu, count in re.findall(r"^(\d+) (\d+) (\d+)$", said, re.M)
+    }
+
+
+def read_on(run, processor: int, blocks: int) -> None:
+    run(
+        f"taskset {1 << processor:x} dd if=/dev/sda of=/dev/null bs=4k count={blocks} iflag=direct 2>/dev/null"
+    )
+
+
+def test_sub_channels_move_and_processors_come_and_go(boot, shell, image: Path) -> None:
+    machine = boot(disks=[image], processors=3)
+    run = shell(machine)
+    assert run("nproc").strip() == "3"
+    first = signals(run)
+    assert sorted(cpu for cpu, _ in first.values()) == [0, 1, 2], "one channel for each processor"
+    assert len(machine.bus.channels) == 3
+
+    # Each processor's requests take one channel, another one than the next processor's, and are completed there.
+    # (It is not its own: storvsc_do_io prefers one that interrupts another processor of the same node.)
+    taken = set()
+    for processor in range(3):
+        before = signals(run)
+        read_on(run, processor, 128)
+        more = {channel: count - before[channel][1] for channel, (_, count) in signals(run).items()}
+        assert sorted(more.values())[:2] == [0, 0]
+        assert 100 < max(more.values()) <= 128  # two completions may share an interrupt
+        taken |= {channel for channel, count in more.items() if count}
+    assert taken == set(first)
+
+    # MODIFY_CHANNEL: the host interrupts another processor for the same channel.
+    moved = next(channel for channel, (cpu, _) in first.items() if cpu == 1)
+    run(f"echo 0 >{CHANNELS}/{moved}/cpu")
+    channel = next(c for c in machine.bus.channels if c.channel_id == moved)
+    assert channel.target_vp == 0
+    run(f"echo 2 >{CHANNELS}/{moved}/cpu")
+    assert signals(run)[moved][0] == 2
+    run(f"echo 0 >{CHANNELS}/{moved}/cpu")
+
+    # Without a channel that interrupts it, a processor can go offline; it starts again later.
+    run("echo 0 >/sys/devices/system/cpu/cpu1/online")
+    assert run("cat /sys/devices/system/cpu/online").split()[-1] == "0,2"
+    assert digest(image) in run("sha256sum /dev/sda")
+    run("echo 1 >/sys/devices/system/cpu/cpu1/online")
+    assert run("nproc").strip() == "3"
+    read_on(run, 1, 16)
+    assert machine.bus.violations == 0
+    machine.bus.machine.check()
+
+    # All of it at once: jobs on every processor, and the driver taken out and put in again.
+    jobs = " ".join(f"taskset {1 << n:x} sha256sum /dev/sda &" for n in range(3))
+    said = run(f"echo 3 >/proc/sys/vm/drop_caches; {jobs} wait")
+    assert said.count(digest(image)) == 3
+    run("rmmod hv_storvsc")
+    assert not machine.bus.channels
+    run("insmod /lib/modules/hv_storvsc.ko; sleep 1")
+    assert len(machine.bus.channels) == 3
+    assert digest(image) in run("sha256sum /dev/sda")
+    run.power_off()
+
+
+def test_two_runs_on_two_processors_are_identical(boot, image: Path) -> None:
+    runs = []
+    for _ in range(2):
+        machine: Machine = boot(disks=[image], processors=2)
+        assert machine.run(until="# ", wall_seconds=300).outcome is Outcome.MATCHED
+        machine.console.send("sha256sum /dev/sda & sha256sum /dev/sda; wait; poweroff -f\n")
+        assert machine.run(wall_seconds=300).outcome is Outcome.POWER_OFF
+        machine.close()
+        runs.append((bytes(machine.console.output), machine.counts, machine.ledger.to_dict()))
+    assert runs[0] == runs[1]
+    assert runs[0][1]["switches"] > 1000
+    assert runs[0][0].count(digest(image).encode()) == 2
+
+
+def test_panic_stops_all_processors(boot, shell) -> None:
+    machine = boot(processors=2)
+    shell(machine)
+    machine.console.send("taskset 2 sh -c 'echo c >/proc/sysrq-trigger'\n")
+    assert machine.run(wall_seconds=300).outcome is Outcome.PANIC
