@@ -156,7 +156,7 @@ def test_soak_inline() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(10))
 def test_soak_inline_long(seed: int) -> None:
     park = Park(Inline(seed=seed, eager=False), 12, 8, virtual=True)
     soak(park, seed=seed, rounds=200, channels=8, kills=20, rescinds=200)
