@@ -2,8 +2,11 @@
 
 from reference.netpair import frame, mac
 
+from vmbus.emulated.ports import attach_pci
 from vmbus.hypervisor.personality import LINUX, WINDOWS_2000
 from vmbus.machine.model import ModelMachine
+from vmbus.machine.nic import TulipAdapter
+from vmbus.machine.tulip_guest import TulipNic
 from vmbus.network.switch import Switch
 
 
@@ -36,3 +39,27 @@ def test_frames_that_the_chip_cannot_take_stay_in_the_switch() -> None:
         assert nic.send(frame(mac(2), mac(1), bytes(60)))
     assert sent == [frame(mac(2), mac(1), bytes(60))]
     assert [port.name for port in switch.ports] == ["peer"]
+
+
+def test_a_batch_longer_than_the_ring_waits_in_the_host() -> None:
+    switch = Switch()
+    peer, port = switch.connect("peer"), switch.connect("guest")
+    frames = [frame(mac(1), mac(2), n.to_bytes(2, "big") * 50) for n in range(200)]
+    with ModelMachine(memory_size=16 << 20, personality=WINDOWS_2000) as machine:
+        device = TulipAdapter(machine.child, attach_pci(machine.child), port, mac(1), backlog=100)
+        peer.send(frames)
+        assert device.dropped == 200, "the guest does not receive yet"
+        nic = TulipNic(machine.child.vps[0])
+        peer.send(frames)  # 64 descriptors, and room for 100 more
+        assert device.dropped == 200 + 36
+        got: list[bytes] = []
+        while part := nic.receive(1000):
+            got += part
+            device.poll()
+        assert got == frames[:164]
+        device.set_link(False)
+        peer.send(frames[:5])
+        assert nic.receive() == []
+        device.set_link(True)
+        peer.send(frames[:5])
+        assert nic.receive() == frames[:5]

@@ -12,9 +12,13 @@ from pathlib import Path
 import pytest
 
 from vmbus.bus import VmbusHost
-from vmbus.errors import DeviceError
+from vmbus.emulated.ports import attach_pci
+from vmbus.errors import DeviceError, LocalProtocolError
 from vmbus.hypervisor import Hypervisor, VirtualClock
+from vmbus.hypervisor.personality import WINDOWS_2000
 from vmbus.machine.network import GuestNetwork, parse_mac, parse_network
+from vmbus.machine.nic import TulipAdapter
+from vmbus.machine.tulip_guest import TulipNic
 from vmbus.network import passt
 from vmbus.network.oid import Offloads
 from vmbus.network.passt import PasstUplink
@@ -90,8 +94,40 @@ def test_adapters_of_a_guest(network: GuestNetwork, tmp_path: Path) -> None:
     assert network.add().adapter.config.mac == parse_mac("00:15:5d:00:00:04"), "no address twice"
     with pytest.raises(ValueError, match="not in list"):
         network.remove(second)
-    with pytest.raises(DeviceError, match="without enlightenments"):
+    with pytest.raises(DeviceError, match="no place for a network adapter"):
         GuestNetwork(None).add()
+
+
+def test_a_machine_without_enlightenments_has_emulated_adapters() -> None:
+    hv = Hypervisor(clock=VirtualClock())
+    root = hv.create_root()
+    child = hv.create_child(root, "c0", memory_size=16 << 20, personality=WINDOWS_2000)
+    bus = attach_pci(child)
+    with GuestNetwork(None, lambda port, mac: TulipAdapter(child, bus, port, mac)) as network:
+        sent: list[bytes] = []
+        lan = Switch()
+        peer = lan.connect("peer", receiver=sent.extend)
+        interface = network.add(lan, mtu=1400)
+        assert interface.mac == parse_mac("00:15:5d:00:00:01")
+        nic = TulipNic(child.vps[0])
+        assert nic.mac == interface.mac
+        frame = b"\xff" * 6 + nic.mac + b"\x88\xb5" + bytes(46)
+        assert nic.send(frame)
+        assert sent == [frame]
+        peer.send([nic.mac + bytes.fromhex("020000000001") + b"\x88\xb5" + bytes(46)])
+        assert len(nic.receive()) == 1
+        for wrong in ({"mtu": 9000}, {"queues": 2}, {"offloads": Offloads.everything()}):
+            with pytest.raises(DeviceError, match="one queue, no offloads"):
+                network.add(**wrong)  # type: ignore[arg-type]
+        with pytest.raises(DeviceError, match="none of this"):
+            network.remove(interface)
+        ports = len(lan.ports)
+        with pytest.raises(LocalProtocolError):
+            network.add(lan)  # its slot is taken
+        assert len(lan.ports) == ports
+        assert network.interfaces == [interface]
+    assert lan.ports == [peer]
+    root.destroy()
 
 
 def test_adapters_share_a_switch(network: GuestNetwork, tmp_path: Path) -> None:
@@ -190,11 +226,12 @@ def test_passt_gets_a_socket_and_its_options(tmp_path: Path, monkeypatch: pytest
     fake(tmp_path, monkeypatch, f'exec {sys.executable} -I {reader} "$@"')
     uplink = parse_network("passt,mtu=9000,tcp=2222:22,udp=53").open()
     assert isinstance(uplink, PasstUplink)
-    uplink.send([b"frame"])
+    padded = bytes(12) + b"\x08\0\x45\0\0\x28" + bytes(36) + bytes(6)
+    uplink.send([b"frame", padded])
     uplink.close()
     uplink.close()
     assert uplink.process.returncode == 0
-    assert (tmp_path / "frames").read_bytes() == b"\0\0\0\x05frame"
+    assert (tmp_path / "frames").read_bytes() == b"\0\0\0\x05frame\0\0\0\x36" + padded[:54]
     arguments = (tmp_path / "arguments").read_text()
     assert "--address 10.0.2.15 --netmask 255.255.255.0 --gateway 10.0.2.2 --mtu 9000" in arguments
     assert arguments.endswith("--tcp-ports 2222:22 --udp-ports 53")

@@ -181,7 +181,7 @@ def _boot(args: argparse.Namespace, started: list[Machine]) -> int:
             interface = machine.network.add(description, capture=args.pcap if number == 0 else None)
             joined = interface.uplink
             name = "nothing" if joined is None else getattr(joined.uplink, "name", description)
-            _note(args, f"network adapter {interface.adapter.config.mac.hex(':')} on {name}")
+            _note(args, f"network adapter {interface.mac.hex(':')} on {name}")
         started.append(machine)
         _note(args, "starting; Ctrl-] leaves" if sys.stdin.isatty() else "starting")
         if not args.quiet:

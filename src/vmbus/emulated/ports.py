@@ -89,6 +89,7 @@ def attach_tulip(
     *,
     slot: int = TULIP_SLOT,
     irq: int = TULIP_IRQ,
+    interrupt: Callable[[bool], None] | None = None,
 ) -> tuple[Tulip, PciFunction]:
     """Plug a DEC 21140 into a partition; it counts in the account ``"tulip"``.
 
@@ -99,12 +100,15 @@ def attach_tulip(
         transmit: called with each frame that the guest sends.
         slot: PCI slot.
         irq: the interrupt line that INTA# is routed to.
+        interrupt: called with INTA#'s new level instead, where something else routes it.
 
     Raises:
         LocalProtocolError: the slot is taken, or that is no address.
     """
     account = partition.hypervisor.ledger.account(partition.name, "tulip")
-    tulip = Tulip(partition.memory, address, transmit, interrupt=line(partition, irq), account=account)
+    tulip = Tulip(
+        partition.memory, address, transmit, interrupt=interrupt or line(partition, irq), account=account
+    )
     function = PciFunction(
         VENDOR_ID,
         DEVICE_ID,

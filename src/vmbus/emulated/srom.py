@@ -8,11 +8,16 @@ something; the content is the manufacturer's.
 import struct
 from binascii import crc32
 
-__all__ = ["SerialRom", "tulip_rom"]
+__all__ = ["LINK_PIN", "SerialRom", "tulip_rom"]
 
 WORDS = 64
 ADDRESS_BITS = 6
 READ = 0b10
+LINK_PIN = 1 << 7
+"""The general-purpose pin that is low while the cable is connected."""
+LINK_SENSE = 7 << 1 | 0x80
+"""Says so in a medium's command: the pin's number in bits 1 to 3, and bit 7 for "active low". Linux looks at it every
+few seconds and sends nothing without a link."""
 
 
 class SerialRom:
@@ -77,6 +82,6 @@ def tulip_rom(address: bytes) -> bytes:
     rom[20:26] = address
     rom[26] = 0  # its device number
     struct.pack_into("<H", rom, 27, 30)  # where its information leaf is
-    # the leaf: autosense, general purpose control, one medium: 100BaseTX, data, command
-    struct.pack_into("<HBBBBH", rom, 30, 0x0800, 0x1F, 1, 3, 0x00, 0x0000)
+    # the leaf: autosense, general purpose control (pins 0 to 4 are outputs), one medium: 100BaseTX, data, command
+    struct.pack_into("<HBBBBH", rom, 30, 0x0800, 0x1F, 1, 3, 0x00, LINK_SENSE)
     return bytes(rom) + struct.pack("<H", crc32(rom) & 0xFFFF)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from enum import IntEnum
 
 from vmbus.core.memory import GuestMemory
-from vmbus.emulated.srom import SerialRom, tulip_rom
+from vmbus.emulated.srom import LINK_PIN, SerialRom, tulip_rom
 from vmbus.errors import GuestMemoryError, LocalProtocolError
 from vmbus.trace.ledger import Account
 
@@ -109,6 +109,8 @@ STOPPED, SUSPENDED, RUNNING = 0, 6, 3
 """Process states in CSR5: stopped; suspended for want of a descriptor (receive: 4); at work."""
 RECEIVE_SUSPENDED = 4
 FILTER_MODES = (0, Mode.HASH_PERFECT, Mode.INVERSE, Mode.HASH_PERFECT | Mode.HASH_ONLY)
+PROGRESS = (Csr.RECEIVE_POLL, Csr.STATUS, Csr.INTERRUPT_ENABLE)
+"""What drivers write after they have emptied receive descriptors."""
 RESET_MODE = 0x32000000
 """Reserved bits that read as ones."""
 
@@ -125,6 +127,8 @@ class Tulip:
 
     Attributes:
         bus_master: the guest allows it to access memory (PCI command register).
+        link_up: whether the cable is connected; the guest sees it on a general-purpose pin.
+        on_progress: called when the guest may have made room for frames, as `has_room` says.
     """
 
     def __init__(
@@ -140,6 +144,8 @@ class Tulip:
             raise LocalProtocolError(f"{address.hex(':')} is not the address of one station")
         self.address = address
         self.bus_master = True
+        self.link_up = True
+        self.on_progress: Callable[[], None] | None = None
         self._memory = memory
         self._transmit = transmit
         self._interrupt = interrupt
@@ -174,6 +180,8 @@ class Tulip:
         """Write a register; the chip takes only whole ones."""
         if offset % 8 == 0 and size >= 4:
             self._write(offset // 8, value & 0xFFFFFFFF)
+            if offset // 8 in PROGRESS and self.on_progress is not None:
+                self.on_progress()
 
     def _read(self, number: int) -> int:
         if number == Csr.STATUS:
@@ -181,6 +189,8 @@ class Tulip:
             return self._csr[Csr.STATUS] | states | self._summary()
         if number == Csr.SERIAL_ROM:
             return self._csr[number] & ~0x8 | self._rom.output << 3 | 0x80000  # MII data: nobody there
+        if number == Csr.GENERAL_PURPOSE:
+            return self._csr[number] & ~LINK_PIN | (0 if self.link_up else LINK_PIN)
         value = self._csr[number]
         if number == Csr.MISSED_FRAMES:
             self._csr[number] = 0
@@ -354,6 +364,21 @@ class Tulip:
         if mode & Mode.HASH_PERFECT:
             return hashed if destination[0] & 1 else destination in self._filter
         return (destination in self._filter) != bool(mode & Mode.INVERSE)
+
+    @property
+    def is_receiving(self) -> bool:
+        """Whether the guest has started reception."""
+        return self._rx_state != STOPPED and self.bus_master
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the guest receives, and the next descriptor is the chip's."""
+        if not self.is_receiving:
+            return False
+        try:
+            return bool(self._load(self._rx)[0] & Descriptor.OWN)
+        except GuestMemoryError:
+            return True  # `receive` will say that it is a bus error
 
     def receive(self, frame: bytes) -> bool:
         """A frame from the network, without check sequence; False if the guest did not get it."""

@@ -29,7 +29,7 @@ from vmbus.emulated.piix import MOST_DISKS, PiixIde
 from vmbus.emulated.rtc import RTC_PORT, RealTimeClock
 from vmbus.emulated.uart import COM1_IRQ, COM1_PORT, Uart16550
 from vmbus.engine.unicorn import Stop, UnicornEngine
-from vmbus.errors import LocalProtocolError
+from vmbus.errors import DeviceError, LocalProtocolError
 from vmbus.hypervisor import CrashReport, Hypervisor, Partition, PartitionEvent, VirtualClock
 from vmbus.hypervisor.personality import LINUX, Personality
 from vmbus.machine.acpi import POWER_PORTS, SLEEP_CONTROL_PORT, PowerAction, PowerPorts, build_tables
@@ -37,6 +37,8 @@ from vmbus.machine.console import Console, Pattern
 from vmbus.machine.kernel_payload import unpack_kernel
 from vmbus.machine.linux import ACPI_ADDRESS, BootError, Kernel, KernelError, load_linux, parse_kernel
 from vmbus.machine.network import GuestNetwork
+from vmbus.machine.nic import TulipAdapter
+from vmbus.network.switch import Port
 from vmbus.storage.disk import Disk
 from vmbus.storage.images import open_disk
 from vmbus.storage.scsi import CdromUnit, LogicalUnit
@@ -50,6 +52,10 @@ log = logging.getLogger(__name__)
 DEFAULT_MEMORY: Final = 512 << 20
 IDE_SLOT: Final = 7
 IDE_LINE: Final = 16
+NIC_BACKLOG: Final = 1024
+"""Frames that wait for an emulated adapter's descriptors: the host sends in batches longer than a driver's ring."""
+NIC_LINES: Final = {10: 17, 11: 18, 12: 19, 13: 20}
+"""The interrupt line of each PCI slot for an emulated network adapter."""
 """The emulated disk controller's place on the PCI bus, and its line of the I/O APIC (behind the ISA lines)."""
 MOST_PROCESSORS: Final = 16
 STORAGE_INSTANCE: Final = UUID("6c2ab6f0-4f0e-4f4e-9d5e-0f2b1f7a5c01")
@@ -172,6 +178,7 @@ class Machine:
         versions: frozenset[int] | None = None,
     ) -> None:
         self._opened: list[Disk] = []
+        self._nic_slots: list[int] = []
         self._outcome: Outcome | None = None
         self._ended: Outcome | None = None
         self.crash: CrashReport | None = None
@@ -208,9 +215,12 @@ class Machine:
                     else VmbusHost(self.hypervisor, self.partition, versions=versions)
                 )
                 self._add_storage(opened)
-            elif opened:
-                self._add_ide(opened)
-            self.network = GuestNetwork(self.bus)
+            else:
+                self._pci = PciBus(self.partition.devices)
+                self._pci.add(0, host_bridge())
+                if opened:
+                    self._add_ide(opened)
+            self.network = GuestNetwork(self.bus, None if enlightenments else self._plug_nic)
             entry = load_linux(
                 self.partition.memory,
                 image,
@@ -222,7 +232,7 @@ class Machine:
                     com1=(COM1_PORT, COM1_IRQ),
                     vmbus=(0xF800_0000, 0x0400_0000) if enlightenments else None,
                     io_apic=True,
-                    pci=None if self.ide is None else {IDE_SLOT: IDE_LINE},
+                    pci=None if enlightenments else {IDE_SLOT: IDE_LINE, **NIC_LINES},
                 ),
             )
             self.engine.cpu.enter_long_mode(
@@ -278,9 +288,25 @@ class Machine:
             )
         account = self.hypervisor.ledger.account(self.partition.name, "ide")
         self.ide = PiixIde(media, lambda level: self._io_apic.set_line(IDE_LINE, level), account)
-        bus = PciBus(self.partition.devices)
-        bus.add(0, host_bridge())
-        bus.add(IDE_SLOT, self.ide.function)
+        self._pci.add(IDE_SLOT, self.ide.function)
+
+    def _plug_nic(self, port: Port, mac: bytes) -> TulipAdapter:
+        if self.engine.cpu.ticks:
+            raise DeviceError("an emulated adapter is there when the machine starts, or not at all")
+        free = [slot for slot in NIC_LINES if slot not in self._nic_slots]
+        if not free:
+            raise DeviceError(f"without enlightenments there are up to {len(NIC_LINES)} network adapters")
+        self._nic_slots.append(free[0])
+        line = NIC_LINES[free[0]]
+        return TulipAdapter(
+            self.partition,
+            self._pci,
+            port,
+            mac,
+            slot=free[0],
+            interrupt=lambda level: self._io_apic.set_line(line, level),
+            backlog=NIC_BACKLOG,
+        )
 
     def offer(self, provider: StorageVsp, name: str) -> Offered:
         """Offer a provider's device to the guest, and its sub-channels when the guest asks for them.

@@ -22,6 +22,9 @@ MODULES: Final = (
 )
 """What a guest of this package needs, with all that these depend on; those built into the kernel are left out."""
 
+OPTIONAL_MODULES: Final = ("tulip",)
+"""Drivers of emulated hardware that a distribution's small kernels leave out."""
+
 SECTION_STRINGS: Final = 62
 ELF_HEADER: Final = struct.Struct("<40xQ10xHHH")
 """Section header table offset; section header size, count and string section, of an ELF64 header."""
@@ -94,7 +97,9 @@ echo "$interface: $ip/$mask, router $router" >/dev/console
 """
 """What busybox's DHCP client runs with the answer in its environment."""
 
-RECIPE: Final = hashlib.sha256("\0".join((INIT, DHCP_SCRIPT, *MODULES)).encode()).hexdigest()
+RECIPE: Final = hashlib.sha256(
+    "\0".join((INIT, DHCP_SCRIPT, *MODULES, *OPTIONAL_MODULES)).encode()
+).hexdigest()
 """Changes with everything that `build_initramfs` puts into an archive by itself: old archives are built again."""
 
 
@@ -151,12 +156,15 @@ def _read_module(path: Path) -> bytes:
     return data
 
 
-def resolve_modules(folder: Path, wanted: Iterable[str] = MODULES) -> dict[str, bytes]:
+def resolve_modules(
+    folder: Path, wanted: Iterable[str] = MODULES, optional: Iterable[str] = OPTIONAL_MODULES
+) -> dict[str, bytes]:
     """The modules `wanted` and all that they depend on, in an order in which they can be loaded.
 
     Args:
         folder: ``/lib/modules/VERSION``, as a kernel package holds it.
         wanted: module names; those that are built into the kernel are left out.
+        optional: the same, but they may be missing.
 
     Raises:
         BootError: a module is neither there nor built in.
@@ -181,7 +189,7 @@ def resolve_modules(folder: Path, wanted: Iterable[str] = MODULES) -> dict[str, 
                 need(dependency)
         found[name] = data
 
-    for name in wanted:
+    for name in (*wanted, *(name for name in optional if name in files)):
         need(name)
     return found
 

@@ -1,18 +1,17 @@
 """A machine whose guest is a Python model: one parent, one child, and the child's drivers, on one thread."""
 
-from collections.abc import Sequence
 from typing import Self
 
 from vmbus.bus import VmbusGuest, VmbusHost
 from vmbus.bus.pages import PageAllocator
 from vmbus.core.memory import PAGE_SIZE
-from vmbus.emulated.ports import attach_ide, attach_pci, attach_tulip
+from vmbus.emulated.ports import attach_ide, attach_pci
 from vmbus.errors import LocalProtocolError
 from vmbus.hypervisor import Clock, Hypervisor, Personality
 from vmbus.hypervisor.personality import LINUX
 from vmbus.machine.block import BlockDevice
 from vmbus.machine.ide_guest import IdeDisk
-from vmbus.machine.nic import NetworkDevice
+from vmbus.machine.nic import NetworkDevice, TulipAdapter
 from vmbus.machine.tulip_guest import TulipNic
 from vmbus.network.adapter import NetworkAdapter
 from vmbus.network.switch import Port
@@ -39,8 +38,6 @@ EMULATED_MEMORY = 2 << 20
 """Bytes at the end of the child's memory for the drivers of emulated hardware; VMBus drivers have the rest."""
 TULIP_OFFSET = 0x140000
 """Where the network driver's part of it begins, behind the disk driver's 1 MiB of buffer and 4 pages."""
-TULIP_FRAME = 1514
-"""The longest frame that the switch gives the emulated adapter."""
 
 
 class ModelMachine:
@@ -186,16 +183,8 @@ class ModelMachine:
             raise LocalProtocolError("the machine has its emulated adapter already")
         self._emulated_network = True
         self._ports.append(port)
-        tulip, _ = attach_tulip(self.child, attach_pci(self.child), mac, lambda frame: port.send([frame]))
-        port.max_frame = TULIP_FRAME
-
-        def deliver(frames: Sequence[bytes]) -> None:
-            for frame in frames:
-                tulip.receive(bytes(frame))  # what its ring has no place for is lost, as on any wire
-
-        nic = TulipNic(self.child.vps[0], base=self._emulated + TULIP_OFFSET)
-        port.receiver = deliver
-        return nic
+        TulipAdapter(self.child, attach_pci(self.child), port, mac)
+        return TulipNic(self.child.vps[0], base=self._emulated + TULIP_OFFSET)
 
     def close(self) -> None:
         """Close the guest's drivers, the bus and the partitions. The disks stay open, the switch stays."""

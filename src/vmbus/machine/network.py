@@ -13,14 +13,15 @@ import logging
 import os
 import select
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 from uuid import UUID, uuid5
 
 from vmbus.bus import VmbusHost
-from vmbus.errors import DeviceError
+from vmbus.errors import DeviceError, VmbusError
+from vmbus.machine.nic import TulipAdapter
 from vmbus.network.adapter import NetworkAdapter
 from vmbus.network.oid import Offloads
 from vmbus.network.passt import PasstUplink
@@ -42,6 +43,7 @@ LONGEST_WAIT: Final = 0.1
 """Seconds that a guest without a timer waits before limits are looked at again."""
 MICROSOFT_PREFIX: Final = b"\x00\x15\x5d"
 MTU_RANGE: Final = range(576, 9001)
+EMULATED_MTU: Final = 1500
 FORMS: Final = "tap, tap:NAME, stream:PATH, passt or none"
 OPTIONS: Final = (
     "mac=, mtu=, queues=, offloads=on|off, pcap=FILE and, for passt, tcp=HOST:GUEST and udp=HOST:GUEST"
@@ -72,6 +74,12 @@ class Wanted:
     capture: Path | None = None
     tcp: tuple[str, ...] = ()
     udp: tuple[str, ...] = ()
+
+    @property
+    def fits_emulated(self) -> bool:
+        """Whether an emulated adapter can be like this."""
+        plain = self.offloads in (None, Offloads.nothing())
+        return self.queues == 1 and plain and (self.mtu or 0) <= EMULATED_MTU
 
     def open(self) -> Uplink | None:
         """The uplink, None for an adapter that is connected to nothing.
@@ -160,21 +168,37 @@ class Interface:
     """One adapter of the guest and what it is connected to.
 
     Attributes:
-        adapter: the adapter: link, statistics, virtual function.
+        device: the adapter; an emulated one in a machine without enlightenments.
         switch: the switch that it is on.
         uplink: None for an adapter on a private switch or on one that somebody else made, and for one whose other
             side is gone.
         capture: where its traffic is recorded, or None.
     """
 
-    adapter: NetworkAdapter
+    device: NetworkAdapter | TulipAdapter
     switch: Switch
     uplink: UplinkPort | None
     capture: "Capture | None"
 
+    @property
+    def adapter(self) -> NetworkAdapter:
+        """The synthetic adapter: link, statistics, virtual function.
+
+        Raises:
+            DeviceError: it is an emulated one.
+        """
+        if isinstance(self.device, TulipAdapter):
+            raise DeviceError("the emulated adapter has none of this")
+        return self.device
+
+    @property
+    def mac(self) -> bytes:
+        """The guest's address."""
+        return self.device.mac if isinstance(self.device, TulipAdapter) else self.device.config.mac
+
     def close(self) -> None:
         """Leave the switch and close uplink and capture; the adapter itself goes with the guest's bus."""
-        self.adapter.port.disconnect()
+        self.device.port.disconnect()
         if self.uplink is not None:
             self.uplink.close()
         if self.capture is not None:
@@ -194,6 +218,9 @@ class Capture:
         self.writer.close()
 
 
+Plug = Callable[[Port, bytes], TulipAdapter]
+
+
 class GuestNetwork:
     """All adapters of one guest; `vmbus.machine.guest.Machine.network` is one.
 
@@ -201,9 +228,10 @@ class GuestNetwork:
         interfaces: in the order of `add`.
     """
 
-    def __init__(self, bus: VmbusHost | None) -> None:
-        """`bus` is the guest's; a machine without one can have no adapters."""
+    def __init__(self, bus: VmbusHost | None, plug: "Plug | None" = None) -> None:
+        """`bus` is the guest's; in a machine without one, `plug` makes an emulated adapter of a port and an address."""
         self._bus = bus
+        self._plug = plug
         self._added = 0
         self.interfaces: list[Interface] = []
 
@@ -229,11 +257,10 @@ class GuestNetwork:
             queues: channels that the guest may open; one if not given.
 
         Raises:
-            DeviceError: there is no bus, the text describes no adapter, or the uplink cannot be opened.
+            DeviceError: the text describes no adapter, the uplink cannot be opened, or the machine cannot have such an
+                adapter (an emulated one has one queue, no offloads and an MTU of 1500, and is not hot-plugged).
             OSError: the capture file cannot be written.
         """
-        if self._bus is None:
-            raise DeviceError("a machine without enlightenments has no synthetic network adapter")
         wanted = parse_network(uplink) if isinstance(uplink, str) else Wanted("none")
         wanted.mac, wanted.mtu = mac or wanted.mac, mtu or wanted.mtu
         wanted.offloads, wanted.queues = offloads or wanted.offloads, queues or wanted.queues
@@ -246,6 +273,8 @@ class GuestNetwork:
         )
         if wanted.mtu is not None:
             config.max_frame = wanted.mtu + ETHERNET_HEADER
+        if self._bus is None and not wanted.fits_emulated:
+            raise DeviceError("an emulated adapter has one queue, no offloads, and an MTU of 1500")
         opened = uplink if isinstance(uplink, Uplink) else wanted.open()
         if isinstance(uplink, Switch):
             switch = uplink
@@ -253,30 +282,42 @@ class GuestNetwork:
             kind = SwitchKind.PRIVATE if opened is None else SwitchKind.EXTERNAL
             switch = Switch(kind, name=f"net{number}")
         joined = None if opened is None else attach(switch, opened)
+        recorder = port = None
         try:
             recorder = None if wanted.capture is None else _record(switch, wanted.capture, config.mac)
-        except OSError:
-            if joined is not None:
-                joined.close()
+            mirror = Mirror.SOURCE if recorder else Mirror.NONE
+            port = switch.connect(f"guest {config.mac.hex(':')}", mirror=mirror)
+            device = self._make(port, config, f"net{number}")
+        except (OSError, VmbusError):
+            for made in (joined, recorder):
+                if made is not None:
+                    made.close()
+            if port is not None:
+                port.disconnect()
             raise
-        port = switch.connect(
-            f"guest {config.mac.hex(':')}", mirror=Mirror.SOURCE if recorder else Mirror.NONE
-        )
-        identity = uuid5(NAMESPACE, config.mac.hex())
-        adapter = NetworkAdapter(self._bus, port, config, instance_id=identity, name=f"net{number}")
-        interface = Interface(adapter, switch, joined, recorder)
+        interface = Interface(device, switch, joined, recorder)
         self._added = number
         self.interfaces.append(interface)
         return interface
+
+    def _make(self, port: Port, config: AdapterConfig, name: str) -> NetworkAdapter | TulipAdapter:
+        if self._bus is not None:
+            identity = uuid5(NAMESPACE, config.mac.hex())
+            return NetworkAdapter(self._bus, port, config, instance_id=identity, name=name)
+        if self._plug is None:
+            raise DeviceError("this machine has no place for a network adapter")
+        return self._plug(port, config.mac)
 
     def remove(self, interface: Interface) -> None:
         """Unplug an adapter while the guest runs, and close what it was connected to.
 
         Raises:
+            DeviceError: it is an emulated one, which cannot be unplugged.
             ValueError: it is not one of this guest's.
         """
+        adapter = interface.adapter
         self.interfaces.remove(interface)
-        interface.adapter.remove()
+        adapter.remove()
         interface.close()
 
     @property
@@ -287,15 +328,17 @@ class GuestNetwork:
     def poll(self) -> None:
         """Bring in what has come from the uplinks; where the other side is gone, the guest's cable is pulled."""
         for interface in self.interfaces:
+            if isinstance(interface.device, TulipAdapter):
+                interface.device.poll()
             if interface.uplink is None:
                 continue
             try:
                 interface.uplink.poll()
             except DeviceError as error:
-                log.warning("%s: %s; its link is down now", interface.adapter.port.name, error)
+                log.warning("%s: %s; its link is down now", interface.device.port.name, error)
                 interface.uplink.close()
                 interface.uplink = None
-                interface.adapter.set_link(False)
+                interface.device.set_link(False)
 
     def idle(self, until_timer: int | None, also: Sequence[int] = ()) -> bool:
         """The guest waits: for a frame, or for its next timer in `until_timer` virtual nanoseconds.

@@ -1,9 +1,18 @@
-"""What every guest-side network interface offers, whatever is below it."""
+"""What every guest-side network interface offers, and the emulated adapter's place on a virtual switch."""
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Final, Protocol
 
-__all__ = ["NetworkDevice"]
+from vmbus.emulated.pci import PciBus
+from vmbus.emulated.ports import TULIP_IRQ, TULIP_SLOT, attach_tulip
+from vmbus.hypervisor import Partition
+from vmbus.network.switch import Port
+
+__all__ = ["NetworkDevice", "TulipAdapter"]
+
+TULIP_FRAME: Final = 1514
+"""The longest frame that the switch gives the emulated adapter, a tag not counted."""
 
 
 class NetworkDevice(Protocol):
@@ -36,3 +45,77 @@ class NetworkDevice(Protocol):
     def receive(self, limit: int = 64) -> list[bytes]:
         """Frames that have arrived, at most `limit`."""
         ...
+
+
+class TulipAdapter:
+    """A DEC 21140 of a partition on a port of a virtual switch: the emulated counterpart of `NetworkAdapter`.
+
+    Frames come on the thread of whoever sends them, and the chip has no lock: guests on one switch run on one thread.
+
+    Attributes:
+        mac: the address in its serial ROM.
+        port: its port.
+        tulip: the chip.
+        dropped: frames that came faster than the guest takes them, or that its filters refuse.
+    """
+
+    def __init__(
+        self,
+        partition: Partition,
+        bus: PciBus,
+        port: Port,
+        mac: bytes,
+        *,
+        slot: int = TULIP_SLOT,
+        irq: int = TULIP_IRQ,
+        interrupt: Callable[[bool], None] | None = None,
+        backlog: int = 0,
+    ) -> None:
+        """Plug it in; `slot`, `irq` and `interrupt` are those of `attach_tulip`.
+
+        `backlog` frames may wait for the guest's descriptors; somebody then has to call `poll` now and then. Others
+        are lost, as on any wire.
+
+        Raises:
+            LocalProtocolError: the slot is taken, or `mac` is not the address of one station.
+        """
+        self.mac = mac
+        self.port = port
+        self.dropped = 0
+        self._backlog: deque[bytes] = deque()
+        self._capacity = backlog
+        self.tulip, _ = attach_tulip(partition, bus, mac, self._send, slot=slot, irq=irq, interrupt=interrupt)
+        self.tulip.on_progress = self.poll
+        port.max_frame = min(port.max_frame, TULIP_FRAME)
+        port.receiver = self._receive
+
+    def _send(self, frame: bytes) -> None:
+        if self.tulip.link_up:
+            self.port.send([frame])
+
+    def set_link(self, up: bool) -> None:
+        """Connect or disconnect the cable; the guest's driver looks now and then."""
+        self.tulip.link_up = up
+        if not up:
+            self._backlog.clear()
+
+    def _receive(self, frames: list[bytes]) -> None:
+        if not (self.tulip.link_up and self.tulip.is_receiving):
+            self.dropped += len(frames)
+            return
+        for number, frame in enumerate(frames):
+            self.poll()
+            if self._backlog or not self.tulip.has_room:
+                room = self._capacity - len(self._backlog)
+                rest = frames[number:]
+                self._backlog.extend(rest[:room])
+                self.dropped += max(0, len(rest) - room)
+                return
+            if not self.tulip.receive(frame):
+                self.dropped += 1
+
+    def poll(self) -> None:
+        """Give the guest what waits, as far as it has descriptors for it."""
+        while self._backlog and self.tulip.has_room:
+            if not self.tulip.receive(self._backlog.popleft()):
+                self.dropped += 1
