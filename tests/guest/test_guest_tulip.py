@@ -51,7 +51,7 @@ def test_linux_without_enlightenments_has_a_network(
         assert "eth0: 10.0.2.15/24, router 10.0.2.2" in machine.console.text
         assert "Digital DS21140 Tulip" in run("dmesg")
         assert "00:15:5d:00:00:01" in run("ip link show eth0")
-        run("sleep 12")  # the driver looks after its link every few seconds
+        run("sleep 6")  # the driver looks after its link every few seconds
         assert run("cat /sys/class/net/eth0/carrier") == "1\n"
         assert "hyperv" not in run("cat /proc/modules; ls /sys/bus").lower()
         with serve("127.0.0.1", data) as server:
