@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from vmbus.machine.guest import Machine, Outcome
+from vmbus.storage.wire import SCSI_INTERFACE
 
 pytestmark = [pytest.mark.guest, pytest.mark.slow]
 
@@ -101,3 +102,21 @@ def test_panic_stops_all_processors(boot, shell) -> None:
     shell(machine)
     machine.console.send("taskset 2 sh -c 'echo c >/proc/sysrq-trigger'\n")
     assert machine.run(wall_seconds=300).outcome is Outcome.PANIC
+
+
+def test_the_network_adapter_has_a_queue_for_each_processor(boot, shell) -> None:
+    machine = boot(processors=2, networks=["none,queues=2"])
+    run = shell(machine)
+    run("ip link set eth0 up && ip addr add 10.99.0.1/24 dev eth0")
+    run("arp -s 10.99.0.2 02:00:00:00:00:02")
+    assert run("ls /sys/class/net/eth0/queues").split() == ["rx-0", "rx-1", "tx-0", "tx-1"]
+
+    channels = [c for c in machine.bus.channels if c.offer.interface_id != SCSI_INTERFACE]
+    assert sorted(channel.target_vp for channel in channels) == [0, 1]
+    before = run("cat /sys/class/net/eth0/statistics/tx_packets")
+    for processor in range(2):
+        run(f"taskset {1 << processor:x} ping -q -c 8 -i 0.1 -W 1 10.99.0.2", check=False)  # nobody answers
+    assert int(run("cat /sys/class/net/eth0/statistics/tx_packets")) >= int(before) + 16
+    assert machine.bus.violations == 0
+    run("rmmod hv_netvsc && insmod /lib/modules/hv_netvsc.ko && ip link set eth0 up")
+    assert run("ls /sys/class/net/eth0/queues").split() == ["rx-0", "rx-1", "tx-0", "tx-1"]
