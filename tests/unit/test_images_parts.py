@@ -8,7 +8,7 @@ from uuid import UUID, uuid4
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference.disk_model import fast_folder, qemu_img
 
@@ -145,6 +145,7 @@ def host(tmp_path: Path):
 
 
 @pytest.mark.parametrize("big", [True, False])
+@settings(deadline=None)  # the machine may be busy
 @given(work=st.lists(st.tuples(st.integers(0, 9999), st.integers(1, 9000), st.booleans()), max_size=12))
 def test_sector_bits_are_a_list_of_booleans(
     big: bool, work: list[tuple[int, int, bool]], tmp_path_factory
