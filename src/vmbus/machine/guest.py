@@ -5,9 +5,9 @@ with Machine("vmlinuz", initrd="initramfs", disks=["root.img"], append="console=
     m.console.send("root\\n")
     print(m.run(until="# "), m.ledger.to_dict())
 
-The kernel sees a Hyper-V child partition with one processor: SynIC, synthetic timers and VMBus from the
-hypervisor and bus rooms, its disks behind the storage provider, ACPI, a serial port and a real-time clock. It is
-executed by the engine in `vmbus.engine.unicorn` on a virtual clock: the same inputs give the same run.
+The kernel sees a Hyper-V child partition with 1 to 16 processors: SynIC, synthetic timers and VMBus from
+the hypervisor and bus rooms, its disks and networks behind the providers, ACPI, a serial port and a real-time clock. It
+is executed by the engine in `vmbus.engine.unicorn` on a virtual clock: the same inputs give the same run.
 """
 
 import logging
