@@ -193,7 +193,7 @@ def test_whatever_a_guest_does(privileges, round_number):
     victims.check()
     # The fuzz is worth its time only if it gets past the first check. Most seeds see 10 to 16 statuses; a guest that
     # may do everything sometimes does itself harm early, and then sees fewer.
-    assert len(victims.statuses) >= 5, victims.statuses
+    assert len(victims.statuses) >= (5 if privileges else 6), victims.statuses
     assert Status.SUCCESS in victims.statuses
     assert victims.sibling.post(1, 1, b"still here") == Status.SUCCESS
     victims.hv.root.destroy()
