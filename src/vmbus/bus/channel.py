@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import count
+from threading import Lock
 from typing import Protocol
 from uuid import UUID
 
@@ -312,6 +313,7 @@ class _Loop:
         self._peer: dict[int, Channel] = {}
         self._due: deque[Channel] = deque()
         self._delivering = False
+        self._lock = Lock()  # providers with worker threads ring and close from any of them
         self._gpadls: dict[int, Gpadl] = {}
         self._ids = count(1)
 
@@ -321,41 +323,53 @@ class _Loop:
     def ring(self, channel: Channel) -> None:
         """Deliver at once, but never nested: a ring from inside a handler waits until that handler
         returns."""
-        self.again(self._peer[id(channel)])
+        peer = self._peer.get(id(channel))
+        if peer is not None:  # else another thread has just closed the channel
+            self.again(peer)
 
     def again(self, channel: Channel) -> None:
         """As `ring`, to the channel itself."""
-        if (
-            channel not in self._due
-        ):  # a doorbell is one bit: rung twice before it is looked at, it was rung once
-            self._due.append(channel)
-        if self._delivering:
-            return
-        self._delivering = True
+        with self._lock:
+            # A doorbell is one bit: rung twice before it is looked at, it was rung once.
+            if channel not in self._due:
+                self._due.append(channel)
+            if self._delivering:
+                return
+            self._delivering = True
         try:
-            while self._due:
-                self._due.popleft().deliver_signal()
-        finally:
+            while (due := self._next()) is not None:
+                due.deliver_signal()
+        except BaseException:
             self._delivering = False
+            raise
+
+    def _next(self) -> Channel | None:
+        """Whom to signal next; None ends the turn of the thread that delivers."""
+        with self._lock:
+            self._delivering = bool(self._due)
+            return self._due.popleft() if self._due else None
 
     def wait(self, channel: Channel, condition: Callable[[], bool], timeout: float) -> bool:
         while not condition():
-            if not self._due:
+            try:
+                due = self._due.popleft()
+            except IndexError:
                 return False
-            self._due.popleft().deliver_signal()
+            due.deliver_signal()
         return True
 
     def close_channel(self, channel: Channel) -> None:
-        peer = self._peer.pop(id(channel), None)
+        with self._lock:
+            peer = self._peer.get(id(channel))
+            self._peer = {}
+            self._due.clear()
         if peer is None:
             return
         channel.ended()
-        self._peer.clear()
-        self._due.clear()
         peer.ended()
-        for gpadl in self._gpadls.values():
+        gpadls, self._gpadls = self._gpadls, {}
+        for gpadl in gpadls.values():
             gpadl.close()
-        self._gpadls.clear()
         self._windows = ()  # the rings over them may still be held by the ends; the last one unmaps them
 
     def find_gpadl(self, channel: Channel, gpadl_id: int) -> Gpadl:
@@ -387,7 +401,8 @@ def loopback(
     """Two directly joined ends, for tests and benchmarks of device protocols on one thread.
 
     A ring of the doorbell is delivered before `Channel.signal` returns, except when it is rung from inside a
-    handler: then it is delivered after that handler, so that two busy ends do not grow the stack.
+    handler, or from another thread while a handler runs: then it is delivered after that handler, so that two busy
+    ends do not grow the stack.
 
     Args:
         memory: the guest's memory, for GPA-direct ranges and GPADLs; the rings themselves lie outside of it.

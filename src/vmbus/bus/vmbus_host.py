@@ -496,24 +496,27 @@ class VmbusHost:
 
     def _rung(self, channel_id: int) -> None:
         offered = self._by_flag.get(channel_id)
-        if offered is not None and offered.task is not None:
-            self.hosting.ring(offered.task)
+        task = offered.task if offered is not None else None
+        if task is not None:
+            self.hosting.ring(task)
 
     def _monitored(self, connection_id: int) -> None:
         """A monitored notification came due: as if the guest had signalled that connection itself."""
         for offered in list(self._by_flag.values()):
-            if offered.request is not None and offered.request.connection_id == connection_id:
-                self._rung(offered.channel.channel_id if offered.channel is not None else 0)
+            channel, request = offered.channel, offered.request
+            if channel is not None and request is not None and request.connection_id == connection_id:
+                self._rung(channel.channel_id)
 
     # -- ChannelOwner --------------------------------------------------------------------------------------
 
     def ring(self, channel: Channel) -> None:
-        """Interrupt the guest for this channel."""
+        """Interrupt the guest for this channel. Takes no lock: the channel may be closing on another thread."""
         offered = self._by_flag.get(channel.channel_id)
-        if offered is None or offered.request is None or channel.target_vp < 0:
+        request = offered.request if offered is not None else None
+        if request is None or channel.target_vp < 0:
             return
         self._record("doorbell", self._parent_name, self.child.name, channel=channel.channel_id)
-        vp, flag = channel.target_vp, offered.request.event_flag
+        vp, flag = channel.target_vp, request.event_flag
         if self.machine.version < Version.V2_4:
             flags = self._to_guest_flags
             if flags is None:
@@ -528,9 +531,10 @@ class VmbusHost:
     def again(self, channel: Channel) -> None:
         """Run the channel's task once more; nobody rang."""
         offered = self._by_flag.get(channel.channel_id)
-        if offered is not None and offered.channel is channel and offered.task is not None:
+        task = offered.task if offered is not None and offered.channel is channel else None
+        if offered is not None and task is not None:
             offered.unfinished = True
-            self.hosting.ring(offered.task)
+            self.hosting.ring(task)
 
     def wait(self, channel: Channel, condition: Callable[[], bool], timeout: float) -> bool:
         """Let others work until the condition holds."""
@@ -546,14 +550,12 @@ class VmbusHost:
         """A GPADL of this channel; takes no lock, since providers call it from their own threads."""
         known = self.machine.gpadl(gpadl_id)
         offered = self._by_flag.get(channel.channel_id)
-        if (
-            known is None
-            or offered is None
-            or known.offer_id != offered.offer_id
-            or known.serial not in self._gpadls
-        ):
+        gpadl = None
+        if known is not None and offered is not None and known.offer_id == offered.offer_id:
+            gpadl = self._gpadls.get(known.serial)
+        if gpadl is None:
             raise RemoteProtocolError(f"channel {channel.channel_id} has no GPADL {gpadl_id:#x}")
-        return self._gpadls[known.serial]
+        return gpadl
 
     def make_gpadl(self, channel: Channel, ranges: GpaRanges) -> int:
         """Only guests describe memory."""
