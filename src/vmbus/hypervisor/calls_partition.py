@@ -164,7 +164,7 @@ def _deposit(vp: "VirtualProcessor", header: bytes) -> RepStep:
     giver = vp.partition
 
     def step(index: int, element: bytes) -> None:
-        target.pool.deposit(giver.memory, int.from_bytes(element, "little") * HV_PAGE_SIZE)
+        target.pool.deposit(giver, int.from_bytes(element, "little") * HV_PAGE_SIZE)
 
     return step
 
@@ -174,7 +174,7 @@ def _withdraw(vp: "VirtualProcessor", header: bytes) -> RepStep:
     giver = vp.partition
 
     def step(index: int, element: bytes) -> bytes:
-        return (target.pool.withdraw(giver.memory) // HV_PAGE_SIZE).to_bytes(8, "little")
+        return (target.pool.withdraw(giver) // HV_PAGE_SIZE).to_bytes(8, "little")
 
     return step
 
@@ -232,7 +232,7 @@ def _map(vp: "VirtualProcessor", header: bytes) -> RepStep:
             raise HypercallError(
                 Status.ACCESS_DENIED
             )  # a page can be passed on with no more than one's own rights
-        child.evict_overlays(target, HV_PAGE_SIZE)
+        child.release_pages(target, HV_PAGE_SIZE)
         try:
             child.memory.map(target, parent.memory, source, HV_PAGE_SIZE, rights)
         except GuestMemoryError:
@@ -254,7 +254,7 @@ def _unmap(vp: "VirtualProcessor", header: bytes) -> RepStep:
         target = (base + index) * HV_PAGE_SIZE
         if target >= child.memory.size:
             raise HypercallError(Status.INVALID_PARAMETER)
-        child.evict_overlays(target, HV_PAGE_SIZE)
+        child.release_pages(target, HV_PAGE_SIZE)
         child.memory.unmap(target, HV_PAGE_SIZE)
 
     return step

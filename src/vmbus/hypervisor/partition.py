@@ -13,7 +13,7 @@ from vmbus.hypervisor.faults import GeneralProtectionFault
 from vmbus.hypervisor.intercepts import Intercepts
 from vmbus.hypervisor.overlay import OverlayPage
 from vmbus.hypervisor.personality import Personality
-from vmbus.hypervisor.pool import VP_PAGES, MemoryPool
+from vmbus.hypervisor.pool import VP_PAGES, Deposit, MemoryPool
 from vmbus.hypervisor.ports import Connection, Port
 from vmbus.hypervisor.tlfs import HV_PAGE_SIZE, PartitionState, Status
 from vmbus.hypervisor.vp import VirtualProcessor
@@ -84,6 +84,7 @@ class Partition:
         suspended: its parent has set its suspend property: none of its processors runs.
         stop: stops whatever executes the guest; called before the partition is torn down.
         pool: pages deposited for the hypervisor's use on its behalf.
+        deposits: its own pages that it has deposited for itself or a child, by address.
         properties: what its parent set by HvCallSetPartitionProperty.
         intercepts: what its parent intercepts.
     """
@@ -110,6 +111,7 @@ class Partition:
         self.account = hypervisor.ledger.account(name)
         self.state = PartitionState.CREATED
         self.pool = pool
+        self.deposits: dict[int, Deposit] = {}
         self.properties: dict[int, int] = {}
         self.intercepts = Intercepts()
         self.connections: dict[int, Connection] = {}
@@ -192,13 +194,16 @@ class Partition:
             vp.synic.occupies(page) for vp in self.vps
         )
 
-    def evict_overlays(self, gpa: int, length: int) -> None:
-        """The parent is about to change what is mapped at `gpa`: hypervisor pages there go away first."""
+    def release_pages(self, gpa: int, length: int) -> None:
+        """What is mapped at `gpa` is about to change: hypervisor pages there go away first, with their contents;
+        pages that were deposited from there no longer come back."""
         for overlay in self._overlays():
             if overlay.gpa is not None and gpa <= overlay.gpa < gpa + length:
                 overlay.remove()
         for vp in self.vps:
             vp.synic.evict(gpa, length)
+        for page in range(gpa, gpa + length, HV_PAGE_SIZE):
+            self.deposits.pop(page, None)
 
     # Partition-wide registers
 

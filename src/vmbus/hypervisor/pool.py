@@ -1,15 +1,31 @@
 """The pages that a parent has deposited for the hypervisor's own use on behalf of a partition (TLFS, memory pools)."""
 
-from typing import Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
-from vmbus.core.memory import GuestMemory
 from vmbus.errors import GuestMemoryError, HypercallError
 from vmbus.hypervisor.tlfs import HV_PAGE_SIZE, Status
+
+if TYPE_CHECKING:
+    from vmbus.hypervisor.partition import Partition
 
 __all__ = ["VP_PAGES", "MemoryPool"]
 
 VP_PAGES: Final = 4
 """Deposited pages that a processor uses (a cost of this model; real ones vary by version)."""
+
+
+class Deposit(NamedTuple):
+    """One page: who gave it, where it lay there and with which access rights."""
+
+    giver: "Partition"
+    gpa: int
+    rights: int
+
+    def give_back(self) -> None:
+        """Let the giver reach its page again, unless its parent has mapped or unmapped something there since."""
+        if self.giver.deposits.get(self.gpa) is self and self.giver.memory.size:
+            del self.giver.deposits[self.gpa]
+            self.giver.memory.protect(self.gpa, HV_PAGE_SIZE, self.rights)
 
 
 class MemoryPool:
@@ -24,42 +40,45 @@ class MemoryPool:
         self.limited = limited
         self.in_use = 0
         """Pages that the partition's objects use."""
-        self._pages: list[tuple[GuestMemory, int, int]] = []
+        self._pages: list[Deposit] = []
 
     @property
     def available(self) -> int:
         """Deposited pages that nothing uses."""
         return len(self._pages) - self.in_use if self.limited else len(self._pages)
 
-    def deposit(self, memory: GuestMemory, gpa: int) -> None:
-        """Take the page at `gpa` from its partition.
+    def deposit(self, giver: "Partition", gpa: int) -> None:
+        """Take the page at `gpa` from its partition. A page of the hypervisor that lies over it goes away first.
 
         Raises:
             HypercallError: INVALID_PARAMETER if the partition has no such page or no full access to it.
         """
+        memory = giver.memory
         try:
             rights = memory.access(gpa)
             if rights & 3 != 3:
                 raise HypercallError(Status.INVALID_PARAMETER)
+            giver.release_pages(gpa, HV_PAGE_SIZE)
             memory.write(gpa, bytes(HV_PAGE_SIZE))  # nothing of the depositor's stays behind
             memory.protect(gpa, HV_PAGE_SIZE, 0)
         except (GuestMemoryError, OverflowError):
             raise HypercallError(Status.INVALID_PARAMETER) from None
-        self._pages.append((memory, gpa, rights))
+        deposit = Deposit(giver, gpa, rights)
+        giver.deposits[gpa] = deposit
+        self._pages.append(deposit)
 
-    def withdraw(self, memory: GuestMemory) -> int:
-        """Give one unused page back to the partition with `memory`; its address.
+    def withdraw(self, giver: "Partition") -> int:
+        """Give one unused page back to the partition that gave it; its address.
 
         Raises:
             HypercallError: NO_RESOURCES if every page of that partition's is in use.
         """
         if self.available > 0:
             for at in range(len(self._pages) - 1, -1, -1):
-                giver, gpa, rights = self._pages[at]
-                if giver is memory:
-                    del self._pages[at]
-                    memory.protect(gpa, HV_PAGE_SIZE, rights)
-                    return gpa
+                if self._pages[at].giver is giver:
+                    deposit = self._pages.pop(at)
+                    deposit.give_back()
+                    return deposit.gpa
         raise HypercallError(Status.NO_RESOURCES)
 
     def take(self, pages: int) -> None:
@@ -78,8 +97,7 @@ class MemoryPool:
 
     def release(self) -> None:
         """The partition is gone: give everything back."""
-        for memory, gpa, rights in self._pages:
-            if memory.size:
-                memory.protect(gpa, HV_PAGE_SIZE, rights)
+        for deposit in self._pages:
+            deposit.give_back()
         self._pages.clear()
         self.in_use = 0
