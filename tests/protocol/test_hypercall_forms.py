@@ -7,7 +7,9 @@ from reference.raw_guest import INPUT, OUTPUT, RawGuest
 
 from vmbus.hypervisor import Hypervisor, VirtualClock
 from vmbus.hypervisor.abi import RepCall, control
+from vmbus.hypervisor.faults import UndefinedOpcodeFault
 from vmbus.hypervisor.hypercalls import CALLS
+from vmbus.hypervisor.personality import SERVER_2008_R2
 from vmbus.hypervisor.tlfs import PARTITION_ID_SELF, CallCode, RegisterName, Status
 
 REGISTERS = 16 + 96
@@ -118,6 +120,23 @@ def test_both_forms_answer_alike(seed):
     assert slow.shape() == fast.shape()
     assert used == {code for code, call in CALLS.items() if fits(call, 1 if isinstance(call, RepCall) else 0)}
     assert len(succeeded) > len(used) // 2, [CallCode(code).name for code in sorted(used - succeeded)]
+
+
+def test_xmm_registers_that_cpuid_does_not_offer():
+    hv = Hypervisor(clock=VirtualClock())
+    vp = RawGuest(
+        hv.create_child(hv.create_root(), "old", memory_size=1 << 20, personality=SERVER_2008_R2).vps[0]
+    ).vp
+    flush = control(CallCode.FLUSH_VIRTUAL_ADDRESS_SPACE, fast=True)
+    with pytest.raises(UndefinedOpcodeFault):
+        vp.hypercall(flush, 0, 1, bytes(96))
+    with pytest.raises(UndefinedOpcodeFault):  # output in registers
+        vp.hypercall(
+            control(CallCode.GET_VP_INDEX_FROM_APIC_ID, fast=True, rep_count=1), PARTITION_ID_SELF, 0
+        )
+    # What fits into the two general registers needs nothing.
+    assert vp.hypercall(control(CallCode.SEND_SYNTHETIC_CLUSTER_IPI, fast=True), 0x40, 1) == Status.SUCCESS
+    hv.root.destroy()
 
 
 def test_calls_that_do_not_fit_into_registers_are_refused_there():

@@ -7,6 +7,7 @@ from reference.raw_guest import VECTOR, RawGuest
 
 from vmbus.hypervisor import GeneralProtectionFault, HostClock, Hypervisor, VirtualClock
 from vmbus.hypervisor.apic import APIC_BASE
+from vmbus.hypervisor.personality import SERVER_2008_R2
 from vmbus.hypervisor.stimer import MIN_PERIOD
 from vmbus.hypervisor.tlfs import MessageType, Msr
 from vmbus.hypervisor.wire import TimerMessage
@@ -163,6 +164,29 @@ class TestSyntheticTimers:
         hv.clock.advance(1_000)
         assert guest.take_interrupts() == [0xEC]
 
+    def test_periods_stay_in_step_when_the_host_is_late(self, hv, guest):
+        vp = guest.vp
+        start = vp.rdmsr(Msr.TIME_REF_COUNT)
+        vp.wrmsr(Msr.STIMER0_COUNT, MS)
+        vp.wrmsr(Msr.STIMER0_CONFIG, ENABLED | PERIODIC | SINT2)
+        at = hv.clock.now()
+        for late in (0.3, 0.7, 2.5, 0.0):  # periods; in the third, two of them are missed
+            at += 1_000_000
+            hv.clock.move_to(at + int(late * 1_000_000))
+            assert hv.clock.run_due() == 1
+            ((_, due, now),) = expirations(guest)
+            assert (due - start) % MS == 0
+            assert now - due == int(late * MS)
+            at += int(late) * 1_000_000
+
+    def test_direct_mode_exists_only_where_cpuid_has_it(self, hv):
+        vp = hv.create_child(hv.root, "older", memory_size=1 << 20, personality=SERVER_2008_R2).vps[0]
+        for value in (direct(0), ENABLED | direct(0xEC)):
+            with pytest.raises(GeneralProtectionFault):
+                vp.wrmsr(Msr.STIMER0_CONFIG, value)
+        vp.wrmsr(Msr.STIMER0_CONFIG, AUTO | SINT2)
+        assert vp.rdmsr(Msr.STIMER0_CONFIG) == AUTO | SINT2
+
     def test_illegal_settings(self, guest):
         vp = guest.vp
         for value in (ENABLED | direct(15), 1 << 13, 1 << 20, 1 << 63):
@@ -217,6 +241,39 @@ class TestReferenceTime:
             )  # reference time does not follow the TSC
         vp.wrmsr(Msr.REFERENCE_TSC, 0x9000)
         assert vp.partition.memory.read(0x9000, 24) == bytes(24)
+
+    @pytest.mark.parametrize("created", [0, 777, 12_345, 5_000_050])
+    @pytest.mark.parametrize("frequency", [1_000_000_000, 2_593_906_000, 3_333_333_333, 100_000_000])
+    def test_a_guest_that_mixes_counter_and_page_sees_time_run_forwards(self, frequency, created):
+        hv = Hypervisor(clock=VirtualClock(), tsc_frequency=frequency)
+        hv.create_root()
+        hv.clock.advance(created)
+        vp = hv.create_child(hv.root, "timed", memory_size=1 << 20).vps[0]
+        assert vp.rdmsr(Msr.TIME_REF_COUNT) == 0
+        vp.wrmsr(Msr.REFERENCE_TSC, 0x9000 | 1)
+        _, _, scale, offset = struct.unpack("<IIQq", vp.partition.memory.read(0x9000, 24))
+        last = 0
+        for step in (0, 1, 99, 23, 50, 977, 1_000_003, 999_999_999) * 20:
+            hv.clock.advance(step)
+            counter = vp.rdmsr(Msr.TIME_REF_COUNT)
+            assert (vp.rdmsr(Msr.IA32_TSC) * scale >> 64) + offset == counter
+            assert counter >= last
+            last = counter
+        hv.root.destroy()
+
+    @pytest.mark.parametrize("frequency", [1_000_000_000, 2_593_906_000, 100_000_000])
+    def test_no_timer_is_early_by_the_counter(self, frequency):
+        hv = Hypervisor(clock=VirtualClock(), tsc_frequency=frequency)
+        hv.create_root()
+        hv.clock.advance(12_345)
+        guest = RawGuest(hv.create_child(hv.root, "timed", memory_size=1 << 20).vps[0])
+        for wait in (20, 21, 33, 10_007, 123_456_789):
+            due = guest.vp.rdmsr(Msr.TIME_REF_COUNT) + wait
+            guest.vp.wrmsr(Msr.STIMER0_COUNT, due)
+            guest.vp.wrmsr(Msr.STIMER0_CONFIG, ENABLED | SINT2)
+            assert hv.clock.advance_to_next()
+            assert expirations(guest) == [(0, due, due)]
+        hv.root.destroy()
 
     def test_frequencies(self, guest):
         assert guest.vp.rdmsr(Msr.TSC_FREQUENCY) == 1_000_000_000

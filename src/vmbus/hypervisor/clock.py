@@ -12,10 +12,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Final
 
-__all__ = ["Clock", "HostClock", "Timer", "VirtualClock"]
+__all__ = ["Clock", "HostClock", "ReferenceTime", "Timer", "VirtualClock"]
 
 REFERENCE_UNIT: Final = 100
 """Nanoseconds of one unit of partition reference time (TLFS, timers)."""
+UNITS_PER_SECOND: Final = 1_000_000_000 // REFERENCE_UNIT
 
 
 class Timer:
@@ -92,6 +93,46 @@ class Clock(ABC):
                 if callback is not None:
                     return callback
             return None
+
+
+class ReferenceTime:
+    """A partition's reference time: units of 100 ns since it was created, counted by the guest's TSC.
+
+    The reference counter MSR, the reference TSC page and the synthetic timers must agree to the unit, because guests
+    mix them: a counter that lags behind the page runs backwards for them. So all of them use the
+    page's own formula (TLFS, timers): TSC × scale, upper 64 bits, plus an offset.
+
+    Args:
+        clock: the instance's.
+        tsc_frequency: Hz of the guest's TSC.
+
+    Attributes:
+        scale: TscScale of the reference TSC page, rounded up so that whole units are not lost.
+        offset: TscOffset of that page for a TSC that counts from the clock's beginning.
+    """
+
+    __slots__ = ("_clock", "_frequency", "offset", "scale")
+
+    def __init__(self, clock: Clock, tsc_frequency: int) -> None:
+        self._clock = clock
+        self._frequency = tsc_frequency
+        self.scale = -(-(UNITS_PER_SECOND << 64) // tsc_frequency)
+        self.offset = 0
+        self.offset = -self.now()
+
+    def now(self) -> int:
+        """Reference time now."""
+        ticks = self._clock.now() * self._frequency // 1_000_000_000
+        return (ticks * self.scale >> 64) + self.offset
+
+    def when(self, reference: int) -> int:
+        """The first time of the clock (in ns) at which reference time has reached `reference`."""
+        ticks = -((self.offset - reference << 64) // self.scale)
+        return -(-ticks * 1_000_000_000 // self._frequency)
+
+    def page_offset(self, tsc_offset: int) -> int:
+        """TscOffset of the page for a guest that has moved its TSC by `tsc_offset`; never ahead of the counter."""
+        return self.offset + (-tsc_offset * self.scale >> 64)
 
 
 class VirtualClock(Clock):

@@ -17,6 +17,7 @@ from vmbus.hypervisor.abi import (
     Call,
     RepCall,
 )
+from vmbus.hypervisor.faults import UndefinedOpcodeFault
 from vmbus.hypervisor.personality import XMM_INPUT_AVAILABLE, XMM_OUTPUT_AVAILABLE
 from vmbus.hypervisor.tlfs import HV_PAGE_SIZE, XMM_INPUT_SIZE, CallCode, Status
 
@@ -101,14 +102,19 @@ def _input(
         HypercallError: INVALID_HYPERCALL_INPUT if the parameters do not fit into registers, INVALID_ALIGNMENT
             if a parameter list is not 8-byte aligned, crosses a page, or lies where the partition has no such
             memory (TLFS, hypercall interface).
+        UndefinedOpcodeFault: the parameters need XMM registers, which CPUID does not offer this partition
+            (TLFS, extended fast hypercalls).
     """
     if control & FAST:
         features = vp.partition.personality.features
-        room = _REGISTER_PAIR + (XMM_INPUT_SIZE if features & XMM_INPUT_AVAILABLE else 0)
-        if size > room or (output_size and not features & XMM_OUTPUT_AVAILABLE):
+        if _pairs(size) + output_size > _REGISTER_PAIR + XMM_INPUT_SIZE:
             raise HypercallError(Status.INVALID_HYPERCALL_INPUT)
-        if _pairs(size) + output_size > room:
-            raise HypercallError(Status.INVALID_HYPERCALL_INPUT)
+        if (size > _REGISTER_PAIR and not features & XMM_INPUT_AVAILABLE) or (
+            output_size and not features & XMM_OUTPUT_AVAILABLE
+        ):
+            raise UndefinedOpcodeFault(
+                "a fast hypercall with XMM registers, which this partition does not have"
+            )
         vp.fast_output = b""
         registers = (input & 0xFFFF_FFFF_FFFF_FFFF | output << 64).to_bytes(_REGISTER_PAIR, "little") + xmm
         return registers.ljust(size, b"\0")[:size]

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 from vmbus.hypervisor import x2apic
 from vmbus.hypervisor.cpuid import ARCH_CAPABILITIES
 from vmbus.hypervisor.faults import GeneralProtectionFault
-from vmbus.hypervisor.personality import CRASH_MSRS_AVAILABLE
+from vmbus.hypervisor.personality import CRASH_MSRS_AVAILABLE, DIRECT_TIMERS_AVAILABLE
+from vmbus.hypervisor.stimer import DIRECT_MODE
 from vmbus.hypervisor.tlfs import SINT_COUNT, STIMER_COUNT, Msr, Privilege
 
 if TYPE_CHECKING:
@@ -144,6 +145,12 @@ def _read_guest_idle(vp: "VirtualProcessor") -> int:
     return 0
 
 
+def _set_timer_config(vp: "VirtualProcessor", index: int, value: int) -> None:
+    if value & DIRECT_MODE and not vp.partition.personality.features & DIRECT_TIMERS_AVAILABLE:
+        raise GeneralProtectionFault(f"STIMER{index}: this partition has no direct mode")
+    vp.timers.set_config(index, value)
+
+
 def _set_crash_parameter(vp: "VirtualProcessor", index: int, value: int) -> None:
     _crash_parameters(vp)[index] = value
 
@@ -226,7 +233,7 @@ def _tables() -> tuple[dict[int, ReadEntry], dict[int, WriteEntry]]:
         timers = p.ACCESS_SYNTHETIC_TIMER_MSRS
         read[config] = (timers, _reader(lambda vp, n: vp.timers.config(n), n))
         read[count] = (timers, _reader(lambda vp, n: vp.timers.count(n), n))
-        write[config] = (timers, _writer(lambda vp, n, value: vp.timers.set_config(n, value), n))
+        write[config] = (timers, _writer(_set_timer_config, n))
         write[count] = (timers, _writer(lambda vp, n, value: vp.timers.set_count(n, value), n))
     for n in range(CRASH_PARAMETERS):
         read[Msr.CRASH_P0 + n] = (0, _reader(lambda vp, n: _crash_parameters(vp)[n], n))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from vmbus.core.memory import GuestMemory
 from vmbus.errors import GuestMemoryError, HypercallError
 from vmbus.hypervisor.calls_ipc import delete_port
-from vmbus.hypervisor.clock import REFERENCE_UNIT
+from vmbus.hypervisor.clock import ReferenceTime
 from vmbus.hypervisor.devices import DeviceBus
 from vmbus.hypervisor.faults import GeneralProtectionFault
 from vmbus.hypervisor.intercepts import Intercepts
@@ -85,6 +85,7 @@ class Partition:
         stop: stops whatever executes the guest; called before the partition is torn down.
         pool: pages deposited for the hypervisor's use on its behalf.
         deposits: its own pages that it has deposited for itself or a child, by address.
+        time: its reference time.
         properties: what its parent set by HvCallSetPartitionProperty.
         intercepts: what its parent intercepts.
     """
@@ -122,7 +123,7 @@ class Partition:
         self.on_suspension: Callable[[VirtualProcessor], None] | None = None
         self.suspended = False
         self.stop: Callable[[], None] | None = None
-        self.created_at = hypervisor.clock.now()
+        self.time = ReferenceTime(hypervisor.clock, hypervisor.tsc_frequency)
         self.provider_errors = 0
         """How often a provider refused what this partition sent it."""
         self.guest_os_id = 0
@@ -171,7 +172,7 @@ class Partition:
     @property
     def reference_time(self) -> int:
         """Partition reference time: units of 100 ns since it was created."""
-        return (self.hypervisor.clock.now() - self.created_at) // REFERENCE_UNIT
+        return self.time.now()
 
     def suspend(self, suspended: bool) -> None:
         """Stop or resume all processors (HvPartitionPropertySuspend); each one's own suspension stays what it is."""
@@ -251,12 +252,10 @@ class Partition:
         """
         if not self.reference_tsc_msr & 1:
             return
-        frequency = self.hypervisor.tsc_frequency
         offsets = {vp.tsc_offset for vp in self.vps}
         sequence = 1 if len(offsets) == 1 else 0
-        scale = (10_000_000 << 64) // frequency
-        offset = -(self.created_at // REFERENCE_UNIT) - min(offsets, default=0) * 10_000_000 // frequency
-        self._reference_tsc_page.update(ReferenceTscPage(sequence, 0, scale, offset).pack())
+        offset = self.time.page_offset(min(offsets, default=0))
+        self._reference_tsc_page.update(ReferenceTscPage(sequence, 0, self.time.scale, offset).pack())
 
     def report_crash(self, vp: VirtualProcessor, has_message: bool) -> None:
         """The guest wrote HV_X64_MSR_CRASH_CTL: tell the parent."""

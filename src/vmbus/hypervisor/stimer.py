@@ -1,16 +1,16 @@
-"""The four synthetic timers of one virtual processor (TLFS, timers), on the instance's clock."""
+"""The four synthetic timers of one virtual processor (TLFS, timers), on its partition's reference time."""
 
 from collections.abc import Callable
 from functools import partial
 from typing import Final
 
-from vmbus.hypervisor.clock import REFERENCE_UNIT, Clock, Timer
+from vmbus.hypervisor.clock import Clock, ReferenceTime, Timer
 from vmbus.hypervisor.faults import GeneralProtectionFault
 from vmbus.hypervisor.synic import Synic
 from vmbus.hypervisor.tlfs import STIMER_COUNT, MessageType
 from vmbus.hypervisor.wire import TimerMessage
 
-__all__ = ["MIN_PERIOD", "SyntheticTimers"]
+__all__ = ["DIRECT_MODE", "MIN_PERIOD", "SyntheticTimers"]
 
 ENABLED: Final = 1 << 0
 PERIODIC: Final = 1 << 1
@@ -46,10 +46,10 @@ class SyntheticTimers:
     """
 
     def __init__(
-        self, clock: Clock, origin: int, synic: Synic, raise_direct: Callable[[int, bool], None]
+        self, clock: Clock, time: ReferenceTime, synic: Synic, raise_direct: Callable[[int, bool], None]
     ) -> None:
         self._clock = clock
-        self._origin = origin  # the clock's time, in ns, at which partition reference time is zero
+        self._time = time
         self._synic = synic
         self._raise = raise_direct
         self._timers = [_Timer() for _ in range(STIMER_COUNT)]
@@ -98,25 +98,27 @@ class SyntheticTimers:
             timer.config |= ENABLED
         self._arm(index, timer)
 
-    def _reference_time(self) -> int:
-        return (self._clock.now() - self._origin) // REFERENCE_UNIT
-
     def _disarm(self, timer: _Timer) -> None:
         timer.pending = False
         if timer.timer is not None:
             timer.timer.cancel()
             timer.timer = None
 
-    def _arm(self, index: int, timer: _Timer) -> None:
+    def _arm(self, index: int, timer: _Timer, after: int | None = None) -> None:
         if not timer.config & ENABLED or not timer.count:
             return
-        now = self._clock.now()
         if timer.config & PERIODIC:
-            timer.due = self._reference_time() + max(timer.count, MIN_PERIOD)
+            timer.due = self._next_period(timer, after)
         else:
             timer.due = timer.count
-        due = max(self._origin + timer.due * REFERENCE_UNIT, now + MIN_DELAY)
+        due = max(self._time.when(timer.due), self._clock.now() + MIN_DELAY)
         timer.timer = self._clock.schedule(due, partial(self._expire, index))
+
+    def _next_period(self, timer: _Timer, after: int | None) -> int:
+        """The expiration that follows `after`, in step with it: a late one does not delay the others."""
+        now = self._time.now()
+        period = max(timer.count, MIN_PERIOD)
+        return now + period - (0 if after is None else (now - after) % period)
 
     def _expire(self, index: int) -> None:
         timer = self._timers[index]
@@ -127,17 +129,17 @@ class SyntheticTimers:
             timer.config &= ~ENABLED
         if config & DIRECT_MODE:
             if config & PERIODIC:
-                self._arm(index, timer)
+                self._arm(index, timer, expired)
             self._raise(config >> 4 & 0xFF, False)
             return
         timer.pending = True
         delivered = self._deliver(index, timer, expired)
         # The guest may have written this timer's registers from the interrupt that was just delivered.
         if delivered and timer.config & PERIODIC and timer.timer is None and timer.due == expired:
-            self._arm(index, timer)
+            self._arm(index, timer, expired)
 
     def _deliver(self, index: int, timer: _Timer, expired: int) -> bool:
-        payload = TimerMessage(index, 0, expired, self._reference_time()).pack()
+        payload = TimerMessage(index, 0, expired, self._time.now()).pack()
         timer.pending = False
         if not self._synic.try_post(timer.config >> 16 & 15, MessageType.TIMER_EXPIRED, 0, payload):
             timer.pending = True
@@ -149,4 +151,4 @@ class SyntheticTimers:
             if timer.pending:
                 due = timer.due
                 if self._deliver(index, timer, due) and timer.config & PERIODIC and timer.timer is None:
-                    self._arm(index, timer)
+                    self._arm(index, timer, due)

@@ -101,9 +101,7 @@ class VirtualProcessor:
             self._send_ipi,
         )
         self.synic = Synic(partition.memory, self.request_interrupt)
-        self.timers = SyntheticTimers(
-            hypervisor.clock, partition.created_at, self.synic, self.request_interrupt
-        )
+        self.timers = SyntheticTimers(hypervisor.clock, partition.time, self.synic, self.request_interrupt)
         self.assist_page = OverlayPage(partition.memory)
         self.assist_msr = 0
         self.pat = DEFAULT_PAT
