@@ -218,9 +218,13 @@ def test_out_of_order_and_duplicate() -> None:
         wire.GpadlBody(0, 5),
         wire.GpadlTeardown(1, 5),
         wire.GpadlTeardown(99, 5),
-        wire.OpenReservedChannel(1, 0, 2, 5, 4),
+        wire.OpenReservedChannel(1, 0, 16, 5, 4),
+        wire.OpenReservedChannel(1, 9, 2, 5, 4),
     ):
         refused(pair, message)
+    assert say(pair, wire.OpenReservedChannel(1, 0, 2, 5, 4)) == [
+        wire.OpenChannelResult(1, 0, wire.Status.UNSUCCESSFUL)
+    ], "there is no such GPADL"
     ring = pair.open(1)
     refused(pair, wire.OpenChannel2(1, 9, ring, 0, 4, bytes(120), 0x2001, 1, 0))
     refused(pair, wire.RelIdReleased(1))

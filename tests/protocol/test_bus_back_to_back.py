@@ -4,13 +4,14 @@ from collections import Counter
 from uuid import UUID
 
 import pytest
-from reference.bus_pair import INTERRUPT_PAGE, MONITOR_PAGES, PAGES, Pair, an_offer, ranges_of
+from reference.bus_pair import INTERRUPT_PAGE, MONITOR_PAGES, PAGES, Pair, an_offer, ranges_of, type_of
 
 from vmbus.bus import actions as act
 from vmbus.bus import wire
 from vmbus.bus.codec import MESSAGES, encode
 from vmbus.bus.guest import GuestMachine
 from vmbus.bus.host import HostMachine
+from vmbus.bus.offer import Offer
 from vmbus.bus.transitions import ChannelState, LinkState
 from vmbus.bus.versions import SUPPORTED_FEATURES, FeatureFlags, Version, version_name
 from vmbus.bus.wire import MessageType
@@ -269,6 +270,137 @@ def test_reserved_channel_outlives_unload_and_reconnect() -> None:
     pair.connect(Version.V4_0)
     assert list(pair.guest.channels) == [1], "offered again"
     pair.check_agreement()
+
+
+def test_the_answer_to_a_reserved_open_goes_to_its_own_vp_and_sint() -> None:
+    pair = Pair()
+    pair.offer(an_offer(1))
+    pair.connect(Version.V5_3)
+    gpadl_id = pair.gpadl(1)
+    pair.run()
+    actions = pair.host.receive(encode(wire.OpenReservedChannel(1, 3, 5, gpadl_id, 4)))
+    (opened,) = (a for a in actions if isinstance(a, act.OpenDevice))
+    expected = wire.OpenChannelResult(1, 0, wire.Status.SUCCESS)
+    assert pair.host.complete_open(opened.serial, True) == [act.Send(encode(expected), 3, 5)]
+    assert pair.host.channels[1].state is ChannelState.RESERVED
+
+
+def test_a_reserved_open_that_the_device_refuses() -> None:
+    pair = Pair(accept_open=False)
+    pair.offer(an_offer(1))
+    pair.connect(Version.V5_3)
+    gpadl_id = pair.gpadl(1)
+    pair.run()
+    pair.post(pair.guest.open_reserved(1, gpadl_id, 4))
+    assert pair.run() == [act.OpenAnswered(1, wire.Status.UNSUCCESSFUL)]
+    assert pair.guest.channels[1].state is ChannelState.OFFERED
+    pair.check_agreement()
+    pair.accept_open = True
+    pair.post(pair.guest.open(1, gpadl_id, 4))  # as an ordinary channel then
+    assert pair.run() == [act.OpenAnswered(1, 0)]
+    pair.post(pair.guest.close(1))
+    pair.post(pair.guest.teardown_gpadl(1, gpadl_id))
+    assert pair.run() == [act.GpadlGone(gpadl_id)]
+    pair.check_agreement()
+
+
+@pytest.mark.parametrize("ok", [True, False])
+@pytest.mark.parametrize("reconnect", [True, False])
+def test_a_reserved_open_that_is_answered_after_its_connection(ok: bool, reconnect: bool) -> None:
+    pair = Pair(accept_open=None)
+    first = pair.offer(an_offer(1))
+    pair.connect(Version.V5_3)
+    gpadl_id = pair.gpadl(1)
+    pair.run()
+    pair.post(pair.guest.open_reserved(1, gpadl_id, 4))
+    pair.run()
+    with pytest.raises(LocalProtocolError):
+        pair.guest.close_reserved(1)
+    pair.post(pair.guest.unload())
+    pair.run()
+    if reconnect:
+        pair.connect(Version.V6_0)
+    assert list(pair.opened) == [first], "not closed by the end of its connection"
+    pair.complete_held(0, ok)
+    status = 0 if ok else wire.Status.UNSUCCESSFUL
+    events = pair.run()
+    assert events[0] == act.OpenAnswered(1, status)
+    assert kinds(events[1:]) == [act.OfferSeen] * (reconnect and not ok), "free again"
+    assert (pair.host.channels[first].state is ChannelState.RESERVED) == ok
+    assert bool(pair.opened) == bool(pair.mapped) == ok
+    pair.check_agreement()
+
+
+def test_a_reserved_channel_that_is_rescinded_while_it_opens() -> None:
+    pair = Pair(accept_open=None)
+    first = pair.offer(an_offer(1))
+    pair.connect(Version.V5_3)
+    gpadl_id = pair.gpadl(1)
+    pair.run()
+    pair.post(pair.guest.open_reserved(1, gpadl_id, 4))
+    pair.run()
+    pair.rescind(first)
+    assert kinds(pair.run()) == [act.OpenAnswered, act.ChannelRescinded]
+    pair.complete_held(0, True)
+    pair.post(pair.guest.teardown_gpadl(1, gpadl_id))
+    pair.run()
+    pair.post(pair.guest.release(1))
+    assert pair.run() == []
+    assert pair.host.channels == {}
+    pair.check_agreement()
+
+
+def test_a_reserved_open_that_crosses_its_rescind_is_answered() -> None:
+    pair = Pair()
+    first = pair.offer(an_offer(1))
+    pair.connect(Version.V5_3)
+    gpadl_id = pair.gpadl(1)
+    pair.run()
+    pair.post(pair.guest.open_reserved(1, gpadl_id, 4))
+    pair.rescind(first)
+    assert kinds(pair.run()) == [act.ChannelRescinded, act.OpenAnswered]
+    pair.post(pair.guest.teardown_gpadl(1, gpadl_id))
+    pair.run()
+    pair.post(pair.guest.release(1))
+    pair.run()
+    pair.check_agreement()
+
+
+def test_a_service_may_be_asked_for_before_the_offers() -> None:
+    pair = Pair()
+    pair.offer(an_offer(1))
+    pair.post(pair.guest.connect([Version.V5_3]))
+    pair.run()
+    pair.post(pair.guest.tl_connect(UUID(int=5), UUID(int=6)))
+    pair.post(pair.guest.tl_connect(UUID(int=7), UUID(int=8)))
+    pair.run()
+    assert [a.endpoint_id for a in pair.actions if isinstance(a, act.TlConnect)] == [UUID(int=5), UUID(int=7)]
+    pair.obey(pair.host.refuse_tl_connect(UUID(int=5), UUID(int=6)))
+    assert kinds(pair.run()) == [act.TlConnectAnswered]
+    pair.offer(Offer(UUID(int=8), UUID(int=7)))
+    assert pair.run() == [], "the guest has not asked for offers"
+    pair.post(pair.guest.request_offers())
+    assert kinds(pair.run()) == [act.OfferSeen, act.OfferSeen, act.AllOffersSeen]
+
+
+def test_offers_say_nothing_of_what_was_not_agreed_on() -> None:
+    flags = wire.OfferFlags.NAMED_PIPE_MODE | wire.OfferFlags.PARENT_OFFER
+    secret = wire.OfferFlags.CONFIDENTIAL_RING_BUFFER | wire.OfferFlags.CONFIDENTIAL_EXTERNAL_MEMORY
+    pinned = wire.OfferFlags.REQUIRE_PINNED_EXTERNAL_MEMORY
+    pair = Pair()
+    pair.offer(an_offer(1, flags=flags | secret | pinned))
+    pair.connect(Version.V6_0)
+    assert pair.guest.channels[1].offer.flags == flags
+
+
+def test_a_channel_without_a_monitor_says_so_in_its_monitor_id_too() -> None:
+    pair = Pair()
+    for number, latency in ((1, None), (2, 100_000)):
+        pair.offer(an_offer(number, monitor_latency=latency))
+    pair.connect(Version.V5_3)
+    sent = [a.payload for a in pair.actions if isinstance(a, act.Send)]
+    offers = [wire.OfferChannel.unpack(p, 8) for p in sent if type_of(p) is MessageType.OFFER_CHANNEL]
+    assert [(o.monitor_allocated, o.monitor_id) for o in offers] == [(0, 0xFF), (1, 0)]
 
 
 def test_reset_closes_reserved_channels_too() -> None:

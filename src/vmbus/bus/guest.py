@@ -24,7 +24,11 @@ __all__ = ["GuestChannel", "GuestMachine"]
 MAX_CHANNEL_ID: Final = 2047
 """Highest relid: event flags of a SINT, less flag 0 (Linux: MAX_CHANNEL_RELIDS)."""
 
-_RESERVED_MESSAGES: Final = (MessageType.CLOSE_RESERVED_RESPONSE, MessageType.RESCIND_CHANNEL_OFFER)
+_RESERVED_MESSAGES: Final = (
+    MessageType.OPEN_CHANNEL_RESULT,
+    MessageType.CLOSE_RESERVED_RESPONSE,
+    MessageType.RESCIND_CHANNEL_OFFER,
+)
 """What concerns reserved channels even without a connection."""
 _LISTENS_TO: Final = {
     LinkState.IDLE: _RESERVED_MESSAGES,
@@ -296,7 +300,7 @@ class GuestMachine(GuestState):
     def open_reserved(
         self, channel_id: int, gpadl_id: int, downstream_page: int, *, target_vp: int = 0
     ) -> list[act.GuestEvent]:
-        """Open a channel that outlives the connection; there is no answer and there are no interrupts."""
+        """Open a channel that outlives the connection, and whose host's end does not interrupt."""
         if self._version < Version.V4_0:
             raise LocalProtocolError("reserved channels came with version 4.0")
         channel = self._channel(channel_id)
@@ -306,6 +310,8 @@ class GuestMachine(GuestState):
             raise LocalProtocolError(f"channel {channel_id} has no GPADL {gpadl_id:#x}")
         channel.state = state
         channel.ring_gpadl = gpadl_id
+        channel.open_id = 0
+        channel.unanswered += 1
         channel.connection_id = channel.offer.connection_id
         channel.event_flag = channel_id
         return self._post(
@@ -394,6 +400,10 @@ class GuestMachine(GuestState):
         return [act.ChannelRescinded(message.channel_id, was_open)]
 
     def _on_open_result(self, message: wire.OpenChannelResult) -> list[act.GuestEvent]:
+        if self._state in _LISTENS_TO:
+            late = self._channels.get(message.channel_id)
+            if late is None or late.state is not ChannelState.OPENING_RESERVED:
+                return []
         channel = self._named(message.channel_id)
         if channel.open_id != message.open_id:
             raise RemoteProtocolError(f"an answer to open request {message.open_id}, which was not made")
@@ -401,6 +411,8 @@ class GuestMachine(GuestState):
         state = self._step_channel(channel, MessageType.OPEN_CHANNEL_RESULT, RemoteProtocolError, ok=ok)
         self._answered(channel)
         channel.state = state
+        if channel.foreign and not ok:
+            self._drop(channel)
         return [act.OpenAnswered(message.channel_id, message.status)]
 
     def _on_gpadl_created(self, message: wire.GpadlCreated) -> list[act.GuestEvent]:

@@ -13,7 +13,15 @@ from vmbus.bus import actions as act
 from vmbus.bus import wire
 from vmbus.bus.codec import encode
 from vmbus.bus.offer import Offer
-from vmbus.bus.transitions import CHANNEL, CONNECTION, ChannelState, GpadlState, LinkState, step
+from vmbus.bus.transitions import (
+    CHANNEL,
+    CONNECTION,
+    RESERVED_STATES,
+    ChannelState,
+    GpadlState,
+    LinkState,
+    step,
+)
 from vmbus.bus.versions import SUPPORTED_FEATURES, FeatureFlags, Version
 from vmbus.bus.wire import MessageType
 from vmbus.errors import LocalProtocolError, RemoteProtocolError
@@ -216,7 +224,7 @@ class GuestState:
     def _forget(self) -> None:
         """No connection any more, and no channels but reserved ones."""
         for channel in list(self._channels.values()):
-            if channel.state in (ChannelState.RESERVED, ChannelState.CLOSING_RESERVED):
+            if channel.state in RESERVED_STATES:
                 channel.foreign = True
             else:
                 self._drop(channel)
@@ -237,7 +245,7 @@ class GuestState:
             for gpadl_id, state in channel.gpadls.items():
                 assert self._gpadls[gpadl_id] == channel_id
                 assert state is not GpadlState.ABSENT
-            if channel.state in (ChannelState.OPENING, ChannelState.OPEN, ChannelState.RESERVED):
+            if channel.state in (ChannelState.OPENING, ChannelState.OPEN, *RESERVED_STATES):
                 assert channel.gpadls[channel.ring_gpadl] is GpadlState.CREATED, (
                     "an open channel has its ring"
                 )

@@ -18,7 +18,7 @@ from vmbus.bus.host_state import EVENT_FLAG_COUNT, NO_GUID, HostChannel, Link
 from vmbus.bus.offer import Offer
 from vmbus.bus.transitions import CHANNEL, CONNECTION, ChannelState, GpadlState, LinkState, allowed, step
 from vmbus.bus.versions import SUPPORTED_FEATURES, FeatureFlags, Version, features_of
-from vmbus.bus.wire import ConnectionState, MessageType, Status
+from vmbus.bus.wire import ConnectionState, MessageType, OfferFlags, Status
 from vmbus.errors import LocalProtocolError, RemoteProtocolError
 
 __all__ = ["HostMachine"]
@@ -131,8 +131,8 @@ class HostMachine(ChannelMessages):
             return
         request, state = channel.request, channel.state
         self._close_device(channel)
-        if state is ChannelState.OPENING and request is not None:
-            self._send(wire.OpenChannelResult(channel.channel_id, request.open_id, Status.UNSUCCESSFUL))
+        if state in (ChannelState.OPENING, ChannelState.OPENING_RESERVED) and request is not None:
+            self._answer_open(channel, request, ok=False)
         for gpadl in [g for g in self._gpadls.values() if g.offer_id == channel.offer_id]:
             if gpadl.phase is GpadlPhase.MAPPING:
                 self._unmap(gpadl)
@@ -158,16 +158,23 @@ class HostMachine(ChannelMessages):
         nothing."""
         channel = self._opening.pop(serial, None)
         if channel is not None and channel.request is not None:
-            if channel.state is ChannelState.OPENING:
-                channel.state = step(
-                    CHANNEL, channel.state, MessageType.OPEN_CHANNEL_RESULT, LocalProtocolError, ok=ok
-                )
-                status = Status.SUCCESS if ok else Status.UNSUCCESSFUL
-                self._send(wire.OpenChannelResult(channel.channel_id, channel.request.open_id, status))
+            request, was_reserved = channel.request, channel.is_reserved
+            channel.state = step(
+                CHANNEL, channel.state, MessageType.OPEN_CHANNEL_RESULT, LocalProtocolError, ok=ok
+            )
+            self._answer_open(channel, request, ok=ok)
             if not ok:
                 channel.device_open = False
                 channel.request = None
+                if was_reserved:
+                    self._end_reserved(channel)
         return self._take()
+
+    def _answer_open(self, channel: HostChannel, request: act.OpenRequest, *, ok: bool) -> None:
+        """OPEN_CHANNEL_RESULT; a reserved channel's goes where its guest wants its messages."""
+        status = Status.SUCCESS if ok else Status.UNSUCCESSFUL
+        target = channel.reserved_target if request.reserved else None
+        self._send(wire.OpenChannelResult(channel.channel_id, request.open_id, status), target)
 
     def complete_gpadl(self, serial: int, ok: bool) -> list[act.HostAction]:
         """The device's side answers `MapGpadl`: the guest has those pages, or not. Too late does nothing."""
@@ -338,8 +345,14 @@ class HostMachine(ChannelMessages):
         self._give_ids(channel)
         channel.epoch = self._link.epoch
         channel.state = step(CHANNEL, channel.state, MessageType.OFFER_CHANNEL, LocalProtocolError)
+        flags = channel.offer.flags
+        if not self._link.features & FeatureFlags.CONFIDENTIAL_CHANNELS:
+            flags &= ~(OfferFlags.CONFIDENTIAL_RING_BUFFER | OfferFlags.CONFIDENTIAL_EXTERNAL_MEMORY)
+        if not self._link.features & FeatureFlags.GPA_PINNING:
+            flags &= ~OfferFlags.REQUIRE_PINNED_EXTERNAL_MEMORY
         offer = replace(
             channel.offer,
+            flags=flags,
             channel_id=channel.channel_id,
             connection_id=self.default_connection_id(channel.channel_id),
             is_dedicated=self._link.version >= Version.V1_1,
@@ -398,10 +411,10 @@ class HostMachine(ChannelMessages):
         for channel in self._offers.values():
             known = channel.state is not ChannelState.ABSENT
             assert known == (channel.channel_id in self._by_id), "an id exactly while the guest knows it"
-            running = channel.state in (ChannelState.OPENING, ChannelState.OPEN)
-            assert channel.device_open == (channel.request is not None)
-            # A device may refuse a reserved open too, but the protocol has no answer that would say so.
-            assert running == channel.device_open or channel.is_reserved
+            running = channel.is_reserved or channel.state in (ChannelState.OPENING, ChannelState.OPEN)
+            assert running == channel.device_open == (channel.request is not None)
+            opening = channel.state in (ChannelState.OPENING, ChannelState.OPENING_RESERVED)
+            assert opening == (self._opening.get(channel.serial) is channel), "an open is answered once"
             assert channel.is_reserved == (channel.reserved_gpadl is not None)
             assert channel.successor is None or channel.state is ChannelState.RESCINDED
             if channel.epoch != self._link.epoch:

@@ -196,10 +196,9 @@ class ChannelMessages(HostState):
     def _on_open_reserved(self, message: wire.OpenReservedChannel, tail: bytes) -> None:
         channel = self._known(message.channel_id)
         state = self._step(channel, MessageType.OPEN_RESERVED_CHANNEL)
-        if state is ChannelState.RESCINDED:
-            return
         if message.target_sint >= 16 or message.target_vp >= self._vp_count:
             raise RemoteProtocolError(f"no SINT {message.target_sint} of VP {message.target_vp}")
+        target = message.target_vp, message.target_sint
         request = act.OpenRequest(
             open_id=0,
             gpadl_id=message.ring_buffer_gpadl_id,
@@ -210,13 +209,26 @@ class ChannelMessages(HostState):
             event_flag=channel.channel_id,
             reserved=True,
         )
-        if not self._can_open(channel, request):
-            raise RemoteProtocolError(f"channel {message.channel_id} cannot be opened over that GPADL")
-        gpadl = self._gpadls.pop(message.ring_buffer_gpadl_id)
+        if state is ChannelState.RESCINDED or not self._can_open(channel, request):
+            self._send(wire.OpenChannelResult(channel.channel_id, 0, Status.UNSUCCESSFUL), target)
+            return
         channel.state = state
-        channel.reserved_gpadl = gpadl
-        channel.reserved_target = (message.target_vp, message.target_sint)
+        channel.reserved_gpadl = self._gpadls.pop(message.ring_buffer_gpadl_id)
+        channel.reserved_target = target
         self._open_device(channel, request)
+
+    def _end_reserved(self, channel: HostChannel) -> None:
+        """The channel is not reserved any more: the guest has closed it, or its device could not be opened."""
+        gpadl, channel.reserved_gpadl = channel.reserved_gpadl, None
+        assert gpadl is not None
+        if channel.epoch == self._link.epoch and gpadl.gpadl_id not in self._gpadls:
+            self._gpadls[gpadl.gpadl_id] = gpadl  # back among those that the guest may tear down
+        else:
+            self._free_gpadl(gpadl)
+        if channel.epoch != self._link.epoch:
+            # Opened through a connection that is over: the guest of today was never offered this channel.
+            self._release(channel)
+            self._announce_late(channel)
 
     def _on_close_reserved(self, message: wire.CloseReservedChannel, tail: bytes) -> None:
         if message.target_sint >= 16 or message.target_vp >= self._vp_count:
@@ -231,18 +243,8 @@ class ChannelMessages(HostState):
             return
         channel.state = step(CHANNEL, state, MessageType.CLOSE_RESERVED_RESPONSE, AssertionError)
         self._close_device(channel)
-        gpadl, channel.reserved_gpadl = channel.reserved_gpadl, None
-        assert gpadl is not None
-        keep = channel.epoch == self._link.epoch and gpadl.gpadl_id not in self._gpadls
-        if keep:  # back among the GPADLs that the guest may tear down
-            self._gpadls[gpadl.gpadl_id] = gpadl
-        else:
-            self._free_gpadl(gpadl)
         self._send(wire.CloseReservedResponse(channel.channel_id), target)
-        if channel.epoch != self._link.epoch:
-            # Opened through a connection that is over: the guest of today was never offered this channel.
-            self._release(channel)
-            self._announce_late(channel)
+        self._end_reserved(channel)
 
     # -- the end of a channel --------------------------------------------------------------------------------
 

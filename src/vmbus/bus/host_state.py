@@ -15,7 +15,7 @@ from vmbus.bus import wire
 from vmbus.bus.codec import encode
 from vmbus.bus.gpadl import HostGpadl
 from vmbus.bus.offer import Offer
-from vmbus.bus.transitions import ChannelState, LinkState
+from vmbus.bus.transitions import RESERVED_STATES, ChannelState, LinkState
 from vmbus.bus.versions import SUPPORTED_FEATURES, FeatureFlags, Version
 from vmbus.errors import RemoteProtocolError
 
@@ -67,8 +67,8 @@ class HostChannel:
 
     @property
     def is_reserved(self) -> bool:
-        """Whether it is open as a reserved channel."""
-        return self.state in (ChannelState.RESERVED, ChannelState.CLOSING_RESERVED)
+        """Whether it is open as a reserved channel, or about to be."""
+        return self.state in RESERVED_STATES
 
 
 @dataclass(slots=True)

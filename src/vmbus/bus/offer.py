@@ -8,6 +8,8 @@ from vmbus.bus.wire import OfferChannel, OfferFlags
 __all__ = ["Offer"]
 
 USER_DEFINED_SIZE = 120
+NO_MONITOR = 0xFF
+"""`OfferChannel.monitor_id` of a channel without one: some guests look at nothing else (DPDK; hosts: OpenVMM)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,7 @@ class Offer:
             subchannel_index=self.subchannel_index,
             mmio_megabytes_optional=0,
             channel_id=self.channel_id,
-            monitor_id=self.monitor_id or 0,
+            monitor_id=NO_MONITOR if self.monitor_id is None else self.monitor_id,
             monitor_allocated=int(self.monitor_id is not None),
             is_dedicated=int(self.is_dedicated),
             connection_id=self.connection_id,

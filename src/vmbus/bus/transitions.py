@@ -15,6 +15,7 @@ __all__ = [
     "CHANNEL",
     "CONNECTION",
     "GPADL",
+    "RESERVED_STATES",
     "ChannelState",
     "GpadlState",
     "LinkState",
@@ -51,11 +52,19 @@ class ChannelState(Enum):
     OPENING = "opening"
     """OPEN_CHANNEL is unanswered."""
     OPEN = "open"
+    OPENING_RESERVED = "opening reserved"
+    """OPEN_RESERVED_CHANNEL is unanswered."""
     RESERVED = "reserved"
     """Open as a reserved channel, which outlives the connection."""
     CLOSING_RESERVED = "closing reserved"
     RESCINDED = "rescinded"
     """Taken back by the host, not released by the guest; what it still sends about it crossed the rescind."""
+
+
+RESERVED_STATES: Final = frozenset(
+    {ChannelState.OPENING_RESERVED, ChannelState.RESERVED, ChannelState.CLOSING_RESERVED}
+)
+"""A channel in these outlives its connection."""
 
 
 class GpadlState(Enum):
@@ -100,10 +109,12 @@ CONNECTION: Final[Table[LinkState]] = {
             M.RESUME,
         )
     },
+    **{(state, M.OFFER_CHANNEL): _same(state) for state in (_L.ENUMERATING, _L.READY)},
+    # A connection to a service may be asked for before the offers are; its channel is offered with them.
     **{
         (state, message): _same(state)
-        for state in (_L.ENUMERATING, _L.READY)
-        for message in (M.OFFER_CHANNEL, M.TL_CONNECT_REQUEST, M.TL_CONNECT_REQUEST_RESULT)
+        for state in (_L.CONNECTED, _L.ENUMERATING, _L.READY)
+        for message in (M.TL_CONNECT_REQUEST, M.TL_CONNECT_REQUEST_RESULT)
     },
 }
 
@@ -114,7 +125,8 @@ CHANNEL: Final[Table[ChannelState]] = {
     (_C.OPEN, M.CLOSE_CHANNEL): _same(_C.OFFERED),
     (_C.OPEN, M.MODIFY_CHANNEL): _same(_C.OPEN),
     (_C.OPEN, M.MODIFY_CHANNEL_RESPONSE): _same(_C.OPEN),
-    (_C.OFFERED, M.OPEN_RESERVED_CHANNEL): _same(_C.RESERVED),
+    (_C.OFFERED, M.OPEN_RESERVED_CHANNEL): _same(_C.OPENING_RESERVED),
+    (_C.OPENING_RESERVED, M.OPEN_CHANNEL_RESULT): (_C.RESERVED, _C.OFFERED),
     (_C.RESERVED, M.CLOSE_RESERVED_CHANNEL): _same(_C.CLOSING_RESERVED),
     (_C.CLOSING_RESERVED, M.CLOSE_RESERVED_RESPONSE): _same(_C.OFFERED),
     # A guest that has no use for an offer may give the id back without having been asked to.
@@ -122,7 +134,14 @@ CHANNEL: Final[Table[ChannelState]] = {
     (_C.RESCINDED, M.REL_ID_RELEASED): _same(_C.ABSENT),
     **{
         (state, M.RESCIND_CHANNEL_OFFER): _same(_C.RESCINDED)
-        for state in (_C.OFFERED, _C.OPENING, _C.OPEN, _C.RESERVED, _C.CLOSING_RESERVED)
+        for state in (
+            _C.OFFERED,
+            _C.OPENING,
+            _C.OPEN,
+            _C.OPENING_RESERVED,
+            _C.RESERVED,
+            _C.CLOSING_RESERVED,
+        )
     },
     # GPADLs may be made for and taken from a channel in any of these states.
     **{
