@@ -102,6 +102,10 @@ class ScsiDisk:
         if len(buffer) < length:
             raise Refused(ILLEGAL, BAD_FIELD)
 
+    def just(self, length: int, buffer: bytes) -> None:
+        if len(buffer) != length:
+            raise Refused(ILLEGAL, BAD_FIELD)
+
     def put(self, lba: int, data: bytes) -> None:
         self.content[lba * self.block : lba * self.block + len(data)] = data
 
@@ -133,7 +137,7 @@ class ScsiDisk:
         self.writable()
         self.inside(lba, count)
         size = count * self.block
-        self.room(2 * size, buffer)
+        self.just(2 * size, buffer)
         if self.content[lba * self.block : lba * self.block + size] != buffer[:size]:
             raise Refused(MISCOMPARE, DIFFERENT)
         self.put(lba, buffer[size : 2 * size])
@@ -150,7 +154,7 @@ class ScsiDisk:
         if cdb[0] == 0x93 and cdb[1] & 1:
             self.put(lba, bytes(count * self.block))
             return 0
-        self.room(self.block, buffer)
+        self.just(self.block, buffer)
         self.put(lba, buffer[: self.block] * count)
         return self.block
 

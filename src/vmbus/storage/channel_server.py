@@ -33,6 +33,8 @@ class ChannelServer:
         fast_stale: units have changed since `fast` was told of them.
         fast_useful: `fast` has units to serve.
         notices: what the guest is to be told unasked.
+        packet_size: bytes of the guest's last packet that was no SCSI request. Notices get the same size: Windows
+            guests take packets of the version's size only, OpenBSD and NetBSD those of 64 bytes in any version.
         violations: packets of the guest that broke the protocol. Only the first is logged.
         running: requests on worker threads, with the target and the logical unit that they are for.
     """
@@ -47,6 +49,7 @@ class ChannelServer:
         self.fast_useful = False
         self.completions: deque[tuple[int, bytes]] = deque()
         self.notices: set[Operation] = set()
+        self.packet_size = PacketHeader.SIZE + MAX_REQUEST_SIZE
         self.violations = 0
         self.running: dict[Future[Outcome], tuple[int, int]] = {}
         self._idle = threading.Condition()
@@ -114,7 +117,7 @@ class ChannelServer:
             header = PacketHeader(Operation.COMPLETE_IO, 0, status).pack()
             self.completions.append((packet.transaction_id, header + body[:size].ljust(size, b"\0")))
 
-    def flush(self, packet_size: int) -> bool:
+    def flush(self) -> bool:
         """Write completions and notices and ring if needed; False if the ring is full: the guest rings then.
 
         Raises:
@@ -123,7 +126,7 @@ class ChannelServer:
         outgoing = self.channel.outgoing
         futile = 0
         while self.completions or self.notices:
-            sent, signal, full = self._write(packet_size)
+            sent, signal, full = self._write()
             if sent:
                 self.channel.account.packets_sent += sent
                 self.channel.notify(signal)
@@ -136,14 +139,16 @@ class ChannelServer:
                 return False
         return True
 
-    def _write(self, packet_size: int) -> tuple[int, bool, bool]:
+    def _write(self) -> tuple[int, bool, bool]:
         """Packets written, whether the guest must be rung, whether the ring is full."""
         outgoing = self.channel.outgoing
         sent, signal = 0, False
         try:
             while self.notices:
                 notice = min(self.notices)
-                signal |= outgoing.send(PacketHeader(notice).pack().ljust(packet_size, b"\0"), 0, IN_BAND)
+                signal |= outgoing.send(
+                    PacketHeader(notice).pack().ljust(self.packet_size, b"\0"), 0, IN_BAND
+                )
                 sent += 1
                 self.notices.discard(notice)
             while self.completions:

@@ -24,7 +24,16 @@ __all__ = ["Integers", "StorageDisk"]
 Integers: TypeAlias = "array[int] | NDArray[np.uint64]"
 """A one-dimensional run of unsigned 64-bit integers."""
 
+_UNKNOWN = (AdditionalSense.INVALID_OPERATION_CODE, AdditionalSense.INVALID_FIELD_IN_CDB)
+"""What is said of a command that is not known, or of an unknown service action of one that is (SPC-4 4.5.6)."""
+
 _DEALLOCATED = 1  # provisioning status: mapped 0, deallocated 1, anchored 2 (SBC-3 5.6.2)
+
+
+def _sense_code(error: DeviceError) -> int | None:
+    """The additional sense code of a command's failure, if the host gave one."""
+    sense = getattr(error, "sense", None)
+    return sense.additional if sense is not None else None
 
 
 class StorageDisk:
@@ -51,13 +60,23 @@ class StorageDisk:
         self.lun = lun
         self.queue_depth = 32
         self._clients: dict[Channel, BlockClient] = {}
+        self._short = False  # the unit knows no commands of 16 bytes; batches are of those
         self._check(bytes([Opcode.TEST_UNIT_READY]))
         self.refresh()
 
     def refresh(self) -> None:
         """Ask for the capacity again."""
         cdb = struct.pack(">BB8xIxx", Opcode.SERVICE_ACTION_IN_16, ServiceIn16.READ_CAPACITY_16, 32)
-        data = self._check(cdb, data_in=32)
+        try:
+            data = self._check(cdb, data_in=32)
+        except DeviceError as error:
+            if _sense_code(error) not in _UNKNOWN:
+                raise
+            self._short = True
+        if self._short:  # a CD-ROM drive, or a disk of an old host
+            data = self._check(bytes([Opcode.READ_CAPACITY_10]) + bytes(9), data_in=8)
+            if len(data) >= 8:
+                data = struct.pack(">Q", int.from_bytes(data[:4], "big")) + data[4:8] + bytes(4)
         if len(data) < 16:
             raise RemoteProtocolError(f"READ CAPACITY gave {len(data)} bytes")
         last, self.sector_size, _, exponent, thin = struct.unpack(">QIBBH", data[:16])
@@ -83,9 +102,9 @@ class StorageDisk:
             CommandError: the disk refused or failed.
         """
         parts = []
-        for at in range(offset, offset + length, self.vsc.max_transfer):
-            size = min(self.vsc.max_transfer, offset + length - at)
-            data = self._check(self._cdb(Opcode.READ_16, at, size), data_in=size)
+        for at in range(offset, offset + length, self._most):
+            size = min(self._most, offset + length - at)
+            data = self._check(self._cdb(at, size, write=False), data_in=size)
             if len(data) != size:
                 raise RemoteProtocolError(f"the host read {len(data)} of {size} bytes")
             parts.append(data)
@@ -98,9 +117,9 @@ class StorageDisk:
             CommandError: the disk refused or failed.
         """
         view = memoryview(data).cast("B")
-        for at in range(0, len(view), self.vsc.max_transfer):
-            part = view[at : at + self.vsc.max_transfer]
-            cdb = bytearray(self._cdb(Opcode.WRITE_16, offset + at, len(part)))
+        for at in range(0, len(view), self._most):
+            part = view[at : at + self._most]
+            cdb = bytearray(self._cdb(offset + at, len(part), write=True))
             cdb[1] |= 0x08 if fua else 0
             self._check(bytes(cdb), data_out=part)
 
@@ -143,8 +162,7 @@ class StorageDisk:
         try:
             data = self._check(cdb, data_in=PAGE_SIZE)
         except DeviceError as error:
-            sense = getattr(error, "sense", None)
-            if sense is not None and sense.additional == AdditionalSense.INVALID_OPERATION_CODE:
+            if _sense_code(error) == AdditionalSense.INVALID_OPERATION_CODE:
                 return everything
             raise
         told = int.from_bytes(data[:4], "big") + 4
@@ -188,6 +206,8 @@ class StorageDisk:
         """
         made: list[bytes] = []
         failed: list[int] = []
+        if self._short:
+            return [self.read(offset, length) for offset in offsets]
         with self._batch(length) as batch:
             for start in range(0, len(offsets), batch.most):
                 client = batch.run(offsets[start : start + batch.most])
@@ -207,6 +227,10 @@ class StorageDisk:
         if len(offsets) != len(data) or len(lengths) > 1:
             raise LocalProtocolError("a batch of writes needs one piece for each offset, all of one length")
         failed: list[int] = []
+        if self._short:
+            for offset, piece in zip(offsets, data, strict=True):
+                self.write(offset, piece)
+            return
         for length in lengths:
             with self._batch(length) as batch:
                 for start in range(0, len(offsets), batch.most):
@@ -225,8 +249,11 @@ class StorageDisk:
             write: from the pages to the disk.
 
         Returns:
-            the indices of requests that failed; send them one by one to learn why.
+            the indices of requests that failed; send them one by one to learn why. All of them, if the unit does
+            not know the commands of 16 bytes that a batch consists of.
         """
+        if self._short:
+            return list(range(len(offsets)))
         with self.vsc.exclusive() as channel:
             return self._drive(channel, offsets, pfns, length, write).failures()
 
@@ -256,10 +283,22 @@ class StorageDisk:
         self.vsc.drive(channel, client)
         return client
 
-    def _cdb(self, opcode: Opcode, offset: int, length: int) -> bytes:
+    @property
+    def _most(self) -> int:
+        """Bytes of one read or write."""
+        most = self.vsc.max_transfer
+        return min(most, 0x8000 * self.sector_size) if self._short else most
+
+    def _cdb(self, offset: int, length: int, *, write: bool) -> bytes:
         if offset % self.sector_size or length % self.sector_size:
             raise LocalProtocolError(f"bytes {offset}+{length} are not whole {self.sector_size}-byte sectors")
-        return struct.pack(">BxQIxx", opcode, offset // self.sector_size, length // self.sector_size)
+        lba, blocks = offset // self.sector_size, length // self.sector_size
+        if self._short:
+            if lba >> 32:
+                raise LocalProtocolError(f"sector {lba} is beyond the 32 bits of this unit's commands")
+            opcode = Opcode.WRITE_10 if write else Opcode.READ_10
+            return struct.pack(">BxIxHx", opcode, lba, blocks)
+        return struct.pack(">BxQIxx", Opcode.WRITE_16 if write else Opcode.READ_16, lba, blocks)
 
     def _check(self, cdb: bytes, *, data_out: Buffer = b"", data_in: int = 0) -> bytes:
         return self.vsc.check(self.target, self.lun, cdb, data_out=data_out, data_in=data_in)

@@ -88,8 +88,14 @@ class CommandResult:
 
     @property
     def good(self) -> bool:
-        """Whether the command did what it should."""
-        return self.srb_status == SrbStatus.SUCCESS and self.scsi_status == ScsiStatus.GOOD
+        """Whether the command did what it should.
+
+        Hyper-V says DATA_OVERRUN of an answer that is shorter than the room for it; `transferred` then is its length.
+        """
+        done = self.srb_status == SrbStatus.SUCCESS or (
+            self.srb_status == SrbStatus.DATA_OVERRUN and bool(self.data)
+        )
+        return done and self.scsi_status == ScsiStatus.GOOD
 
 
 @dataclass(slots=True)

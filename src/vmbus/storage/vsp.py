@@ -58,6 +58,7 @@ MAX_OUTSTANDING = 1024
 """Requests of one channel that are read before any of them is completed."""
 
 _BATCH = 64
+_LUN_IN_CDB = 0xE0
 _RESETS = {
     Operation.RESET_LUN: AdditionalSense.DEVICE_RESET_OCCURRED,
     Operation.RESET_ADAPTER: AdditionalSense.POWER_ON_OR_RESET,
@@ -302,11 +303,6 @@ class StorageVsp:
             server.notices.add(notice)
             server.kick(self._run)
 
-    @property
-    def _packet_size(self) -> int:
-        rules = self._negotiation.rules
-        return rules.packet_size if rules is not None else PacketHeader.SIZE + MAX_REQUEST_SIZE
-
     def _run(self, server: ChannelServer) -> None:
         """Move packets until there is nothing to do, or for a turn; called with the server's lock held."""
         channel = server.channel
@@ -318,7 +314,7 @@ class StorageVsp:
                     channel.again()
                     return
                 turn -= 1
-                if not server.flush(self._packet_size):
+                if not server.flush():
                     return  # the guest's ring is full: it rings when it has made room
                 room = MAX_OUTSTANDING - len(server.running)
                 if room <= 0:
@@ -407,6 +403,7 @@ class StorageVsp:
             if header.operation == Operation.EXECUTE_SRB and self.ready:
                 self._execute_srb(server, packet, _Request(packet, size, parse_scsi_request(payload)))
                 return
+            server.packet_size = PacketHeader.SIZE + size
             status, body = self._control(server, header.operation, payload[PacketHeader.SIZE :])
         except RemoteProtocolError as error:
             server.violation(str(error))
@@ -448,7 +445,8 @@ class StorageVsp:
             self._respond(server, request, Outcome(ScsiStatus.CHECK_CONDITION, 0, _BAD_BUFFER))
             return
         buffer = GuestBuffer(server.channel.memory, ranges, scsi.data_transfer_length)
-        task = Task(scsi.payload[:CDB_SIZE], buffer, self.offer.instance_id, server.channel.account)
+        cdb = _without_lun(scsi.payload[:CDB_SIZE], scsi.lun)
+        task = Task(cdb, buffer, self.offer.instance_id, server.channel.account)
         if self._pool is None:
             self._respond(server, request, self._carry_out(scsi, task))
             return
@@ -488,11 +486,11 @@ class StorageVsp:
 
     def _report_luns(self, scsi: ScsiRequest, task: Task) -> int:
         """REPORT LUNS for the target that is addressed; single-level addresses (SAM-5 4.7.7.5)."""
-        select, allocation = task.cdb[2], allocation_length(task.cdb)
+        select = task.cdb[2]
         if select > 2:
             raise invalid_field(2)
-        if allocation < 16:
-            raise invalid_field(6)
+        # Microsoft's UEFI firmware leaves the allocation length 0 and takes the list all the same, as Hyper-V gives it.
+        allocation = allocation_length(task.cdb) or task.data.length
         path = 0 if self._path is None else self._path
         luns = sorted(lun for target, lun in list(self._units) if target == scsi.target_id)
         if select == 1 or scsi.path_id != path:  # well-known units only, of which there are none
@@ -526,6 +524,17 @@ class StorageVsp:
         )
         status = _NT_STATUS.get(srb_status, NtStatus.IO_DEVICE_ERROR)
         server.complete(request.packet, request.size, status, response.pack())
+
+
+def _without_lun(cdb: bytes, lun: int) -> bytes:
+    """The command without the logical unit number that initiators of SCSI-2 repeat in the high bits of byte 1.
+
+    Later standards put protection information there, which no unit has. EDK II and OpenBSD (until it has seen the
+    INQUIRY data) still repeat it; EDK II takes the high bits of the number, others the low ones.
+    """
+    if cdb[1] & _LUN_IN_CDB and cdb[1] & _LUN_IN_CDB in (lun & _LUN_IN_CDB, lun << 5 & _LUN_IN_CDB):
+        return cdb[:1] + bytes([cdb[1] & ~_LUN_IN_CDB]) + cdb[2:]
+    return cdb
 
 
 def _srb_status(outcome: Outcome) -> SrbStatus:

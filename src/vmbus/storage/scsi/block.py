@@ -197,7 +197,7 @@ class BlockAccess:
         if fields.blocks > MAX_COMPARE_BLOCKS:
             raise invalid_field(fields.count_field)
         offset, length = self._extent(fields, writing=True)
-        self._fits(task, 2 * length, fields)
+        self._fits(task, 2 * length, fields, exactly=True)
         with self._gate.exclusive():
             self.exclusive = True
             self.on_exclusive()
@@ -223,7 +223,7 @@ class BlockAccess:
         offset, length = self._extent(fields, writing=True)
         size = self.disk.sector_size
         if not no_data:
-            self._fits(task, size, fields)
+            self._fits(task, size, fields, exactly=True)
         pattern = bytes(size) if no_data else task.data.fetch(0, size)
         disk = self.disk
         with self._gate.shared():
@@ -323,9 +323,10 @@ class BlockAccess:
             raise CheckCondition.of(SenseKey.DATA_PROTECT, AdditionalSense.WRITE_PROTECTED)
 
     @staticmethod
-    def _fits(task: Task, length: int, fields: BlockFields) -> None:
-        if length > task.data.length:
-            raise invalid_field(fields.count_field, overrun=True)
+    def _fits(task: Task, length: int, fields: BlockFields, *, exactly: bool = False) -> None:
+        """Refuse a data buffer that is too small; with `exactly` also a larger one: it is laid out otherwise."""
+        if length > task.data.length or (exactly and length != task.data.length):
+            raise invalid_field(fields.count_field, overrun=length > task.data.length)
 
     @staticmethod
     def _out_of_range() -> CheckCondition:
