@@ -217,7 +217,12 @@ def test_the_client_reads_units_that_know_no_commands_of_16_bytes() -> None:
     assert drive.read(0, MIB) == CONTENT
     offsets = [2048 * n for n in (5, 0, 511, 300)]
     assert drive.read_batch(offsets, 2048) == [CONTENT[at : at + 2048] for at in offsets]
-    assert drive.transfer_batch(array("Q", offsets), array("Q", [1, 2, 3, 4]), 2048, write=False) == [0, 1, 2, 3]
+    assert drive.transfer_batch(array("Q", offsets), array("Q", [1, 2, 3, 4]), 2048, write=False) == [
+        0,
+        1,
+        2,
+        3,
+    ]
     vsp.shutdown()
     guest.close()
 
