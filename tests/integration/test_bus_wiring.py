@@ -10,7 +10,7 @@ import pytest
 from vmbus.bus import Channel, Inline, Offer, Threads, Version, VmbusGuest, VmbusHost
 from vmbus.bus.versions import version_name
 from vmbus.errors import LocalProtocolError, RemoteProtocolError
-from vmbus.hypervisor import GuestFault, Hypervisor, Personality, VirtualClock
+from vmbus.hypervisor import GuestFault, Hypervisor, Personality, VirtualClock, VpSuspended
 from vmbus.hypervisor.personality import (
     DOS,
     LINUX,
@@ -298,7 +298,7 @@ def test_a_guest_that_is_lost_waits_for_nothing(end: str) -> None:
     assert answers == [False]
     assert guest.lost
     if end != "killed":
-        with pytest.raises((RemoteProtocolError, GuestFault)):
+        with pytest.raises((RemoteProtocolError, GuestFault, VpSuspended)):
             guest.connect()
     world.close()
 

@@ -7,7 +7,7 @@ from reference.raw_guest import INPUT, OS_ID, OUTPUT, RawGuest
 
 from vmbus.core.memory import READ, WRITE
 from vmbus.errors import GuestMemoryError, HypercallError, RemoteProtocolError
-from vmbus.hypervisor import GeneralProtectionFault, UndefinedOpcodeFault
+from vmbus.hypervisor import GeneralProtectionFault, VpSuspended
 from vmbus.hypervisor.abi import RepCall, control
 from vmbus.hypervisor.hypercalls import CALLS
 from vmbus.hypervisor.personality import ROOT_PRIVILEGES
@@ -437,7 +437,7 @@ def test_a_destroyed_partition_answers_nothing(hv, guest):
     partition = guest.vp.partition
     hv.create_message_port(partition, 1, lambda *message: pytest.fail("delivered"))
     partition.destroy()
-    with pytest.raises(UndefinedOpcodeFault):
+    with pytest.raises(VpSuspended):
         guest.vp.hypercall(control(CallCode.SIGNAL_EVENT, fast=True), 1, 0)
     with pytest.raises(HypercallError, match="0x000e"):  # INVALID_VP_INDEX
         hv.post_message(partition, 0, 2, 1, 0, b"")

@@ -1,6 +1,7 @@
 """What a guest's VMBus driver needs of its virtual processors, and keeps for each."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Final, Protocol
 
 from vmbus.bus import wire
@@ -10,7 +11,7 @@ from vmbus.bus.versions import Version
 from vmbus.core.dispatch import EventFlags, MessageSlot
 from vmbus.core.memory import PAGE_SIZE, GuestMemory
 from vmbus.errors import LocalProtocolError
-from vmbus.hypervisor import VirtualProcessor
+from vmbus.hypervisor import VirtualProcessor, VpSuspended
 from vmbus.hypervisor.tlfs import Msr
 from vmbus.trace.ledger import Account
 
@@ -72,9 +73,10 @@ class ProcessorPort:
         self.vp.on_interrupt = None
         if isinstance(self.vp, VirtualProcessor):
             self.vp.on_stall = self.vp.on_resume = None
-        self.vp.wrmsr(Msr.SINT0 + wire.VMBUS_SINT, 1 << 16)
-        self.vp.wrmsr(Msr.SIMP, 0)
-        self.vp.wrmsr(Msr.SIEFP, 0)
+        with suppress(VpSuspended):  # it was destroyed, or is stopped: there is nobody to take them from
+            self.vp.wrmsr(Msr.SINT0 + wire.VMBUS_SINT, 1 << 16)
+            self.vp.wrmsr(Msr.SIMP, 0)
+            self.vp.wrmsr(Msr.SIEFP, 0)
 
 
 def spoken_versions(processors: GuestProcessor | Sequence[GuestProcessor]) -> list[int]:

@@ -89,8 +89,10 @@ class _Local(GuestRun):
             if not self.killed:
                 return True
             self._steps.close()
-        self.guest.abandon()
-        self.done = True
+        try:
+            self.guest.abandon()
+        finally:
+            self.done = True  # whatever happens: somebody waits for it
         return False
 
     def kill(self) -> None:

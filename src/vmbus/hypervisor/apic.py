@@ -2,12 +2,14 @@
 
 Registers and behaviour are those of the xAPIC at 0xFEE00000 and, once the guest has switched to it, the x2APIC at MSRs
 0x800-0x83F (Intel SDM volume 3, chapter 11), as far as an unmodified guest kernel uses them; Hyper-V's EOI, ICR and
-TPR MSRs (TLFS, virtual interrupts) are shortcuts to the same state in either mode. The model holds no lock: its
-virtual processor calls it under its own.
+TPR MSRs (TLFS, virtual interrupts) are shortcuts to the same state in either mode. The model holds no lock but one for
+its timer: its virtual processor calls it under its own.
 """
 
+import threading
 from collections.abc import Callable
 from enum import IntEnum
+from functools import partial
 from typing import Final, NamedTuple
 
 from vmbus.hypervisor.clock import Clock, Timer
@@ -149,6 +151,10 @@ class LocalApic:
         self._raise = raise_interrupt
         self._send_ipi = send_ipi
         self._timer: Timer | None = None
+        self._armed = 0  # counts how often the timer was started or stopped
+        self._timer_lock = threading.RLock()  # timers fire in whatever thread keeps the time
+        self.closed = False
+        """Its processor is gone: the local timer is not armed any more."""
         self._timer_start = 0
         self._deadline = 0
         self._tsc_offset = 0
@@ -378,12 +384,13 @@ class LocalApic:
     def tsc_deadline(self, value: int) -> None:
         if self._registers[Register.LVT_TIMER] >> 17 & 3 != TimerMode.TSC_DEADLINE:
             return
-        self._stop_timer()
-        self._deadline = value
-        if value:
-            # Round up: the guest's handler must find that its deadline has passed.
-            due = -((self._tsc_offset - value) * 1_000_000_000 // self._tsc_frequency)
-            self._timer = self._clock.schedule(max(due, self._clock.now() + 1), self._fire)
+        with self._timer_lock:
+            self._stop_timer()
+            self._deadline = value
+            if value:
+                # Round up: the guest's handler must find that its deadline has passed.
+                due = -((self._tsc_offset - value) * 1_000_000_000 // self._tsc_frequency)
+                self._arm(max(due, self._clock.now() + 1))
 
     @property
     def tsc_offset(self) -> int:
@@ -415,26 +422,36 @@ class LocalApic:
         ticks = self._registers[Register.INITIAL_COUNT] * self._divisor()
         return -(-ticks * 1_000_000_000 // self._timer_frequency)
 
+    def _arm(self, due: int) -> None:
+        if not self.closed:
+            self._armed += 1
+            self._timer = self._clock.schedule(due, partial(self._fire, self._armed))
+
     def _stop_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        with self._timer_lock:
+            self._armed += 1
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
 
     def _start_timer(self) -> None:
-        self._stop_timer()
-        mode = self._registers[Register.LVT_TIMER] >> 17 & 3
-        if mode == TimerMode.TSC_DEADLINE or not self._registers[Register.INITIAL_COUNT]:
-            return
-        self._timer_start = self._clock.now()
-        self._timer = self._clock.schedule(self._timer_start + max(self._period(), 1), self._fire)
-
-    def _fire(self) -> None:
-        lvt = self._registers[Register.LVT_TIMER]
-        self._timer = None
-        self._deadline = 0
-        if lvt >> 17 & 3 == TimerMode.PERIODIC and self._registers[Register.INITIAL_COUNT]:
+        with self._timer_lock:
+            self._stop_timer()
+            mode = self._registers[Register.LVT_TIMER] >> 17 & 3
+            if mode == TimerMode.TSC_DEADLINE or not self._registers[Register.INITIAL_COUNT]:
+                return
             self._timer_start = self._clock.now()
-            period = max(self._period(), MIN_TIMER_PERIOD)
-            self._timer = self._clock.schedule(self._timer_start + period, self._fire)
+            self._arm(self._timer_start + max(self._period(), 1))
+
+    def _fire(self, armed: int) -> None:
+        with self._timer_lock:
+            if armed != self._armed:
+                return  # stopped, or started anew, since the clock took it out to fire
+            lvt = self._registers[Register.LVT_TIMER]
+            self._timer = None
+            self._deadline = 0
+            if lvt >> 17 & 3 == TimerMode.PERIODIC and self._registers[Register.INITIAL_COUNT]:
+                self._timer_start = self._clock.now()
+                self._arm(self._timer_start + max(self._period(), MIN_TIMER_PERIOD))
         if not lvt & _MASKED:
             self._raise(lvt & 0xFF)

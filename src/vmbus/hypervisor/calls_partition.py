@@ -7,8 +7,9 @@ memory deposits AccessMemoryPool.
 from typing import TYPE_CHECKING, Final
 
 from vmbus.core.memory import EXECUTE, READ, WRITE
-from vmbus.errors import GuestMemoryError, HypercallError
+from vmbus.errors import HypercallError
 from vmbus.hypervisor.abi import Call, RepCall, RepStep
+from vmbus.hypervisor.loans import tell_watchers
 from vmbus.hypervisor.personality import ROOT_PRIVILEGES
 from vmbus.hypervisor.tlfs import (
     HV_PAGE_SIZE,
@@ -142,7 +143,9 @@ def _set_property(vp: "VirtualProcessor", data: bytes) -> None:
             raise HypercallError(Status.PROPERTY_VALUE_OUT_OF_RANGE)
         if call.value & ~vp.partition.privileges:
             raise HypercallError(Status.ACCESS_DENIED)  # nobody gives what he does not have
+        taken = child.privileges & ~call.value
         child.privileges = call.value
+        child.take_privileges(taken)  # those below lose it too: else it would go on using it through them
     elif code in _STORED:
         _, least, greatest = _STORED[PartitionProperty(code)]
         if not least <= call.value <= greatest:
@@ -164,7 +167,12 @@ def _deposit(vp: "VirtualProcessor", header: bytes) -> RepStep:
     giver = vp.partition
 
     def step(index: int, element: bytes) -> None:
-        target.pool.deposit(giver, int.from_bytes(element, "little") * HV_PAGE_SIZE)
+        gone: list[tuple[Partition, int]] = []
+        with giver.hypervisor.map_lock:
+            if target.state is PartitionState.DELETED:  # meanwhile: nobody would give the page back
+                raise HypercallError(Status.INVALID_PARTITION_STATE)
+            target.pool.deposit(giver, int.from_bytes(element, "little") * HV_PAGE_SIZE, gone)
+        tell_watchers(gone)
 
     return step
 
@@ -174,7 +182,8 @@ def _withdraw(vp: "VirtualProcessor", header: bytes) -> RepStep:
     giver = vp.partition
 
     def step(index: int, element: bytes) -> bytes:
-        return (target.pool.withdraw(giver) // HV_PAGE_SIZE).to_bytes(8, "little")
+        with giver.hypervisor.map_lock:
+            return (target.pool.withdraw(giver) // HV_PAGE_SIZE).to_bytes(8, "little")
 
     return step
 
@@ -225,20 +234,23 @@ def _map(vp: "VirtualProcessor", header: bytes) -> RepStep:
     def step(index: int, element: bytes) -> None:
         source = int.from_bytes(element, "little") * HV_PAGE_SIZE
         target = (base + index) * HV_PAGE_SIZE
-        if target >= child.memory.size or source >= parent.memory.size:
-            raise HypercallError(Status.INVALID_PARAMETER)
-        have = parent.memory.access(source)
-        if not have or rights & ~have:
-            raise HypercallError(
-                Status.ACCESS_DENIED
-            )  # a page can be passed on with no more than one's own rights
-        child.release_pages(target, HV_PAGE_SIZE)
-        try:
-            child.memory.map(target, parent.memory, source, HV_PAGE_SIZE, rights)
-        except GuestMemoryError:
-            raise HypercallError(Status.INVALID_PARAMETER) from None
-        except OSError:
-            raise HypercallError(Status.INSUFFICIENT_MEMORY) from None
+        gone: list[tuple[Partition, int]] = []
+        with vp.partition.hypervisor.map_lock:  # what is checked must still hold when it is mapped
+            if target >= child.memory.size or source >= parent.memory.size:
+                raise HypercallError(Status.INVALID_PARAMETER)
+            have = parent.memory.access(source)
+            if not have or rights & ~have:
+                raise HypercallError(
+                    Status.ACCESS_DENIED
+                )  # a page can be passed on with no more than one's own rights
+            child.take_page(target, gone)
+            try:
+                child.memory.map(target, parent.memory, source, HV_PAGE_SIZE, rights)
+                child.loans.borrow(target, source)
+            except OSError:  # the host has no room for one more mapping: what was there is gone all the same
+                child.memory.unmap(target, HV_PAGE_SIZE)
+                raise HypercallError(Status.INSUFFICIENT_MEMORY) from None
+        tell_watchers(gone)
 
     return step
 
@@ -252,10 +264,13 @@ def _unmap(vp: "VirtualProcessor", header: bytes) -> RepStep:
 
     def step(index: int, element: bytes) -> None:
         target = (base + index) * HV_PAGE_SIZE
-        if target >= child.memory.size:
-            raise HypercallError(Status.INVALID_PARAMETER)
-        child.release_pages(target, HV_PAGE_SIZE)
-        child.memory.unmap(target, HV_PAGE_SIZE)
+        gone: list[tuple[Partition, int]] = []
+        with vp.partition.hypervisor.map_lock:
+            if target >= child.memory.size:
+                raise HypercallError(Status.INVALID_PARAMETER)
+            child.take_page(target, gone)
+            child.memory.unmap(target, HV_PAGE_SIZE)
+        tell_watchers(gone)
 
     return step
 

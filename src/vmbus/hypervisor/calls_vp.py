@@ -90,7 +90,8 @@ def _delete_vp(vp: "VirtualProcessor", data: bytes) -> None:
     child = vp.partition.hypervisor.child(vp.partition, call.partition_id)
     if not child.vps or call.vp_index != len(child.vps) - 1:
         raise HypercallError(Status.INVALID_VP_INDEX)
-    child.vps.pop().reset()
+    gone = child.vps.pop()
+    gone.delete()
     child.pool.give(VP_PAGES)
 
 
@@ -229,7 +230,7 @@ def _assert_interrupt(vp: "VirtualProcessor", data: bytes) -> None:
         if not child.vp(0).request_external(call.vector):
             raise HypercallError(Status.ACKNOWLEDGED)
         return
-    for target in child.vps:
+    for target in list(child.vps):
         if target.apic.matches(call.destination, logical):
             target.receive_ipi(mode, call.vector, level=level)
             if mode == DeliveryMode.LOWEST_PRIORITY:
@@ -249,7 +250,7 @@ def _cluster_ipi(vp: "VirtualProcessor", data: bytes) -> None:
     call = ClusterIpi.unpack(data)
     if not FIRST_VALID_VECTOR <= call.vector <= 255 or call.target_vtl or any(call.reserved):
         raise HypercallError(Status.INVALID_PARAMETER)
-    for target in vp.partition.vps:
+    for target in list(vp.partition.vps):
         if call.processor_mask >> target.index & 1:
             target.request_interrupt(call.vector)
 
@@ -273,7 +274,7 @@ def _cluster_ipi_ex(vp: "VirtualProcessor", data: bytes) -> None:
     if not FIRST_VALID_VECTOR <= call.vector <= 255 or call.target_vtl or any(call.reserved):
         raise HypercallError(Status.INVALID_PARAMETER)
     mask = _processor_set(call.set_format, call.valid_bank_mask, data[ClusterIpiEx.SIZE :])
-    for target in vp.partition.vps:
+    for target in list(vp.partition.vps):
         if mask >> target.index & 1:
             target.request_interrupt(call.vector)
 
@@ -284,7 +285,7 @@ def _apic_ids(vp: "VirtualProcessor", header: bytes) -> RepStep:
 
     def step(index: int, element: bytes) -> bytes:
         apic_id = int.from_bytes(element, "little")
-        for candidate in target.vps:
+        for candidate in list(target.vps):
             if candidate.apic.apic_id == apic_id:
                 return candidate.index.to_bytes(4, "little")
         raise HypercallError(Status.INVALID_PARAMETER)

@@ -64,6 +64,9 @@ class Hypervisor:
         """All partitions that are not deleted, by id."""
         self._next_id = 1
         self._lock = threading.RLock()  # of the tree: partitions come and go in any thread
+        self.map_lock = threading.RLock()
+        """Held while a partition's memory map changes, and while a hypervisor page is laid over guest memory. Nothing
+        that can wait for a guest or a provider runs under it."""
 
     # Partitions
 
@@ -197,11 +200,13 @@ class Hypervisor:
                     partition.parent.children.pop(partition.id, None)
                 else:
                     self.root = None
-                partition.pool.release()
-                with contextlib.suppress(
-                    BufferError
-                ):  # somebody still holds views: the memory goes when they do
-                    partition.memory.close()
+                with self.map_lock:
+                    partition.pool.release()
+                    partition.loans.end()
+                    with contextlib.suppress(
+                        BufferError
+                    ):  # somebody still holds views: the memory goes when they do
+                        partition.memory.close()
 
     def _stop(self, partition: Partition) -> None:
         """Stop what executes `partition` and everything below it.

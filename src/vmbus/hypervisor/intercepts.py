@@ -162,11 +162,11 @@ def cpuid(
 def apic_eoi(vp: "VirtualProcessor", vector: int) -> None:
     """The guest ended a level-triggered interrupt: its parent is told, and asserts it again while the level is high."""
     parent = vp.partition.parent
-    if parent is None or not parent.vps:
+    if parent is None:
         return
     payload = ApicEoiMessage(vp.index, vector).pack()
-    with suppress(HypercallError):  # a parent without a message page has asked for no answers
-        parent.vps[0].synic.post_message(INTERCEPT_SINT, MessageType.X64_APIC_EOI, vp.partition.id, payload)
+    with suppress(HypercallError):  # a parent without a processor or message page has asked for no answers
+        parent.vp(0).synic.post_message(INTERCEPT_SINT, MessageType.X64_APIC_EOI, vp.partition.id, payload)
 
 
 def _segment(vp: "VirtualProcessor", name: RegisterName) -> SegmentRegister:
@@ -190,12 +190,12 @@ def _header(vp: "VirtualProcessor", access: InterceptAccess) -> InterceptMessage
 
 def _ask(vp: "VirtualProcessor", message_type: MessageType, payload: bytes) -> None:
     parent = vp.partition.parent
-    if parent is None or not parent.vps:
+    if parent is None:
         raise VpSuspended("intercepted, and there is no parent to answer")
     if not vp.intercept_suspended:
         vp.intercept_suspended = True
         try:
-            parent.vps[0].synic.post_message(INTERCEPT_SINT, message_type, vp.partition.id, payload)
+            parent.vp(0).synic.post_message(INTERCEPT_SINT, message_type, vp.partition.id, payload)
         except HypercallError as error:
             vp.intercept_suspended = False
             raise VpSuspended(f"the parent takes no intercept messages (status 0x{error.status:x})") from None

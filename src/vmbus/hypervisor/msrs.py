@@ -92,7 +92,8 @@ def _write_icr(vp: "VirtualProcessor", value: int) -> None:
 
 
 def _write_vp_assist(vp: "VirtualProcessor", value: int) -> None:
-    vp.assist_page.place(value)
+    with vp.partition.hypervisor.map_lock:
+        vp.assist_page.place(value)
     vp.assist_msr = value
 
 

@@ -16,12 +16,24 @@ __all__ = ["OverlayPage"]
 
 
 class OverlayPage:
-    """One page of the hypervisor, placed in a partition through an MSR (bit 0 enable, bits 63:12 page number)."""
+    """One page of the hypervisor, placed in a partition through an MSR (bit 0 enable, bits 63:12 page number).
 
-    __slots__ = ("_content", "_hidden", "_memory", "gpa")
+    Placed, moved and removed with `Hypervisor.map_lock` held.
 
-    def __init__(self, memory: GuestMemory, content: bytes = bytes(HV_PAGE_SIZE)) -> None:
+    Args:
+        memory: the partition's memory.
+        content: what the page holds from its start.
+        kept: whether what the guest writes to the page stays in it while it is away. The hypercall page and the
+            reference TSC page are not the guest's to write: they come back as the hypervisor made them.
+    """
+
+    __slots__ = ("_content", "_hidden", "_kept", "_memory", "gpa")
+
+    def __init__(
+        self, memory: GuestMemory, content: bytes = bytes(HV_PAGE_SIZE), *, kept: bool = True
+    ) -> None:
         self._memory = memory
+        self._kept = kept
         self._content = content.ljust(HV_PAGE_SIZE, b"\0")
         self._hidden = b""
         self.gpa: int | None = None
@@ -50,14 +62,15 @@ class OverlayPage:
         self.gpa = gpa
 
     def remove(self) -> None:
-        """Take the page away; its contents are kept for the next `place`."""
+        """Take the page away; the guest's own shows again."""
         if self.gpa is None:
             return
         gpa, self.gpa = self.gpa, None
         with suppress(
             GuestMemoryError
         ):  # the parent unmapped the page meanwhile: there is nothing left to restore
-            self._content = self._memory.read(gpa, HV_PAGE_SIZE)
+            if self._kept:
+                self._content = self._memory.read(gpa, HV_PAGE_SIZE)
             self._memory.write(gpa, self._hidden)
         self._hidden = b""
 

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from vmbus.core.memory import GuestMemory
@@ -11,6 +12,7 @@ from vmbus.hypervisor.clock import ReferenceTime
 from vmbus.hypervisor.devices import DeviceBus
 from vmbus.hypervisor.faults import GeneralProtectionFault
 from vmbus.hypervisor.intercepts import Intercepts
+from vmbus.hypervisor.loans import Loans, tell_watchers
 from vmbus.hypervisor.overlay import OverlayPage
 from vmbus.hypervisor.personality import Personality
 from vmbus.hypervisor.pool import VP_PAGES, Deposit, MemoryPool
@@ -85,6 +87,8 @@ class Partition:
         stop: stops whatever executes the guest; called before the partition is torn down.
         pool: pages deposited for the hypervisor's use on its behalf.
         deposits: its own pages that it has deposited for itself or a child, by address.
+        loans: which of its pages its children have, and which it has from its parent.
+        page_watchers: called, without any lock held, with the address of a page that was taken from the partition.
         time: its reference time.
         properties: what its parent set by HvCallSetPartitionProperty.
         intercepts: what its parent intercepts.
@@ -113,6 +117,8 @@ class Partition:
         self.state = PartitionState.CREATED
         self.pool = pool
         self.deposits: dict[int, Deposit] = {}
+        self.loans = Loans(self)
+        self.page_watchers: list[Callable[[int], None]] = []
         self.properties: dict[int, int] = {}
         self.intercepts = Intercepts()
         self.connections: dict[int, Connection] = {}
@@ -131,8 +137,8 @@ class Partition:
         self.hypercalls_enabled = False
         self.reference_tsc_msr = 0
         self.crash_parameters = [0] * 5
-        self._hypercall_page = OverlayPage(memory, HYPERCALL_CODE)
-        self._reference_tsc_page = OverlayPage(memory)
+        self._hypercall_page = OverlayPage(memory, HYPERCALL_CODE, kept=False)
+        self._reference_tsc_page = OverlayPage(memory, kept=False)
         self.vps: list[VirtualProcessor] = []
         self.devices = DeviceBus(self._raise_vector)
 
@@ -177,8 +183,14 @@ class Partition:
     def suspend(self, suspended: bool) -> None:
         """Stop or resume all processors (HvPartitionPropertySuspend); each one's own suspension stays what it is."""
         self.suspended = suspended
-        for vp in self.vps:
+        for vp in list(self.vps):
             vp.update_suspension()
+
+    def take_privileges(self, taken: int) -> None:
+        """Take privileges from this partition and everybody below it."""
+        self.privileges &= ~taken
+        for child in list(self.children.values()):
+            child.take_privileges(taken)
 
     def flush_tlb(self, processors: int) -> None:
         """Have the engine, if one caches translations, forget them on the processors of the mask."""
@@ -186,7 +198,7 @@ class Partition:
             self.on_tlb_flush(processors)
 
     def _overlays(self) -> list[OverlayPage]:
-        return [self._hypercall_page, self._reference_tsc_page, *(vp.assist_page for vp in self.vps)]
+        return [self._hypercall_page, self._reference_tsc_page, *(vp.assist_page for vp in list(self.vps))]
 
     def is_overlay(self, gpa: int) -> bool:
         """Whether a hypervisor page lies over the page of `gpa`."""
@@ -196,15 +208,30 @@ class Partition:
         )
 
     def release_pages(self, gpa: int, length: int) -> None:
-        """What is mapped at `gpa` is about to change: hypervisor pages there go away first, with their contents;
-        pages that were deposited from there no longer come back."""
+        """What is mapped at `gpa` is about to change: children that have these pages lose them, hypervisor pages
+        there go away with their contents, and pages that were deposited from there no longer come back."""
+        gone: list[tuple[Partition, int]] = []
+        with self.hypervisor.map_lock:
+            for page in range(gpa, gpa + length, HV_PAGE_SIZE):
+                self.take_page(page, gone)
+        tell_watchers(gone)
+
+    def take_page(self, gpa: int, gone: "list[tuple[Partition, int]]") -> None:
+        """`release_pages` for one page, with the map lock held; `tell_watchers` has to follow when it is not.
+
+        Args:
+            gpa: the page's address.
+            gone: collects the partitions that lost a page, and where.
+        """
+        self.loans.call_in(gpa, gone)
         for overlay in self._overlays():
-            if overlay.gpa is not None and gpa <= overlay.gpa < gpa + length:
+            if overlay.gpa == gpa:
                 overlay.remove()
-        for vp in self.vps:
-            vp.synic.evict(gpa, length)
-        for page in range(gpa, gpa + length, HV_PAGE_SIZE):
-            self.deposits.pop(page, None)
+        for vp in list(self.vps):
+            vp.synic.evict(gpa, HV_PAGE_SIZE)
+        self.deposits.pop(gpa, None)
+        self.loans.forget(gpa)
+        gone.append((self, gpa))
 
     # Partition-wide registers
 
@@ -217,7 +244,8 @@ class Partition:
         """HV_X64_MSR_GUEST_OS_ID: identifies the guest; zero takes the hypercall page away (TLFS, hypercall page)."""
         self.guest_os_id = value
         if not value:
-            self._hypercall_page.remove()
+            with self.hypervisor.map_lock:
+                self._hypercall_page.remove()
             self.hypercall_msr &= ~1
             self.hypercalls_enabled = False
 
@@ -231,7 +259,8 @@ class Partition:
             raise GeneralProtectionFault("HV_X64_MSR_HYPERCALL is locked")
         if not self.guest_os_id:
             value &= ~1  # no identity, no hypercalls: the enable bit does not stick
-        self._hypercall_page.place(value)
+        with self.hypervisor.map_lock:
+            self._hypercall_page.place(value)
         self.hypercall_msr = value
         self.hypercalls_enabled = bool(value & 1)
 
@@ -241,7 +270,8 @@ class Partition:
         Raises:
             GeneralProtectionFault: the page lies outside the partition.
         """
-        self._reference_tsc_page.place(value)
+        with self.hypervisor.map_lock:
+            self._reference_tsc_page.place(value)
         self.reference_tsc_msr = value
         self.update_reference_tsc()
 
@@ -252,10 +282,11 @@ class Partition:
         """
         if not self.reference_tsc_msr & 1:
             return
-        offsets = {vp.tsc_offset for vp in self.vps}
+        offsets = {vp.tsc_offset for vp in list(self.vps)}
         sequence = 1 if len(offsets) == 1 else 0
         offset = self.time.page_offset(min(offsets, default=0))
-        self._reference_tsc_page.update(ReferenceTscPage(sequence, 0, self.time.scale, offset).pack())
+        with self.hypervisor.map_lock:
+            self._reference_tsc_page.update(ReferenceTscPage(sequence, 0, self.time.scale, offset).pack())
 
     def report_crash(self, vp: VirtualProcessor, has_message: bool) -> None:
         """The guest wrote HV_X64_MSR_CRASH_CTL: tell the parent."""
@@ -284,17 +315,18 @@ class Partition:
         self.notify("provider-error", error)
 
     def _raise_vector(self, vector: int) -> None:
-        if self.vps:
-            self.vps[0].request_interrupt(vector)
+        with suppress(HypercallError):  # it has no processor (any more)
+            self.vp(0).request_interrupt(vector)
 
     # Life
 
     def reset(self) -> None:
         """Restart the guest: processors, overlay pages and partition-wide registers as at power-on; memory stays."""
-        for vp in self.vps:
+        for vp in list(self.vps):
             vp.reset()
-        self._hypercall_page.remove()
-        self._reference_tsc_page.remove()
+        with self.hypervisor.map_lock:
+            self._hypercall_page.remove()
+            self._reference_tsc_page.remove()
         self.guest_os_id = self.hypercall_msr = self.reference_tsc_msr = 0
         self.hypercalls_enabled = False
         self.crash_parameters = [0] * 5
@@ -314,6 +346,8 @@ class Partition:
                 delete_port(port)
         self.connections.clear()
         self.intercepts.clear()
+        for vp in self.vps:
+            vp.delete()
         self.vps.clear()
 
     def destroy(self) -> None:

@@ -1,4 +1,7 @@
-"""The pages that a parent has deposited for the hypervisor's own use on behalf of a partition (TLFS, memory pools)."""
+"""The pages that a parent has deposited for the hypervisor's own use on behalf of a partition (TLFS, memory pools).
+
+Pages are deposited and given back with `Hypervisor.map_lock` held.
+"""
 
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -47,8 +50,15 @@ class MemoryPool:
         """Deposited pages that nothing uses."""
         return len(self._pages) - self.in_use if self.limited else len(self._pages)
 
-    def deposit(self, giver: "Partition", gpa: int) -> None:
-        """Take the page at `gpa` from its partition. A page of the hypervisor that lies over it goes away first.
+    def deposit(self, giver: "Partition", gpa: int, gone: "list[tuple[Partition, int]]") -> None:
+        """Take the page at `gpa` from its partition, and from the children that have it from there.
+
+        A page of the hypervisor that lies over it goes away first.
+
+        Args:
+            giver: the partition.
+            gpa: the page's address there.
+            gone: collects who lost which page.
 
         Raises:
             HypercallError: INVALID_PARAMETER if the partition has no such page or no full access to it.
@@ -58,9 +68,12 @@ class MemoryPool:
             rights = memory.access(gpa)
             if rights & 3 != 3:
                 raise HypercallError(Status.INVALID_PARAMETER)
-            giver.release_pages(gpa, HV_PAGE_SIZE)
+            source = giver.loans.borrowed.get(gpa)
+            giver.take_page(gpa, gone)
             memory.write(gpa, bytes(HV_PAGE_SIZE))  # nothing of the depositor's stays behind
             memory.protect(gpa, HV_PAGE_SIZE, 0)
+            if source is not None:
+                giver.loans.borrow(gpa, source)  # it stays the parent's, who may still take it back
         except (GuestMemoryError, OverflowError):
             raise HypercallError(Status.INVALID_PARAMETER) from None
         deposit = Deposit(giver, gpa, rights)

@@ -1,5 +1,6 @@
 """The four synthetic timers of one virtual processor (TLFS, timers), on its partition's reference time."""
 
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Final
@@ -27,14 +28,17 @@ MIN_DELAY: Final = 1_000
 
 
 class _Timer:
-    __slots__ = ("config", "count", "due", "pending", "timer")
+    __slots__ = ("again", "armed", "config", "count", "delivering", "due", "pending", "timer")
 
     def __init__(self) -> None:
         self.config = 0
         self.count = 0
         self.due = 0  # reference time of the expiration that is armed or undelivered
         self.timer: Timer | None = None
-        self.pending = False  # expired, but the message slot was occupied
+        self.armed = 0  # counts how often it was disarmed: what began before that is void
+        self.pending = False  # expired, and not delivered yet: the message slot was occupied
+        self.delivering = False  # a thread is about to post the message
+        self.again = False  # a slot was freed meanwhile: it has to try once more
 
 
 class SyntheticTimers:
@@ -52,14 +56,18 @@ class SyntheticTimers:
         self._time = time
         self._synic = synic
         self._raise = raise_direct
+        self._lock = threading.Lock()  # of the timers' states; nothing is delivered under it
+        self.closed = False
+        """The processor is gone: no timer is armed any more."""
         self._timers = [_Timer() for _ in range(STIMER_COUNT)]
         synic.slot_free = self._retry
 
     def reset(self) -> None:
         """Disarm all four."""
-        for timer in self._timers:
-            self._disarm(timer)
-            timer.config = timer.count = 0
+        with self._lock:
+            for timer in self._timers:
+                self._disarm(timer)
+                timer.config = timer.count = 0
 
     def config(self, index: int) -> int:
         """The configuration register of timer `index` (0-3)."""
@@ -79,40 +87,43 @@ class SyntheticTimers:
             raise GeneralProtectionFault(f"STIMER{index}_CONFIG reserved bits in 0x{value:x}")
         if value & DIRECT_MODE and value & ENABLED and value >> 4 & 0xFF < 16:
             raise GeneralProtectionFault(f"STIMER{index} direct mode vector {value >> 4 & 0xFF} is below 16")
-        timer = self._timers[index]
-        self._disarm(timer)
         # SINT0 carries intercepts: a message-mode timer on it stays disabled (TLFS, timers).
         if not value & DIRECT_MODE and not value >> 16 & 15:
             value &= ~ENABLED
-        timer.config = value
-        self._arm(index, timer)
+        timer = self._timers[index]
+        with self._lock:
+            self._disarm(timer)
+            timer.config = value
+            self._arm(index, timer)
 
     def set_count(self, index: int, value: int) -> None:
         """Write a count register: 0 stops the timer, another value starts it if auto-enable is set."""
         timer = self._timers[index]
-        self._disarm(timer)
-        timer.count = value
-        if not value:
-            timer.config &= ~ENABLED
-        elif timer.config & AUTO_ENABLE and (timer.config & DIRECT_MODE or timer.config >> 16 & 15):
-            timer.config |= ENABLED
-        self._arm(index, timer)
+        with self._lock:
+            self._disarm(timer)
+            timer.count = value
+            if not value:
+                timer.config &= ~ENABLED
+            elif timer.config & AUTO_ENABLE and (timer.config & DIRECT_MODE or timer.config >> 16 & 15):
+                timer.config |= ENABLED
+            self._arm(index, timer)
 
     def _disarm(self, timer: _Timer) -> None:
+        timer.armed += 1
         timer.pending = False
         if timer.timer is not None:
             timer.timer.cancel()
             timer.timer = None
 
     def _arm(self, index: int, timer: _Timer, after: int | None = None) -> None:
-        if not timer.config & ENABLED or not timer.count:
+        if not timer.config & ENABLED or not timer.count or self.closed:
             return
         if timer.config & PERIODIC:
             timer.due = self._next_period(timer, after)
         else:
             timer.due = timer.count
         due = max(self._time.when(timer.due), self._clock.now() + MIN_DELAY)
-        timer.timer = self._clock.schedule(due, partial(self._expire, index))
+        timer.timer = self._clock.schedule(due, partial(self._expire, index, timer.armed))
 
     def _next_period(self, timer: _Timer, after: int | None) -> int:
         """The expiration that follows `after`, in step with it: a late one does not delay the others."""
@@ -120,35 +131,62 @@ class SyntheticTimers:
         period = max(timer.count, MIN_PERIOD)
         return now + period - (0 if after is None else (now - after) % period)
 
-    def _expire(self, index: int) -> None:
+    def _expire(self, index: int, armed: int) -> None:
         timer = self._timers[index]
-        timer.timer = None
-        expired = timer.due
-        config = timer.config
-        if not config & PERIODIC:
-            timer.config &= ~ENABLED
-        if config & DIRECT_MODE:
-            if config & PERIODIC:
-                self._arm(index, timer, expired)
+        with self._lock:
+            if timer.armed != armed:
+                return  # disarmed since the clock took it out to fire
+            timer.timer = None
+            config = timer.config
+            if not config & PERIODIC:
+                timer.config &= ~ENABLED
+            direct = config & DIRECT_MODE
+            if not direct:
+                timer.pending = True
+            elif config & PERIODIC:
+                self._arm(index, timer, timer.due)
+        if direct:
             self._raise(config >> 4 & 0xFF, False)
-            return
-        timer.pending = True
-        delivered = self._deliver(index, timer, expired)
-        # The guest may have written this timer's registers from the interrupt that was just delivered.
-        if delivered and timer.config & PERIODIC and timer.timer is None and timer.due == expired:
-            self._arm(index, timer, expired)
+        else:
+            self._deliver(index, timer)
 
-    def _deliver(self, index: int, timer: _Timer, expired: int) -> bool:
-        payload = TimerMessage(index, 0, expired, self._time.now()).pack()
-        timer.pending = False
-        if not self._synic.try_post(timer.config >> 16 & 15, MessageType.TIMER_EXPIRED, 0, payload):
-            timer.pending = True
-            return False
-        return True
+    def _deliver(self, index: int, timer: _Timer) -> None:
+        """Post the message of an expired timer; a periodic one is armed again when that has succeeded."""
+        with self._lock:
+            if timer.delivering:
+                timer.again = True  # in another thread, or further down this one's stack
+                return
+            if not timer.pending:
+                return
+            timer.delivering = True
+        try:
+            while self._try(index, timer):
+                pass
+        except BaseException:
+            timer.delivering = False
+            raise
+
+    def _try(self, index: int, timer: _Timer) -> bool:
+        """One attempt to deliver; whether there has to be another one."""
+        with self._lock:
+            timer.again = False
+            if not timer.pending:
+                timer.delivering = False
+                return False
+            armed, due, sint = timer.armed, timer.due, timer.config >> 16 & 15
+        payload = TimerMessage(index, 0, due, self._time.now()).pack()
+        posted = self._synic.try_post(sint, MessageType.TIMER_EXPIRED, 0, payload)
+        with self._lock:
+            # The guest may have written this timer's registers from the interrupt that was just delivered.
+            if posted and timer.armed == armed:
+                timer.pending = False
+                if timer.config & PERIODIC:
+                    self._arm(index, timer, due)
+            again = timer.again and timer.pending
+            timer.delivering = again
+            return again
 
     def _retry(self, _sint: int) -> None:
         for index, timer in enumerate(self._timers):
             if timer.pending:
-                due = timer.due
-                if self._deliver(index, timer, due) and timer.config & PERIODIC and timer.timer is None:
-                    self._arm(index, timer, due)
+                self._deliver(index, timer)

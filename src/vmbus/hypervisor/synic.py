@@ -8,6 +8,7 @@ message-pending flag tells the guest to write EOM, which brings the next one.
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from vmbus.core.dispatch import EventFlags, MessageSlot
@@ -47,10 +48,17 @@ class Synic:
     Args:
         memory: the partition's memory, where the guest places the SIM and SIEF pages.
         request_interrupt: ``request_interrupt(vector, auto_eoi)``, called without the SynIC's lock held.
+        map_lock: `Hypervisor.map_lock`; taken before the SynIC's own.
     """
 
-    def __init__(self, memory: GuestMemory, request_interrupt: Callable[[int, bool], None]) -> None:
+    def __init__(
+        self,
+        memory: GuestMemory,
+        request_interrupt: Callable[[int, bool], None],
+        map_lock: AbstractContextManager[object],
+    ) -> None:
         self._memory = memory
+        self._map_lock = map_lock
         self._request = request_interrupt
         self._lock = threading.RLock()
         self._sint = [SINT_MASKED] * SINT_COUNT
@@ -71,7 +79,7 @@ class Synic:
 
     def reset(self) -> None:
         """Back to the state at power-on: pages removed, queues dropped, all SINTs masked."""
-        with self._lock:
+        with self._map_lock, self._lock:
             self._sim_page.remove()
             self._sief_page.remove()
             self._slots = self._flags = None
@@ -97,7 +105,7 @@ class Synic:
 
     @simp.setter
     def simp(self, value: int) -> None:
-        with self._lock:
+        with self._map_lock, self._lock:
             self._sim_page.place(value)
             self._simp = value
             self._slots = None
@@ -113,7 +121,7 @@ class Synic:
 
     @siefp.setter
     def siefp(self, value: int) -> None:
-        with self._lock:
+        with self._map_lock, self._lock:
             self._sief_page.place(value)
             self._siefp = value
             gpa = self._sief_page.gpa
@@ -126,7 +134,10 @@ class Synic:
         return gpa in (self._sim_page.gpa, self._sief_page.gpa)
 
     def evict(self, gpa: int, length: int) -> None:
-        """The parent changes what is mapped at `gpa`: pages of the SynIC there are disabled, as if by the guest."""
+        """What is mapped at `gpa` changes: pages of the SynIC there are disabled, as if by the guest.
+
+        Called with the map lock held.
+        """
         with self._lock:
             for page in (self._sim_page, self._sief_page):
                 if page.gpa is not None and gpa <= page.gpa < gpa + length:
@@ -188,6 +199,8 @@ class Synic:
             queue = self._queues[sint]
             if queue or not self._post(sint, message_type, sender, payload):
                 if port is not None:
+                    if port.deleted:  # just now: what waited in it has been dropped already
+                        raise HypercallError(Status.INVALID_PORT_ID)
                     if port.waiting >= PORT_BUFFERS:
                         raise HypercallError(Status.INSUFFICIENT_BUFFERS)
                     port.waiting += 1

@@ -66,6 +66,8 @@ class VirtualProcessor:
         suspended: its parent has suspended it (`suspend`, or its partition's suspend property): its exits raise
             `VpSuspended`, and it takes no interrupts.
         nmi_pending: an NMI waits.
+        deleted: the processor is gone (HvCallDeleteVp, or with its partition); whoever still executes it gets
+            `VpSuspended` for every exit, for good.
     """
 
     def __init__(self, partition: "Partition", index: int) -> None:
@@ -81,6 +83,7 @@ class VirtualProcessor:
         self.halted = False
         self.started = index == 0
         self.suspended = False
+        self.deleted = False
         self.nmi_pending = False
         self.interrupt_handler: Callable[[int], None] | None = None
         self.on_interrupt: Callable[[], None] | None = None
@@ -100,7 +103,7 @@ class VirtualProcessor:
             self.request_interrupt,
             self._send_ipi,
         )
-        self.synic = Synic(partition.memory, self.request_interrupt)
+        self.synic = Synic(partition.memory, self.request_interrupt, hypervisor.map_lock)
         self.timers = SyntheticTimers(hypervisor.clock, partition.time, self.synic, self.request_interrupt)
         self.assist_page = OverlayPage(partition.memory)
         self.assist_msr = 0
@@ -434,7 +437,7 @@ class VirtualProcessor:
         """Its partition's suspend property, or its own register, has changed."""
         before = self.suspended
         with self._lock:
-            self.suspended = self.explicitly_suspended or self.partition.suspended
+            self.suspended = self.explicitly_suspended or self.partition.suspended or self.deleted
         if before == self.suspended:
             return
         changed = self.partition.on_suspension
@@ -452,13 +455,17 @@ class VirtualProcessor:
         """The exit of a suspended processor: it takes place when the processor runs again, or is made again then.
 
         Raises:
-            VpSuspended: nobody waits for that in this thread.
+            VpSuspended: nobody waits for that in this thread, or the processor is gone.
         """
+        if self.deleted:
+            raise VpSuspended(f"processor {self.index} of {self.partition.name} is gone")
         if (
             self._delivering
         ):  # a model guest's interrupt handler, in a provider's thread: what has begun is finished
             return
-        if self.on_stall is not None and self.on_stall(lambda: not self.suspended):
+        if self.on_stall is not None and self.on_stall(lambda: self.deleted or not self.suspended):
+            if self.deleted:
+                raise VpSuspended(f"processor {self.index} of {self.partition.name} was taken away")
             return
         raise VpSuspended(f"processor {self.index} of {self.partition.name} is suspended by its parent")
 
@@ -540,6 +547,11 @@ class VirtualProcessor:
                 self.halted = False
                 counts[vector] += 1
                 handler(vector)
+        except VpSuspended:
+            self._delivering = False
+            if not self.deleted:
+                raise
+            # Else its handler was stopped in the middle: nothing that whoever interrupted it has to know.
         except BaseException:
             self._delivering = False
             raise
@@ -557,7 +569,7 @@ class VirtualProcessor:
             self._in_nmi = False
 
     def _send_ipi(self, ipi: Ipi) -> None:
-        for vp in self.partition.vps:
+        for vp in list(self.partition.vps):
             if ipi.shorthand == 1:
                 chosen = vp is self
             elif ipi.shorthand == 0:
@@ -576,7 +588,8 @@ class VirtualProcessor:
             self.apic.reset()
         self.timers.reset()
         self.synic.reset()
-        self.assist_page.remove()
+        with self.partition.hypervisor.map_lock:
+            self.assist_page.remove()
         self.assist_msr = 0
         self.pat = DEFAULT_PAT
         self.apic.tsc_offset = 0
@@ -586,3 +599,12 @@ class VirtualProcessor:
         self.nmi_pending = False
         self.started = self.index == 0
         self.suspend(False)
+
+    def delete(self) -> None:
+        """The processor goes away: it makes no exits and takes no interrupts any more, and its timers stay silent."""
+        self.deleted = True
+        self.timers.closed = self.apic.closed = True
+        self.suspend(True)
+        self.reset()
+        if self.on_resume is not None:
+            self.on_resume()  # whoever waits for it to run waits in vain
