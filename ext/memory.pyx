@@ -22,6 +22,8 @@ import fcntl as fcntl_module
 import os
 from collections import namedtuple
 
+from vmbus.core.copy cimport bytes_at, copy_bytes
+
 from vmbus.errors import GuestMemoryError, RingCorrupt
 
 cdef extern from "<sys/mman.h>" nogil:

@@ -10,13 +10,14 @@ counts; frame data is copied once, to where it goes.
 """
 
 cimport cython
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_GET_SIZE
 from cpython.list cimport PyList_Append, PyList_GET_ITEM, PyList_GET_SIZE
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
 
+from vmbus.core.copy cimport bytes_at, copy_bytes
 from vmbus.core.memory cimport Window
 from vmbus.core.ring cimport (FLAG_COMPLETION_REQUESTED, PACKET_COMPLETION, PACKET_IN_BAND, PACKET_TRANSFER_PAGES,
                               RING_EMPTY, RING_FULL, RingReader, RingWriter, ring_advance, ring_packet_bytes,

@@ -13,11 +13,12 @@ collects it for `take_signal`.
 cimport cython
 from cpython.buffer cimport (PyBUF_CONTIG_RO, PyBUF_ND, PyBUF_C_CONTIGUOUS, PyBUF_WRITABLE, PyBuffer_FillInfo,
                              PyBuffer_Release, PyObject_GetBuffer)
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_GET_SIZE
 from cpython.list cimport PyList_Append
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
+from vmbus.core.copy cimport bytes_at, copy_bytes
 from vmbus.core.memory cimport GpaRanges, Window
 
 from vmbus.errors import RingCorrupt, RingEmpty, RingFull
@@ -79,9 +80,9 @@ cdef Packet _packet(const ring_packet_t *at):
     packet.type = at.type
     packet.flags = at.flags
     packet.transaction_id = at.transaction_id
-    packet.payload = PyBytes_FromStringAndSize(<char *>at.start + at.offset, at.length - at.offset)
+    packet.payload = bytes_at(at.start + at.offset, at.length - at.offset)
     if at.type == PACKET_GPA_DIRECT or at.type == PACKET_TRANSFER_PAGES:
-        header = PyBytes_FromStringAndSize(<char *>at.start + DESCRIPTOR_BYTES, at.offset - DESCRIPTOR_BYTES)
+        header = bytes_at(at.start + DESCRIPTOR_BYTES, at.offset - DESCRIPTOR_BYTES)
         h = <const uint8_t *>PyBytes_AS_STRING(header)
         memcpy(&count, h + 4, 4)
         if at.type == PACKET_GPA_DIRECT:
@@ -401,7 +402,7 @@ cdef class RingReader:
         cdef int code = ring_peek(&self.c, &at)
         if code:
             raise _error(code)
-        cdef bytes payload = PyBytes_FromStringAndSize(<char *>at.start + at.offset, at.length - at.offset)
+        cdef bytes payload = bytes_at(at.start + at.offset, at.length - at.offset)
         ring_advance(&self.c, &at)
         if ring_release(&self.c):
             self.signal = True
@@ -431,7 +432,7 @@ cdef class RingReader:
             code = ring_peek(&self.c, &at)
             if code:
                 break
-            payloads.append(PyBytes_FromStringAndSize(<char *>at.start + at.offset, at.length - at.offset))
+            payloads.append(bytes_at(at.start + at.offset, at.length - at.offset))
             ring_advance(&self.c, &at)
             limit -= 1
         if code == RING_CORRUPT and not payloads:
@@ -493,7 +494,7 @@ cdef class RingReader:
                     if at.length - at.offset != padded:
                         misfit = True
                         break
-                    memcpy(<char *>view.buf + row * size, at.start + at.offset, size)
+                    copy_bytes(<char *>view.buf + row * size, at.start + at.offset, size)
                     ring_advance(&self.c, &at)
                     row += 1
         finally:

@@ -99,9 +99,9 @@ cdef class Request:
                 raise GuestMemoryError("a page of the guest's buffer is outside the partition")
             for index in range(used):
                 if to_guest:
-                    memcpy(vectors[index].iov_base, ours, vectors[index].iov_len)
+                    copy_bytes(vectors[index].iov_base, ours, vectors[index].iov_len)
                 else:
-                    memcpy(ours, vectors[index].iov_base, vectors[index].iov_len)
+                    copy_bytes(ours, vectors[index].iov_base, vectors[index].iov_len)
                 ours += vectors[index].iov_len
             left -= covered
         return 0
@@ -246,9 +246,9 @@ cdef inline int _relay(const guest_memory_t *guest, block_request_t *request, co
                 if ours == NULL:
                     return LEFT
                 if request.write:
-                    memcpy(ours, theirs, part)
+                    copy_bytes(ours, theirs, part)
                 else:
-                    memcpy(theirs, ours, part)
+                    copy_bytes(theirs, ours, part)
                 theirs += part
                 done += part
                 left -= part

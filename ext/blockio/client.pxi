@@ -246,7 +246,7 @@ cdef class BlockClient:
             for page in range(self.pages_each):
                 part = left if left < 4096 else 4096
                 source = self.memory.pointer(self.pfns[index * self.pages_each + page] << 12, part, ACCESS_READ)
-                memcpy(target, source, part)
+                copy_bytes(target, source, part)
                 target += part
                 left -= part
             made.append(data)

@@ -123,9 +123,9 @@ cdef inline int _transfer(const guest_memory_t *memory, block_request_t *request
             return LEFT
         if unit.mapping != NULL:
             if request.write:
-                memcpy(unit.mapping + request.offset, guest, request.length)
+                copy_bytes(unit.mapping + request.offset, guest, request.length)
             else:
-                memcpy(guest, unit.mapping + request.offset, request.length)
+                copy_bytes(guest, unit.mapping + request.offset, request.length)
             return SERVED
         while True:
             if request.write:
@@ -146,9 +146,9 @@ cdef inline int _transfer(const guest_memory_t *memory, block_request_t *request
             return LEFT
         for index in range(used):
             if request.write:
-                memcpy(disk, vectors[index].iov_base, vectors[index].iov_len)
+                copy_bytes(disk, vectors[index].iov_base, vectors[index].iov_len)
             else:
-                memcpy(vectors[index].iov_base, disk, vectors[index].iov_len)
+                copy_bytes(vectors[index].iov_base, disk, vectors[index].iov_len)
             disk += vectors[index].iov_len
         done += covered
     return SERVED

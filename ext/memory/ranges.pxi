@@ -242,9 +242,9 @@ cdef class GpaRanges:
             used = gpa_cursor_iov(cursor, &memory.c, access, want, vectors, MOST_VECTORS, &covered)
             for index in range(used):
                 if to_guest:
-                    memcpy(vectors[index].iov_base, ours, vectors[index].iov_len)
+                    copy_bytes(vectors[index].iov_base, ours, vectors[index].iov_len)
                 else:
-                    memcpy(ours, vectors[index].iov_base, vectors[index].iov_len)
+                    copy_bytes(ours, vectors[index].iov_base, vectors[index].iov_len)
                 ours += vectors[index].iov_len
             want -= covered
         return 0

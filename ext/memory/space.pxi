@@ -79,7 +79,7 @@ cdef class GuestMemory:
         Raises:
             GuestMemoryError: the range is not wholly readable.
         """
-        return PyBytes_FromStringAndSize(<char *>self.pointer(gpa, length, ACCESS_READ), length)
+        return bytes_at(self.pointer(gpa, length, ACCESS_READ), length)
 
     def write(self, uint64_t gpa, data) -> None:
         """Copy `data` in.
@@ -90,7 +90,7 @@ cdef class GuestMemory:
         cdef Py_buffer view
         PyObject_GetBuffer(data, &view, PyBUF_CONTIG_RO)
         try:
-            memcpy(self.pointer(gpa, view.len, ACCESS_WRITE), view.buf, view.len)
+            copy_bytes(self.pointer(gpa, view.len, ACCESS_WRITE), view.buf, view.len)
         finally:
             PyBuffer_Release(&view)
 

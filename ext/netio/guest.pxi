@@ -209,7 +209,7 @@ cdef class GuestQueue:
                     reason = R_SLOW
                     break
                 for index in range(found):
-                    frame = PyBytes_FromStringAndSize(<char *>self.base + starts[index], sizes[index])
+                    frame = bytes_at(self.base + starts[index], sizes[index])
                     PyList_Append(frames, frame)
                     self.bytes_copied += sizes[index]
                 ring_write(&self.writer.c, PACKET_COMPLETION, 0, at.transaction_id, answer, sizeof(answer))

@@ -224,7 +224,7 @@ cdef class HostQueue:
                 reason = R_SLOW
                 break
             for index in range(found):
-                frame = PyBytes_FromStringAndSize(<char *>start + starts[index], sizes[index])
+                frame = bytes_at(start + starts[index], sizes[index])
                 PyList_Append(frames, frame)
                 _count(&self.sent, <const uint8_t *>PyBytes_AS_STRING(frame), sizes[index])
             if at.flags & FLAG_COMPLETION_REQUESTED:

@@ -63,7 +63,7 @@ cdef class _Sections:
         cdef size_t size = PyBytes_GET_SIZE(source)
         if self.base == NULL or section >= self.count or offset > self.section_size or size > self.section_size - offset:
             raise ValueError(f"{size} bytes at {offset} do not fit section {section}")
-        memcpy(self.base + <size_t>section * self.section_size + offset, PyBytes_AS_STRING(source), size)
+        copy_bytes(self.base + <size_t>section * self.section_size + offset, PyBytes_AS_STRING(source), size)
         return <uint64_t>section * self.section_size + offset
 
     cdef inline uint32_t pop(self) noexcept:
@@ -88,6 +88,6 @@ cdef inline void _write_message(uint8_t *to, const uint8_t *frame, uint32_t size
     head.data_offset = HEADER - 8
     head.data_length = size
     memcpy(to, &head, HEADER)
-    memcpy(to + HEADER, frame, size)
+    copy_bytes(to + HEADER, frame, size)
     if padded > HEADER + size:
         memset(to + HEADER + size, 0, padded - HEADER - size)

@@ -20,6 +20,7 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
 from vmbus.core.atomic cimport exchange32, load_acquire32, load_relaxed32, load_relaxed64, store_relaxed32, unlikely
+from vmbus.core.copy cimport copy_bytes
 from vmbus.core.memory cimport Window
 
 cdef enum:
@@ -194,7 +195,7 @@ cdef inline int ring_write(ring_writer_t *ring, uint16_t type, uint16_t flags, u
     ring_describe(start, type, DESCRIPTOR_BYTES, DESCRIPTOR_BYTES + length, flags, transaction_id)
     if length & 7:
         (<uint64_t *>(start + total - 16))[0] = 0   # padding must not show older packets
-    memcpy(start + DESCRIPTOR_BYTES, payload, length)
+    copy_bytes(start + DESCRIPTOR_BYTES, payload, length)
     ring_commit(ring, start, total)
     return 0
 
@@ -221,7 +222,7 @@ cdef inline int ring_write_external(ring_writer_t *ring, uint16_t type, uint16_t
     memcpy(start + EXTERNAL_HEADER_BYTES, ranges, ranges_length)
     if length & 7:
         (<uint64_t *>(start + total - 16))[0] = 0
-    memcpy(start + header, payload, length)
+    copy_bytes(start + header, payload, length)
     ring_commit(ring, start, total)
     return 0
 
