@@ -170,6 +170,39 @@ def test_a_vhd_survives_the_loss_of_one_footer(dynamic_vhd: Path) -> None:
     assert dynamic_vhd.read_bytes()[-512:] == dynamic_vhd.read_bytes()[:512]
 
 
+def test_a_fixed_vhd_with_the_511_byte_footer_of_old_virtual_pc(tmp_path: Path) -> None:
+    path = tmp_path / "fixed.vhd"
+    with create_vhd(path, MIB, variant="fixed") as disk:
+        disk.write(MIB - 512, b"last".ljust(512))
+    edit(path, lambda raw: raw.__delitem__(slice(len(raw) - 1, None)))
+    before = path.read_bytes()
+    assert len(before) == MIB + 511
+    with open_disk(path) as disk:
+        assert disk.size == MIB
+        assert disk.read(MIB - 512, 512) == b"last".ljust(512)
+        disk.write(MIB - 1024, b"more".ljust(512))
+    assert path.read_bytes() == before[: MIB - 1024] + b"more".ljust(512) + before[MIB - 512 :]
+
+
+def test_a_dynamic_vhd_with_the_511_byte_footer_of_old_virtual_pc(dynamic_vhd: Path) -> None:
+    edit(dynamic_vhd, lambda raw: raw.__delitem__(slice(len(raw) - 1, None)))
+    edit(dynamic_vhd, lambda raw: raw.__setitem__(slice(0, 8), bytes(8)))  # the copy is of no use
+    with open_disk(dynamic_vhd) as disk:
+        assert disk.read(2 * (512 << 10), 512) == b"x" * 512
+        disk.write(7 * (512 << 10), b"y" * 512)
+    assert dynamic_vhd.read_bytes()[-512:-504] == b"conectix"
+
+
+def test_a_vhdx_of_specification_1_00_numbers_unmapped_blocks_otherwise(dynamic_vhdx: Path) -> None:
+    edit(dynamic_vhdx, vhdx_at(BAT, "<Q", 5))
+    with open_disk(dynamic_vhdx) as disk:
+        assert disk.read(0, MIB) == bytes(MIB)
+        assert not next(iter(disk.extents(0, MIB))).allocated
+        disk.write(512, b"y" * 512)
+    with open_disk(dynamic_vhdx) as disk:
+        assert disk.read(0, 2048) == bytes(512) + b"y" * 512 + bytes(1024)
+
+
 def test_a_fixed_vhd_that_is_cut_short(tmp_path: Path) -> None:
     path = tmp_path / "fixed.vhd"
     create_vhd(path, MIB, variant="fixed").close()
@@ -232,7 +265,7 @@ METADATA, BAT = 2 * MIB, 3 * MIB  # where our own images have them
         (vhdx_at(METADATA + KIB64 + 8, "<Q", 1 << 63), "not possible in a VHDX"),
         (vhdx_at(METADATA + KIB64 + 8, "<Q", 60 << 40), "block table has 131072 entries"),
         (vhdx_at(METADATA + KIB64 + 32, "<I", 520), "sector size of 520 bytes"),
-        (vhdx_at(BAT, "<Q", 5), "impossible state 5"),
+        (vhdx_at(BAT, "<Q", 4), "impossible state 4"),
         (vhdx_at(BAT, "<Q", 7 | 4 * MIB), "impossible state 7"),
         (vhdx_at(BAT, "<Q", 6 | METADATA), "overlap"),
         (vhdx_at(BAT, "<Q", 6 | 1 << 60), "entry 0 reaches past the end"),

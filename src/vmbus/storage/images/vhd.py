@@ -29,6 +29,7 @@ __all__ = ["DynamicVhd", "FixedVhd", "find_footer", "open_vhd"]
 
 _log = logging.getLogger(__name__)
 
+_OLD_FOOTER = 511
 _MAX_LOCATOR = 64 << 10
 _MAX_BLOCK = 256 << 20
 _MAX_ENTRIES = 1 << 24  # enough for 2040 GiB in blocks of 128 KiB, a quarter of the smallest in use
@@ -37,15 +38,18 @@ _MAX_ENTRIES = 1 << 24  # enough for 2040 GiB in blocks of 128 KiB, a quarter of
 def find_footer(host: HostFile) -> Footer | None:
     """The footer of a VHD, from the file's end or else the copy at its start; None if the file is no VHD at all.
 
+    Versions before Virtual PC 2004 wrote footers of 511 bytes (specification, "Hard Disk Footer Format"); the missing
+    byte is a zero.
+
     Raises:
         DiskError: it is a VHD, but no footer is intact.
     """
     size = host.size
     damaged = None
-    for offset in (size - SECTOR, 0):
+    for offset in (size - SECTOR, size - _OLD_FOOTER if size % SECTOR == _OLD_FOOTER else -1, 0):
         if offset < 0 or size < SECTOR:
             continue
-        footer = Footer.unpack(host.read(offset, SECTOR))
+        footer = Footer.unpack(host.read(offset, min(SECTOR, size - offset)).ljust(SECTOR, b"\0"))
         if footer.cookie != Footer.COOKIE:
             continue
         if footer.checksum != checksum(footer):
@@ -91,7 +95,7 @@ class FixedVhd(ImageDisk):
     unmap_granularity = 4096
 
     def __init__(self, host: HostFile, footer: Footer) -> None:
-        if host.size < footer.current_size + SECTOR:
+        if host.size < footer.current_size + _OLD_FOOTER:
             raise bad_image(
                 host.path, f"the file is cut short: {host.size} bytes for a disk of {footer.current_size}"
             )

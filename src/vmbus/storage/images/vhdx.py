@@ -41,8 +41,8 @@ _STATES = (
     BlockState.ABSENT,  # UNDEFINED
     BlockState.ZERO,
     BlockState.ZERO,  # UNMAPPED
-    BlockState.ABSENT,  # 4 and 5 are reserved; no image that has them is opened
-    BlockState.ABSENT,
+    BlockState.ABSENT,  # 4 is reserved; no image that has it is opened
+    BlockState.ZERO,  # UNMAPPED_1_00
     BlockState.FULL,
     BlockState.PARTIAL,
 )

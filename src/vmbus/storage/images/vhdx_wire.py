@@ -73,12 +73,16 @@ PARENT_LOCATOR_VHDX = UUID("b04aefb7-d19e-4a81-b789-25b8e9445913")
 
 
 class BatState(IntEnum):
-    """The low three bits of a block allocation table entry (2.5.1.1)."""
+    """The low three bits of a block allocation table entry (2.5.1.1).
+
+    UNMAPPED was 5 in version 1.00 of the specification, of Windows Server 2012's time; QEMU knows it as that.
+    """
 
     NOT_PRESENT = 0
     UNDEFINED = 1
     ZERO = 2
     UNMAPPED = 3
+    UNMAPPED_1_00 = 5
     FULLY_PRESENT = 6
     PARTIALLY_PRESENT = 7
 
