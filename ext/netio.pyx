@@ -45,6 +45,7 @@ cdef enum:
     NO_SECTION_INDEX = 0xffffffff
     INFO_CHECKSUM = 0
     INFO_HASH = 8
+    INFO_HASH_INFO = 9
     CHECKSUM_VALUE_INVALID = 0x180
     MOST_MESSAGES = 32
     MOST_RANGES = 64        # transfer-page ranges in one packet of ours

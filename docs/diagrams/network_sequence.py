@@ -111,7 +111,8 @@ class Recorder:
                 text = self.packet(kind, header, payload, sender)
                 # Who numbered the packet: a completion carries the id of the other end's.
                 owner = "PC"[side ^ (kind == COMPLETION)]
-                name = "" if tid == 0 else f" (#{owner}{tid >> 32 or tid})"
+                # The provider's numbers are those of sections, of which there is one with 0.
+                name = f" (#P{tid})" if owner == "P" else "" if tid == 0 else f" (#C{tid >> 32 or tid})"
                 if self.frames or text != "SEND_RNDIS_PACKET_COMPLETE":
                     self.lines.append(f"    {arrow}: {text}{name}".replace(";", ","))
                 self.seen[side] = (at + length * 8 + 8) % size

@@ -289,7 +289,8 @@ cdef class GuestQueue:
             memcpy(item, info + at, sizeof(item))
             if item[0] != 16 or item[2] != 12:
                 return False
-            if not (item[1] == INFO_HASH or (item[1] == INFO_CHECKSUM and not item[3] & CHECKSUM_VALUE_INVALID)):
+            if not (item[1] == INFO_HASH or item[1] == INFO_HASH_INFO
+                    or (item[1] == INFO_CHECKSUM and not item[3] & CHECKSUM_VALUE_INVALID)):
                 return False
             at += 16
         return True

@@ -4,8 +4,10 @@
 cdef class ReceivePool(_Sections):
     """The host's view of a guest's receive buffer: which sections are free, and which packet holds the others.
 
-    A packet's transaction id names its first section in the low 32 bits and counts packets in the high ones, so that
-    a completion that comes twice, or was never asked for, is known for what it is.
+    A packet's transaction id is the number of its first section: DPDK has an array of that many packets, which it
+    indexes with the transaction id, and takes no packet with a larger one. So a completion of a packet that is not in
+    flight on its channel is known for what it is. One that comes twice is taken for that of a later packet, if the
+    section is in use again by then: the guest then gets frames over frames that it has not read, and nobody else does.
 
     Args:
         window: the receive buffer.
@@ -14,20 +16,19 @@ cdef class ReceivePool(_Sections):
     """
 
     cdef uint32_t *next         # section after this one in its packet, or `count`
-    cdef uint64_t *owner        # of a packet's first section: its transaction id; else 0
+    cdef uint8_t *first         # whether it is the first one of a packet
     cdef uint16_t *queue        # of a packet's first section: the channel it went to
-    cdef uint64_t sequence
 
     def __cinit__(self, Window window, uint32_t section_size, uint32_t count):
         self.next = <uint32_t *>calloc(count + 1, 4)
-        self.owner = <uint64_t *>calloc(count + 1, 8)
+        self.first = <uint8_t *>calloc(count + 1, 1)
         self.queue = <uint16_t *>calloc(count + 1, 2)
-        if self.next == NULL or self.owner == NULL or self.queue == NULL:
+        if self.next == NULL or self.first == NULL or self.queue == NULL:
             raise MemoryError
 
     def __dealloc__(self):
         free(self.next)
-        free(self.owner)
+        free(self.first)
         free(self.queue)
 
     def commit(self, list sections, int queue) -> int:
@@ -51,8 +52,8 @@ cdef class ReceivePool(_Sections):
         cdef uint32_t section
         cdef int packets = 0
         for section in range(self.count):
-            if self.owner[section] and self.queue[section] == queue:
-                self._release(self.owner[section], <uint16_t>queue)
+            if self.first[section] and self.queue[section] == queue:
+                self._release(section, <uint16_t>queue)
                 packets += 1
         return packets
 
@@ -61,32 +62,28 @@ cdef class ReceivePool(_Sections):
         result = {}
         cdef uint32_t section, at
         for section in range(self.count):
-            if self.owner[section]:
+            if self.first[section]:
                 held = []
                 at = section
                 while at < self.count:
                     held.append(at)
                     at = self.next[at]
-                result[self.owner[section]] = tuple(held)
+                result[section] = tuple(held)
         return result
 
     cdef uint64_t _commit(self, const uint32_t *sections, uint32_t count, uint16_t queue) noexcept:
         cdef uint32_t index, first = sections[0]
         for index in range(count):
             self.next[sections[index]] = sections[index + 1] if index + 1 < count else self.count
-        self.sequence = (self.sequence + 1) & 0x7fffffff
-        if self.sequence == 0:
-            self.sequence = 1
-        self.owner[first] = self.sequence << 32 | first
+        self.first[first] = 1
         self.queue[first] = queue
-        return self.owner[first]
+        return first
 
     cdef bint _release(self, uint64_t transaction_id, uint16_t queue) noexcept:
         cdef uint32_t section = <uint32_t>transaction_id, following
-        if (section >= self.count or transaction_id == 0 or self.owner[section] != transaction_id
-                or self.queue[section] != queue):
+        if transaction_id >= self.count or not self.first[section] or self.queue[section] != queue:
             return False
-        self.owner[section] = 0
+        self.first[section] = 0
         while section < self.count:
             following = self.next[section]
             self.push(section)
@@ -200,6 +197,9 @@ cdef class HostQueue:
                 raise RingCorrupt("the guest broke its ring")
             if at.type == PACKET_COMPLETION:
                 if not self.pool._release(at.transaction_id, self.queue):
+                    if at.transaction_id >> 63:     # maybe of a message that is no packet of the pool
+                        reason = R_SLOW
+                        break
                     self.violations += 1
                 ring_advance(&self.reader.c, &at)
                 taken += 1

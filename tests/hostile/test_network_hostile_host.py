@@ -226,7 +226,7 @@ def test_bring_up_with_one_wrong_answer() -> None:
                     if item[1]:
                         answered[0] += 1
                         if answered[0] - 1 == which:
-                            item = (item[0], change(item[1]))
+                            item = (item[0], change(item[1]), *item[2:])
                     super().append(item)
 
             guest.vsp._queues[0].completions = Liar()

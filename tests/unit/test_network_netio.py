@@ -206,8 +206,10 @@ def test_receive_pool_knows_its_packets() -> None:
     first, second = pool.commit(sections[:3], 0), pool.commit(sections[3:], 1)
     assert pool.in_flight() == {first: tuple(sections[:3]), second: tuple(sections[3:])}
     assert not pool.release(first, 1)
-    assert not pool.release(first + 1, 0)
-    assert not pool.release(0, 0)
+    assert not pool.release(sections[1], 0)
+    assert (first, second) == (sections[0], sections[3])
+    assert not pool.release(10, 0)
+    assert not pool.release(1 << 32 | first, 0)
     assert not pool.release(2**64 - 1, 0)
     assert pool.release(first, 0)
     assert not pool.release(first, 0)

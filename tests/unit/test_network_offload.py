@@ -69,11 +69,9 @@ def test_complete_fills_in_the_ip_header_only_when_asked() -> None:
     ("frame", "ask"),
     [
         (b"\0" * 60, TransmitChecksum(ipv4=True, tcp=True)),
-        (packets.udp_frame(*V4, b"x"), TransmitChecksum(ipv4=True, tcp=True)),
-        (packets.tcp_frame(*V4, b"x"), TransmitChecksum(ipv6=True, tcp=True)),
-        (packets.tcp_frame(*V4, b"x"), TransmitChecksum(tcp=True)),
-        (packets.tcp_frame(*V4, b"x"), TransmitChecksum(ipv4=True, tcp=True, transport_offset=1023)),
-        (packets.tcp_frame(*V4, b"x")[:40], TransmitChecksum(ipv4=True, tcp=True)),
+        (packets.udp_frame(*V4, b"x", checksum=1), TransmitChecksum(ipv4=True, tcp=True)),
+        (packets.tcp_frame(*V4, b"x", checksum=1), TransmitChecksum(ipv4=True, udp=True)),
+        (packets.tcp_frame(*V4, b"x", checksum=1)[:40], TransmitChecksum(ipv4=True, tcp=True)),
         (
             packets.ethernet(packets.ip_packet(*V4, 6, b"\0" * 19), 0x0800),
             TransmitChecksum(ipv4=True, tcp=True),
@@ -84,7 +82,35 @@ def test_complete_fills_in_the_ip_header_only_when_asked() -> None:
         ),
     ],
 )
-def test_complete_refuses_what_the_frame_is_not(frame: bytes, ask: TransmitChecksum) -> None:
+def test_complete_leaves_out_what_the_frame_has_no_place_for(frame: bytes, ask: TransmitChecksum) -> None:
+    assert offload.complete(frame, ask) == frame
+
+
+@PAIRS
+def test_complete_goes_by_the_frame(pair: tuple[str, str]) -> None:
+    """OpenBSD says IPv4 of everything; and where TCP begins is what the headers say."""
+    frame = packets.tcp_frame(*pair, b"abc", checksum=0x1234)
+    for ask in (
+        TransmitChecksum(ipv4=True, tcp=True),
+        TransmitChecksum(ipv6=True, tcp=True),
+        TransmitChecksum(tcp=True),
+        TransmitChecksum(ipv4=True, ip_header=True, tcp=True, transport_offset=35),
+    ):
+        assert packets.is_valid(offload.complete(frame, ask))
+
+
+@pytest.mark.parametrize(
+    ("ask", "length"),
+    [
+        (TransmitChecksum(ipv4=True, tcp=True, transport_offset=1023), 55),
+        (TransmitChecksum(ipv4=True, tcp=True, transport_offset=55), 55),
+        (TransmitChecksum(ipv4=True, udp=True, transport_offset=33), 55),
+        (TransmitChecksum(ipv6=True, tcp=True, transport_offset=53), 75),
+    ],
+)
+def test_complete_refuses_a_header_that_cannot_be(ask: TransmitChecksum, length: int) -> None:
+    frame = packets.tcp_frame(*(V6 if ask.ipv6 else V4), b"x")
+    assert len(frame) == length
     with pytest.raises(RemoteProtocolError):
         offload.complete(frame, ask)
 
@@ -133,17 +159,35 @@ def test_segment_looks_behind_a_vlan_tag() -> None:
         (packets.tcp_frame(*V4, b"x" * 99), LargeSend(0, 34)),
         (packets.tcp_frame(*V4, b"x" * 5000), LargeSend(1, 34)),
         (packets.tcp_frame(*V4, b"x" * 99), LargeSend(10, 33)),
-        (packets.tcp_frame(*V4, b"x" * 99), LargeSend(10, 54, ipv6=True)),
-        (packets.tcp_frame(*V6, b"x" * 99), LargeSend(10, 54)),
-        (packets.udp_frame(*V4, b"x" * 99), LargeSend(10, 34)),
-        (packets.tcp_frame(*V4, b"")[:50], LargeSend(10, 34)),
-        (packets.tcp_frame(*V4, b"x" * 9, options=b"\0" * 40)[:60], LargeSend(10, 34)),
+        (packets.tcp_frame(*V4, b"")[:46], LargeSend(10, 34)),
         (b"\0" * 20, LargeSend(10, 34)),
     ],
 )
 def test_segment_refuses_nonsense(frame: bytes, ask: LargeSend) -> None:
     with pytest.raises(RemoteProtocolError):
         offload.segment(frame, ask)
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        packets.udp_frame(*V4, b"x" * 99),
+        packets.tcp_frame(*V4, b"")[:50],
+        packets.tcp_frame(*V4, b"x" * 9, options=b"\0" * 40)[:60],
+        b"\0" * 60,
+    ],
+)
+def test_segment_leaves_whole_what_is_no_tcp(frame: bytes) -> None:
+    assert offload.segment(frame, LargeSend(10, 34)) == [frame]
+
+
+@PAIRS
+@pytest.mark.parametrize("ipv6", [False, True])
+def test_segment_goes_by_the_frame(pair: tuple[str, str], ipv6: bool) -> None:
+    frame = packets.tcp_frame(*pair, b"x" * 99, checksum=0)
+    parts = offload.segment(frame, LargeSend(50, 40, ipv6))
+    assert len(parts) == 2
+    assert all(map(packets.is_valid, parts))
 
 
 @PAIRS

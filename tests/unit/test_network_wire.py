@@ -97,7 +97,7 @@ def damage(field: int, value: int) -> bytes:
         (damage(0, 2), "type 0x2"),
         (damage(4, 43), "length 43"),
         (damage(4, 0xFFFFFFFF), "length"),
-        (damage(8, 35), "at 35"),
+        (damage(8, 35), "16 bytes at 36"),
         (damage(8, 0xFFFFFFFF), "at 4294967295"),
         (damage(12, 61), "61 bytes"),
         (damage(12, 0xFFFFFFFF), "4294967295 bytes"),

@@ -177,49 +177,60 @@ def _fill_transport(frame: bytearray, layers: Layers) -> None:
 def complete(frame: bytes, wanted: TransmitChecksum) -> bytes:
     """`frame` with the checksums that the guest left to the host.
 
+    What the headers say counts, not what the guest says of them: OpenBSD asks for the checksums of TCP over IPv6
+    with the flag of IPv4. A checksum that the frame has no place for is left out, as adapters do.
+
     Raises:
-        RemoteProtocolError: the frame is not what the guest says it is.
+        RemoteProtocolError: the transport header is said to lie where none can be (refused by OpenVMM, too).
     """
+    least = ETHERNET_HEADER + (MIN_IPV6 if wanted.ipv6 and not wanted.ipv4 else MIN_IPV4)
+    if (wanted.tcp or wanted.udp) and wanted.transport_offset:
+        _check_transport_offset(frame, wanted.transport_offset, least, 1)
     layers = parse(frame)
-    transport = wanted.tcp or wanted.udp
-    if layers is None or layers.version != (4 if wanted.ipv4 else 6 if wanted.ipv6 else 0):
-        raise RemoteProtocolError("checksum offload asked for a frame that is no IP packet of that version")
-    if transport:
-        protocol = Protocol.TCP if wanted.tcp else Protocol.UDP
-        minimum = MIN_TCP if wanted.tcp else MIN_UDP
-        if layers.protocol != protocol or layers.end - layers.transport < minimum:
-            raise RemoteProtocolError(f"checksum offload asked for a frame without {protocol.name} header")
-        if wanted.transport_offset not in (0, layers.transport):
-            raise RemoteProtocolError(
-                f"transport header said to be at {wanted.transport_offset}, is at {layers.transport}"
-            )
-        if layers.fragment:
-            raise RemoteProtocolError("checksum offload asked for a fragment")
+    if layers is None:
+        return frame
     result = bytearray(frame)
-    if wanted.ipv4 and wanted.ip_header:
+    if layers.version == 4 and wanted.ip_header:
         _fill_ip(result, layers)
-    if transport:
+    length = layers.end - layers.transport
+    if not layers.fragment and (
+        (wanted.tcp and layers.protocol == _TCP and length >= MIN_TCP)
+        or (wanted.udp and layers.protocol == _UDP and length >= MIN_UDP)
+    ):
         _fill_transport(result, layers)
     return bytes(result)
+
+
+def _check_transport_offset(frame: bytes, offset: int, least: int, needed: int) -> None:
+    if offset < least or offset + needed > len(frame):
+        raise RemoteProtocolError(f"transport header said to be at {offset} of {len(frame)} bytes")
 
 
 def segment(frame: bytes, wanted: LargeSend) -> list[bytes]:
     """Cut a large TCP segment into frames of at most `wanted.mss` bytes of payload, checksums filled in.
 
-    The IP total length of the frame given is not looked at (Linux clears it for LSOv2). IPv4 identifications
-    count up; CWR stays on the first, FIN and PSH on the last frame.
+    The IP total length of the frame given is not looked at (Linux clears it for LSOv2), and its headers say where
+    TCP is, not the guest. IPv4 identifications count up; CWR stays on the first, FIN and PSH on the last frame. A
+    frame without a TCP segment cannot be cut and stays whole.
 
     Raises:
-        RemoteProtocolError: no TCP where the guest says it is, or an MSS that makes no sense.
+        RemoteProtocolError: an MSS that makes no sense, or a TCP header outside of the frame.
     """
-    ip, transport = _large_send_headers(frame, wanted)
+    if wanted.mss == 0:
+        raise RemoteProtocolError("LSO into segments of 0 bytes")
+    if wanted.transport_offset:
+        _check_transport_offset(frame, wanted.transport_offset, ETHERNET_HEADER + MIN_IPV4, 13)
+    found = _large_send_headers(frame)
+    if found is None:
+        return [frame]
+    ip, transport, ipv6 = found
     header = transport + (frame[transport + 12] >> 4) * 4
     payload = len(frame) - header
     if header > len(frame) or header < transport + MIN_TCP:
-        raise RemoteProtocolError("LSO of a frame whose TCP header does not fit")
-    if wanted.mss == 0 or -(-payload // wanted.mss) > MAX_SEGMENTS:
+        return [frame]
+    if -(-payload // wanted.mss) > MAX_SEGMENTS:
         raise RemoteProtocolError(f"LSO of {payload} bytes into segments of {wanted.mss}")
-    ip_header = MIN_IPV6 if wanted.ipv6 else 0
+    ip_header = MIN_IPV6 if ipv6 else 0
     if header + min(payload, wanted.mss) - ip - ip_header > MAX_IP:
         raise RemoteProtocolError("LSO segment longer than an IP packet can be")
     flags = frame[transport + 13]
@@ -229,7 +240,7 @@ def segment(frame: bytes, wanted: LargeSend) -> list[bytes]:
     for at in range(header, max(len(frame), header + 1), wanted.mss):
         part = bytearray(frame[:header]) + frame[at : at + wanted.mss]
         size = len(part) - ip
-        if wanted.ipv6:
+        if ipv6:
             part[ip + 4 : ip + 6] = (size - MIN_IPV6).to_bytes(2, "big")
         else:
             part[ip + 2 : ip + 4] = size.to_bytes(2, "big")
@@ -237,36 +248,34 @@ def segment(frame: bytes, wanted: LargeSend) -> list[bytes]:
         part[transport + 4 : transport + 8] = (sequence + at - header & 0xFFFFFFFF).to_bytes(4, "big")
         drop = (TCP_CWR if at > header else 0) | (TCP_FIN | TCP_PSH if at + wanted.mss < len(frame) else 0)
         part[transport + 13] = flags & ~drop
-        layers = Layers(ip, 6 if wanted.ipv6 else 4, Protocol.TCP, transport, len(part), False)
-        if not wanted.ipv6:
+        layers = Layers(ip, 6 if ipv6 else 4, Protocol.TCP, transport, len(part), False)
+        if not ipv6:
             _fill_ip(part, layers)
         _fill_transport(part, layers)
         result.append(bytes(part))
     return result
 
 
-def _large_send_headers(frame: bytes, wanted: LargeSend) -> tuple[int, int]:
-    """Places of the IP and TCP headers, found without the total length, and as the guest says."""
+def _large_send_headers(frame: bytes) -> tuple[int, int, bool] | None:
+    """Places of the IP and TCP headers, found without the total length, and whether IP is IPv6; None without TCP."""
     kind, ip = int.from_bytes(frame[12:14], "big"), ETHERNET_HEADER
     while kind in (EtherType.VLAN, EtherType.SERVICE_VLAN) and len(frame) >= ip + 4:
         kind, ip = int.from_bytes(frame[ip + 2 : ip + 4], "big"), ip + 4
-    expected = EtherType.IPV6 if wanted.ipv6 else EtherType.IPV4
-    if kind != expected or len(frame) < ip + (MIN_IPV6 if wanted.ipv6 else MIN_IPV4):
-        raise RemoteProtocolError(f"LSO of a frame that is not {expected.name}")
-    if wanted.ipv6:
+    ipv6 = kind == EtherType.IPV6
+    if not (ipv6 or kind == EtherType.IPV4) or len(frame) < ip + (MIN_IPV6 if ipv6 else MIN_IPV4):
+        return None
+    if ipv6:
         layers = _skip_extensions(frame, ip, len(frame))
-        found, transport = (layers.protocol, layers.transport) if layers else (-1, 0)
-        if layers and layers.fragment:
-            found = -1
+        if layers is None or layers.fragment:
+            return None
+        protocol, transport = layers.protocol, layers.transport
     else:
-        found, transport = frame[ip + 9], ip + (frame[ip] & 15) * 4
+        protocol, transport = frame[ip + 9], ip + (frame[ip] & 15) * 4
         if transport < ip + MIN_IPV4:
-            found = -1
-    if found != Protocol.TCP or transport + MIN_TCP > len(frame):
-        raise RemoteProtocolError("LSO of a frame without TCP header")
-    if wanted.transport_offset not in (0, transport):
-        raise RemoteProtocolError(f"TCP header said to be at {wanted.transport_offset}, is at {transport}")
-    return ip, transport
+            return None
+    if protocol != Protocol.TCP or transport + MIN_TCP > len(frame):
+        return None
+    return ip, transport, ipv6
 
 
 def check(frame: bytes) -> int:

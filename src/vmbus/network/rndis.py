@@ -77,6 +77,7 @@ class PpiType(IntEnum):
     LARGE_SEND = 2
     VLAN = 6
     HASH_VALUE = 8
+    HASH_INFO = 9
     PACKET_ID = 0x80000001
 
 
@@ -361,6 +362,8 @@ class Frame:
         large_send: see `LargeSend`.
         vlan: see `pack_vlan`.
         hash_value: RSS hash.
+        hash_info: function and types of that hash (`vmbus.network.oid.HashTypes`). FreeBSD and DPDK take no hash
+            without it; Linux does not look at it.
         packet_id: version (8 bits), `PacketIdFlags` (8 bits), id of the coalesced packet (16 bits).
     """
 
@@ -370,6 +373,7 @@ class Frame:
     vlan: int | None = None
     hash_value: int | None = None
     packet_id: int | None = None
+    hash_info: int | None = None
 
 
 _HEADER = struct.Struct("<II")
@@ -429,6 +433,7 @@ def pack_packet(frame: Frame, data_at: int = 0, alignment: int = 1) -> bytes:
     info = b""
     for kind, value in (
         (PpiType.HASH_VALUE, frame.hash_value),
+        (PpiType.HASH_INFO, frame.hash_info),
         (PpiType.VLAN, frame.vlan),
         (PpiType.LARGE_SEND, frame.large_send),
         (PpiType.TCP_IP_CHECKSUM, frame.checksum),
@@ -493,11 +498,8 @@ def _unpack_packet(buffer: Buffer, at: int, size: int) -> tuple[Frame, int]:
     body = length - HEADER_SIZE
     if oob_at or oob_length or oob_count or handle:
         raise RemoteProtocolError("out-of-band data or a virtual circuit in an RNDIS packet")
-    if (
-        data_offset < PACKET_HEADER_SIZE - HEADER_SIZE
-        or data_offset > body
-        or data_length > body - data_offset
-    ):
+    # Data that begins inside of the header is odd, but harmless in a private copy; OpenVMM's own tests send it.
+    if data_offset > body or data_length > body - data_offset:
         raise RemoteProtocolError(f"RNDIS data of {data_length} bytes at {data_offset} in a body of {body}")
     if data_length == 0:
         raise RemoteProtocolError("RNDIS packet without data")
@@ -537,6 +539,7 @@ _INFO_FIELDS: Final[Mapping[int, str]] = MappingProxyType(
         PpiType.LARGE_SEND: "large_send",
         PpiType.VLAN: "vlan",
         PpiType.HASH_VALUE: "hash_value",
+        PpiType.HASH_INFO: "hash_info",
         PpiType.PACKET_ID: "packet_id",
     }
 )

@@ -19,6 +19,9 @@ DEFAULT_KEY: Final = bytes.fromhex(
 """The key of Microsoft's verification suite, also the default of Linux's driver."""
 
 
+_TOEPLITZ: Final = int(HashTypes.TOEPLITZ)
+
+
 class Toeplitz:
     """The Toeplitz hash under one key; every input byte costs one table look-up."""
 
@@ -67,6 +70,11 @@ class RssState:
 
     def hash(self, frame: bytes) -> int | None:
         """The hash of a frame, None if none of the enabled types fits it."""
+        found = self.hash_and_type(frame)
+        return None if found is None else found[0]
+
+    def hash_and_type(self, frame: bytes) -> tuple[int, int] | None:
+        """The hash of a frame and which one it is (`HashTypes`, one type and the function), if one fits it."""
         layers = parse(frame)
         if layers is None:
             return None
@@ -77,12 +85,13 @@ class RssState:
         else:
             addresses = frame[ip + 8 : ip + 40]
             tcp, udp, alone = HashTypes.TCP_IPV6, HashTypes.UDP_IPV6, HashTypes.IPV6
-        with_ports = (layers.protocol == Protocol.TCP and types & tcp) or (
-            layers.protocol == Protocol.UDP and types & udp
+        with_ports = types & (
+            tcp if layers.protocol == Protocol.TCP else udp if layers.protocol == Protocol.UDP else 0
         )
         if with_ports and not layers.fragment and layers.end - layers.transport >= 4:
-            return self.toeplitz(addresses + frame[layers.transport : layers.transport + 4])
-        return self.toeplitz(addresses) if types & alone else None
+            ports = frame[layers.transport : layers.transport + 4]
+            return self.toeplitz(addresses + ports), int(with_ports) | _TOEPLITZ
+        return (self.toeplitz(addresses), int(alone) | _TOEPLITZ) if types & alone else None
 
     def queue(self, hash_value: int | None) -> int:
         """The queue for a hash; frames without one go to queue 0."""

@@ -237,7 +237,7 @@ class NetworkVsp(Delivery):
             if payload[:4] == _RNDIS_PACKET:
                 status = self._receive_rndis(index, packet, frames)
                 if wanted:
-                    queue.completions.append((packet.transaction_id, self.protocol.rndis_completion(status)))
+                    queue.complete(packet.transaction_id, self.protocol.rndis_completion(status))
                 return
             if index:
                 raise RemoteProtocolError("control message on a sub-channel")
@@ -246,7 +246,7 @@ class NetworkVsp(Delivery):
             self.statistics.violations += 1
             log.debug("%s: %s", self.port.name, error)
             if wanted:
-                queue.completions.append((packet.transaction_id, self.protocol.refusal(payload)))
+                queue.complete(packet.transaction_id, self.protocol.refusal(payload))
         finally:
             if self._candidate is not None:  # made for a buffer that was refused
                 self._candidate.close()
@@ -269,7 +269,9 @@ class NetworkVsp(Delivery):
         except (RemoteProtocolError, GuestMemoryError) as error:
             self.statistics.violations += 1
             log.debug("%s: %s", self.port.name, error)
-            return NvspStatus.INVALID_RNDIS_PACKET
+            return (
+                NvspStatus.FAILURE
+            )  # as OpenVMM; `INVALID_RNDIS_PACKET` is known to guests, but no host sends it
         status = NvspStatus.SUCCESS
         for frame in received:
             try:
@@ -277,7 +279,7 @@ class NetworkVsp(Delivery):
             except RemoteProtocolError as error:
                 log.debug("%s: %s", self.port.name, error)
                 self.statistics.sent_errors += 1
-                status = NvspStatus.INVALID_RNDIS_PACKET
+                status = NvspStatus.FAILURE
                 continue
             for data in ready:
                 self.statistics.count_sent(data)
@@ -292,13 +294,14 @@ class NetworkVsp(Delivery):
             buffer = self._send
             if (
                 buffer is None
-                or body.send_buffer_section_index >= buffer.section_count
                 or body.send_buffer_section_size > buffer.section_size
+                or (start := body.send_buffer_section_index * buffer.section_size)
+                + body.send_buffer_section_size
+                > len(buffer.view)
             ):
                 raise RemoteProtocolError(
                     f"send section {body.send_buffer_section_index} of {body.send_buffer_section_size} bytes"
                 )
-            start = body.send_buffer_section_index * buffer.section_size
             message = bytes(buffer.view[start : start + body.send_buffer_section_size])
         ranges = packet.ranges
         if ranges is not None:
@@ -318,8 +321,7 @@ class NetworkVsp(Delivery):
         if frame.large_send is not None:
             result = segment(data, LargeSend.unpack(frame.large_send))
         elif frame.checksum is not None:
-            wanted = TransmitChecksum.unpack(frame.checksum)
-            result = [complete(data, wanted) if wanted.tcp or wanted.udp or wanted.ip_header else data]
+            result = [complete(data, TransmitChecksum.unpack(frame.checksum))]
         else:
             result = [data]
         limit = self.protocol.frame_size + 4  # a tag may be in the frame
@@ -350,14 +352,16 @@ class NetworkVsp(Delivery):
             match action:
                 case Complete(payload):
                     if packet is not None and packet.flags & COMPLETION_REQUESTED:
-                        queue.completions.append((packet.transaction_id, payload))
+                        queue.complete(packet.transaction_id, payload)
                 case RndisControl(message):
                     if len(self._control) < MAX_CONTROL_BACKLOG:
                         self._control.append(message)
                     else:
                         self.statistics.received_no_buffer += 1
-                case InBand(payload):
-                    queue.completions.append((None, payload))
+                case InBand(payload, transaction_id):
+                    flags = 0 if transaction_id is None else COMPLETION_REQUESTED
+                    queue.completions.append((transaction_id or 0, payload, IN_BAND, flags))
+                    self._unanswered += transaction_id is not None
                 case ReceiveBufferGranted():
                     self._grant_receive(action)
                 case SendBufferGranted():

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Final
+from typing import Final, TypeAlias
 
 from vmbus.bus.channel import Channel
 from vmbus.core.netio import HostQueue, ReceivePool
@@ -22,7 +22,7 @@ from vmbus.network.offload import check, coalesce
 from vmbus.network.rndis import Frame, PacketIdFlags
 from vmbus.network.switch import Port, strip_tag
 from vmbus.network.vsp_oid import AdapterStatistics
-from vmbus.network.vsp_protocol import CONTROL_SECTIONS, HostProtocol
+from vmbus.network.vsp_protocol import CONTROL_SECTIONS, VF_ASSOCIATION_ID, HostProtocol
 from vmbus.network.wire import MAX_RSC_RANGES, ChannelType
 
 __all__ = ["BATCH", "MAX_BACKLOG", "Delivery", "Queue", "ring_peer"]
@@ -31,6 +31,8 @@ BATCH: Final = 64
 """Ring packets taken at once, and frames announced in one transfer-page packet."""
 MAX_BACKLOG: Final = 2048
 """Frames that wait for receive sections or ring space, per channel."""
+Hashed: TypeAlias = tuple[int, int]
+"""The RSS hash of a frame, and which hash it is."""
 _FRAGMENT: Final = int(PacketIdFlags.SUB_ALLOCATION)
 _FIRST: Final = int(PacketIdFlags.FIRST)
 _LAST: Final = int(PacketIdFlags.LAST)
@@ -43,7 +45,7 @@ class Queue:
     """One open channel and what waits for it.
 
     Attributes:
-        completions: (transaction id, payload); without an id it is a message of our own.
+        completions: (transaction id, payload, packet type, flags) of completions and of messages of our own.
         backlog: packets for the guest, each a list of one RNDIS message a fragment.
         plain: the compiled path, once there is a receive buffer.
         wanted: payload size of the packet that did not fit into the ring.
@@ -52,11 +54,15 @@ class Queue:
 
     channel: Channel
     index: int
-    completions: deque[tuple[int | None, bytes]] = field(default_factory=deque)
+    completions: deque[tuple[int, bytes, int, int]] = field(default_factory=deque)
     backlog: deque[list[bytes]] = field(default_factory=deque)
     plain: HostQueue | None = None
     wanted: int = 0
     blocked: bool = False
+
+    def complete(self, transaction_id: int, payload: bytes) -> None:
+        """Let a packet of the guest be completed."""
+        self.completions.append((transaction_id, payload, COMPLETION, 0))
 
 
 class Delivery(ABC):
@@ -81,6 +87,7 @@ class Delivery(ABC):
         self._set_id = 0
         self._control: deque[bytes] = deque()
         self._next_packet_id = 0
+        self._unanswered = 0
         self._deferred: list[Callable[[], None]] = []
         self._lock = threading.RLock()
 
@@ -163,20 +170,20 @@ class Delivery(ABC):
             except RingError as error:
                 self._deferred.append(partial(self._fail, index, error))
 
-    def _spread(self, frames: list[bytes]) -> dict[int, list[tuple[bytes, int | None]]]:
+    def _spread(self, frames: list[bytes]) -> dict[int, list[tuple[bytes, Hashed | None]]]:
         """Frames that pass the filter, by queue, with their hashes."""
-        result: dict[int, list[tuple[bytes, int | None]]] = {}
+        result: dict[int, list[tuple[bytes, Hashed | None]]] = {}
         oids, limit = self.protocol.oids, self.protocol.frame_size
         for frame in frames:
             if not oids.accepts(frame[:6]) or len(frame) > limit + 4 * (frame[12:14] == b"\x81\x00"):
                 self.statistics.received_filtered += 1
                 continue
-            value = None if oids.rss is None else oids.rss.hash(frame)
-            index = 0 if oids.rss is None else oids.rss.queue(value)
-            result.setdefault(index, []).append((frame, value))
+            hashed = None if oids.rss is None else oids.rss.hash_and_type(frame)
+            index = 0 if oids.rss is None else oids.rss.queue(None if hashed is None else hashed[0])
+            result.setdefault(index, []).append((frame, hashed))
         return result
 
-    def _enqueue(self, queue: Queue, batch: list[tuple[bytes, int | None]]) -> None:
+    def _enqueue(self, queue: Queue, batch: list[tuple[bytes, Hashed | None]]) -> None:
         """Make the RNDIS messages of frames; those that overflow the backlog are dropped."""
         ipv4, ipv6 = self.protocol.rsc
         hashes = dict(batch)
@@ -197,13 +204,14 @@ class Delivery(ABC):
                 self.statistics.count_received(frame)
             queue.backlog.append(self._messages(group, first, hashes[first]))
 
-    def _messages(self, group: list[bytes], original: bytes, hash_value: int | None) -> list[bytes]:
+    def _messages(self, group: list[bytes], original: bytes, hashed: Hashed | None) -> list[bytes]:
         """The RNDIS messages of one packet: one a fragment."""
         plain, tci = strip_tag(group[0])
         vlan = None if tci is None else rndis.pack_vlan(tci)
         checksum = self._checksum_of(original, len(group) > 1)
+        value, kind = (None, None) if hashed is None else hashed
         if len(group) == 1:
-            return [rndis.pack_packet(Frame(plain, checksum, None, vlan, hash_value))]
+            return [rndis.pack_packet(Frame(plain, checksum, None, vlan, value, hash_info=kind))]
         self._next_packet_id = self._next_packet_id + 1 & 0xFFFF
         messages = []
         for number, part in enumerate(group):
@@ -214,7 +222,7 @@ class Delivery(ABC):
                 flags |= _LAST
             identity = 1 | flags << 8 | self._next_packet_id << 16
             data = plain if number == 0 else part
-            messages.append(rndis.pack_packet(Frame(data, checksum, None, vlan, hash_value, identity)))
+            messages.append(rndis.pack_packet(Frame(data, checksum, None, vlan, value, identity, kind)))
         return messages
 
     def _checksum_of(self, frame: bytes, coalesced: bool) -> int | None:
@@ -246,12 +254,9 @@ class Delivery(ABC):
     def _flush_completions(self, queue: Queue) -> bool:
         outgoing, needed = queue.channel.outgoing, False
         while queue.completions:
-            transaction_id, payload = queue.completions[0]
+            transaction_id, payload, kind, flags = queue.completions[0]
             queue.wanted = len(payload)
-            if transaction_id is None:
-                needed |= outgoing.send(payload)
-            else:
-                needed |= outgoing.send(payload, transaction_id, COMPLETION)
+            needed |= outgoing.send(payload, transaction_id, kind, flags)
             queue.completions.popleft()
             queue.channel.account.packets_sent += 1
         return needed
@@ -310,7 +315,9 @@ class Delivery(ABC):
 
     def _release(self, queue: Queue, transaction_id: int) -> None:
         """The guest completed one of our packets; of others it is told nothing, they are counted."""
-        if self._receive is None or not self._receive.release(transaction_id, queue.index):
+        if transaction_id == VF_ASSOCIATION_ID and self._unanswered:
+            self._unanswered -= 1
+        elif self._receive is None or not self._receive.release(transaction_id, queue.index):
             self.statistics.violations += 1
 
 

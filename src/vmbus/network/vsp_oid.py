@@ -423,8 +423,9 @@ class OidServer:
         return []
 
     def _set_rss(self, data: bytes) -> list[Indication]:
-        # Linux gives the size of the structure in the header, others that of the whole; it is not looked at.
-        p = ReceiveScaleParameters.unpack(data)
+        # Linux and DPDK give the size of the structure in the header, others that of the whole; it is not looked at.
+        # NDIS 6.0's structure is shorter: 28 bytes, without processor masks.
+        p = ReceiveScaleParameters.unpack(data.ljust(ReceiveScaleParameters.SIZE, b"\0"))
         if p.flags & RssFlags.DISABLE_RSS or not p.hash_information & 0xFF:
             self.rss = None
             return []
@@ -445,8 +446,10 @@ class OidServer:
             table = before.table
         else:
             size = p.indirection_table_size
-            if size == 0 or size % 4 or size // 4 > self._table_entries:
+            if size == 0 or size % 4:
                 raise _OidError(NdisStatus.INVALID_DATA)
+            # DPDK sends 128 entries whatever was offered; as with OpenVMM, those that were offered count.
+            size = min(size, 4 * self._table_entries)
             table = struct.unpack(f"<{size // 4}I", _part(data, p.indirection_table_offset, size))
             if any(queue >= self._max_queues for queue in table):
                 raise _OidError(NdisStatus.INVALID_DATA)

@@ -36,6 +36,7 @@ from vmbus.network.wire import (
 from vmbus.wire import Structure
 
 __all__ = [
+    "VF_ASSOCIATION_ID",
     "Action",
     "AdapterConfig",
     "BuffersRevoked",
@@ -57,6 +58,8 @@ MIN_RECEIVE_SECTIONS: Final = CONTROL_SECTIONS + 2
 PACKETS_PER_MESSAGE: Final = 8
 """`InitializeComplete.max_packets_per_message` of Hyper-V and OpenVMM."""
 PACKET_ALIGNMENT_FACTOR: Final = 3
+VF_ASSOCIATION_ID: Final = 1 << 63
+"""Transaction id of `SEND_VF_ASSOCIATION` (as OpenVMM's), out of the way of those of received packets."""
 
 
 class HostState(IntEnum):
@@ -95,9 +98,14 @@ class Complete(Action):
 
 @dataclass(frozen=True, slots=True)
 class InBand(Action):
-    """Send this message of our own."""
+    """Send this message of our own.
+
+    With a transaction id its completion is asked for. Linux completes no in-band message, Windows does, and nothing
+    waits for it.
+    """
 
     payload: bytes
+    transaction_id: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,8 +296,9 @@ class HostProtocol:
         if message_type == RndisType.INITIALIZE:
             assert isinstance(body, rndis.InitializeRequest)
             return self._initialize(body)
-        if self.rndis_state != RndisState.INITIALIZED and message_type != RndisType.HALT:
-            raise RemoteProtocolError(f"RNDIS message 0x{message_type:x} before INITIALIZE")
+        # Before INITIALIZE, too, requests are answered, as by OpenVMM, but nothing is told and no frame comes.
+        if self.rndis_state == RndisState.HALTED and message_type != RndisType.HALT:
+            raise RemoteProtocolError(f"RNDIS message 0x{message_type:x} after HALT")
         match body:
             case rndis.QueryRequest():
                 status, answer = self.oids.query(body.oid, data)
@@ -363,7 +372,7 @@ class HostProtocol:
         serial = self.vf_serial if self.vf_serial is not None else self._vf_announced
         self._vf_announced = self.vf_serial
         body = wire.SendVfAssociation(int(there), serial or 0)
-        return [InBand(self._pack(MessageType.SEND_VF_ASSOCIATION, body))]
+        return [InBand(self._pack(MessageType.SEND_VF_ASSOCIATION, body), VF_ASSOCIATION_ID)]
 
     def send_table(self, channels: int) -> list[Action]:
         """Tell the guest over which of `channels` open channels to spread what it sends (NVSP 5 and later)."""
@@ -429,9 +438,8 @@ class HostProtocol:
     def _grant_send_buffer(self, body: wire.SendSendBuffer, size: Callable[[int], int]) -> list[Action]:
         if self.state not in (HostState.CONFIGURED, HostState.READY) or self._send_buffer is not None:
             raise RemoteProtocolError(f"NVSP SEND_SEND_BUFFER in state {self.state.name}, or a second one")
+        # Sections have one size. Of a buffer that is smaller, or not a multiple of it, what there is can be used.
         count = size(body.gpadl_id) // SEND_SECTION_SIZE
-        if count == 0:
-            raise RemoteProtocolError("send buffer smaller than a section")
         self._send_buffer = body.id
         answer = wire.SendSendBufferComplete(NvspStatus.SUCCESS, SEND_SECTION_SIZE)
         return [
