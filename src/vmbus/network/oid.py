@@ -167,6 +167,10 @@ class ReceiveScaleCapabilities(Structure):
     number_of_indirection_table_entries: U16
 
 
+RSS_CAPABILITIES_MIN_SIZE: Final = 16
+"""Bytes of revision 1 of `ReceiveScaleCapabilities`, which says nothing of the indirection table."""
+
+
 @wire(size=40, offsets={"indirection_table_offset": 16, "hash_secret_key_offset": 24})
 class ReceiveScaleParameters(Structure):
     """`Oid.GEN_RECEIVE_SCALE_PARAMETERS`; offsets count from its start, sizes are in bytes."""

@@ -485,6 +485,17 @@ def unpack_packets(buffer: Buffer, limit: int) -> list[Frame]:
     return frames
 
 
+def unpack_first_packet(buffer: Buffer) -> Frame:
+    """The frame of the packet message at the start of a range of the receive buffer.
+
+    What stands behind the message is not looked at: a host may give the length of a range rounded up.
+
+    Raises:
+        RemoteProtocolError: anything does not fit.
+    """
+    return _unpack_packet(buffer, 0, len(buffer))[0]
+
+
 def _unpack_packet(buffer: Buffer, at: int, size: int) -> tuple[Frame, int]:
     if size < PACKET_HEADER_SIZE:
         raise RemoteProtocolError(f"truncated RNDIS packet: {size} bytes")

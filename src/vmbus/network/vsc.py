@@ -470,7 +470,7 @@ class NetworkVsc(Sending):
             message = bytes(self._receive.view[offset : offset + length])
             try:
                 if message[:4] == _PACKET_MESSAGE:
-                    self._take(rndis.unpack_packets(message, 1)[0])
+                    self._take(rndis.unpack_first_packet(message))
                 else:
                     self.protocol.receive_rndis(message)
             except RemoteProtocolError as error:

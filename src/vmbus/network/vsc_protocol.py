@@ -17,6 +17,7 @@ from vmbus.network import rndis, wire
 from vmbus.network.oid import (
     HASH_KEY_SIZE,
     OFFLOAD_SIZES,
+    RSS_CAPABILITIES_MIN_SIZE,
     HashTypes,
     NdisObjectHeader,
     NdisObjectType,
@@ -52,6 +53,8 @@ MIN_SECTION: Final = 68
 """Smallest section a client can do anything with: the minimum MTU of IPv4, as in Linux's driver."""
 MAX_ALIGNMENT_FACTOR: Final = 8
 MAX_TABLE: Final = 256
+PADDED_TABLE_AT: Final = 28
+"""Where some hosts up to NVSP 6 really put the send table: behind the longest message, not where they say (Linux)."""
 RECEIVE_FILTER: Final = PacketFilter.DIRECTED | PacketFilter.ALL_MULTICAST | PacketFilter.BROADCAST
 
 T = TypeVar("T")
@@ -240,9 +243,12 @@ class GuestProtocol:
                 self.vf_serial = body.serial_number if body.allocated else None
             case wire.SendIndirectionTable():
                 size = 4 * SEND_TABLE_ENTRIES
-                if body.count != SEND_TABLE_ENTRIES or body.offset > len(payload) - size:
-                    raise RemoteProtocolError(f"send table of {body.count} entries at {body.offset}")
-                self.send_table = struct.unpack_from(f"<{SEND_TABLE_ENTRIES}I", payload, body.offset)
+                offset = body.offset
+                if self.version <= Version.V6 and len(payload) >= PADDED_TABLE_AT + size:
+                    offset = PADDED_TABLE_AT
+                if body.count != SEND_TABLE_ENTRIES or offset > len(payload) - size:
+                    raise RemoteProtocolError(f"send table of {body.count} entries at {offset}")
+                self.send_table = struct.unpack_from(f"<{SEND_TABLE_ENTRIES}I", payload, offset)
             case wire.SwitchDataPath() if body.active_data_path == DataPath.SYNTHETIC:
                 pass
             case _:
@@ -377,21 +383,29 @@ class GuestProtocol:
         self.alignment = 1 << body.packet_alignment_factor
 
     def _discover(self) -> Script[None]:
-        frame = yield from self.query(Oid.GEN_MAXIMUM_FRAME_SIZE, size=4)
-        mtu = int.from_bytes(frame, "little")
+        # Only the address is indispensable; hosts differ in what else they know, and Linux asks as hopefully.
+        mtu = yield from self._optional(Oid.GEN_MAXIMUM_FRAME_SIZE, self.mtu)
         if mtu < MIN_SECTION:
             raise RemoteProtocolError(f"host's MTU of {mtu}")
         self.mtu = min(self.mtu, mtu)
         self.mac = yield from self.query(Oid.ETHERNET_PERMANENT_ADDRESS, size=6)
-        status = yield from self.query(Oid.GEN_MEDIA_CONNECT_STATUS, size=4)
-        self.link_up = not any(status)
-        speed = yield from self.query(Oid.GEN_LINK_SPEED, size=4)
-        self.link_speed = int.from_bytes(speed, "little") * 100
+        disconnected = yield from self._optional(Oid.GEN_MEDIA_CONNECT_STATUS, 0)
+        self.link_up = not disconnected
+        speed = yield from self._optional(Oid.GEN_LINK_SPEED, 0)
+        self.link_speed = speed * 100
         try:
             name = yield from self.query(Oid.GEN_FRIENDLY_NAME)
         except DeviceError:
-            return  # optional, as in Linux's driver
+            return
         self.friendly_name = name[:512].decode("utf-16-le", "replace").split("\0")[0]
+
+    def _optional(self, oid: int, default: int) -> Script[int]:
+        """The number that is the answer to an OID; the default if the host does not know it."""
+        try:
+            answer = yield from self.query(oid, size=4)
+        except DeviceError:
+            return default
+        return int.from_bytes(answer, "little")
 
     def _choose_offloads(self) -> Script[None]:
         if self.version >= Version.V5:
@@ -400,7 +414,10 @@ class GuestProtocol:
             revision = 2 if self.version >= Version.V4 else 1
         header = NdisObjectHeader(NdisObjectType.OFFLOAD, revision, OFFLOAD_SIZES[revision])
         data = header.pack().ljust(OFFLOAD_SIZES[revision], b"\0")
-        answer = yield from self.query(Oid.TCP_OFFLOAD_HARDWARE_CAPABILITIES, data)
+        try:
+            answer = yield from self.query(Oid.TCP_OFFLOAD_HARDWARE_CAPABILITIES, data)
+        except DeviceError:
+            return  # a host without offloads, such as one of NDIS 5
         found = NdisObjectHeader.unpack(answer)
         if found.type != NdisObjectType.OFFLOAD or not OFFLOAD_SIZES[1] <= found.size <= len(answer):
             raise RemoteProtocolError(f"offload capabilities: {found} in {len(answer)} bytes")
@@ -453,7 +470,12 @@ class GuestProtocol:
     def _discover_queues(self) -> Script[None]:
         header = NdisObjectHeader(NdisObjectType.RSS_CAPABILITIES, 2, ReceiveScaleCapabilities.SIZE)
         request = header.pack().ljust(ReceiveScaleCapabilities.SIZE, b"\0")
-        answer = yield from self.query(Oid.GEN_RECEIVE_SCALE_CAPABILITIES, request)
+        try:
+            answer = yield from self.query(Oid.GEN_RECEIVE_SCALE_CAPABILITIES, request)
+        except DeviceError:
+            return  # one queue
+        if len(answer) >= RSS_CAPABILITIES_MIN_SIZE:
+            answer = answer.ljust(ReceiveScaleCapabilities.SIZE, b"\0")
         found = ReceiveScaleCapabilities.unpack(answer)
         self.max_queues = max(1, min(found.number_of_receive_queues, 64))
         entries = found.number_of_indirection_table_entries
