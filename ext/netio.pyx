@@ -105,11 +105,22 @@ cdef tuple _take_counts(counts_t *counts):
 cdef enum:
     LARGE_BLOCK = 4 << 20
 
-# Frames come and go in batches of some 100 KiB. With its first settings glibc's allocator gives the end of the heap back
-# to the kernel each time, and every page of the next batch is a fault: 1500-byte frames took nearly three times as long.
-# It adapts to programs that have freed a large block once, and keeps up to twice as much from then on (mallopt(3),
-# M_MMAP_THRESHOLD). By Python's functions, because a compiler leaves out malloc and free of what nobody uses.
-PyMem_RawFree(PyMem_RawMalloc(LARGE_BLOCK))
+cdef bint heap_is_kept = False
+
+
+cdef void _keep_heap() noexcept:
+    """Make glibc's allocator keep what a batch of frames leaves, from the first adapter of the process on.
+
+    Frames come and go in batches of some 100 KiB. With its first settings the allocator gives the end of the heap back
+    to the kernel each time that nothing happens to lie behind it, and every page of the next batch is a fault: 1500-byte
+    frames took nearly three times as long. It adapts to programs that have freed a large block once, and keeps up to
+    twice as much from then on (mallopt(3), M_MMAP_THRESHOLD) - unless the user has set a threshold, which then stays.
+    By Python's functions, because a compiler leaves out malloc and free of what nobody uses.
+    """
+    global heap_is_kept
+    if not heap_is_kept:
+        heap_is_kept = True
+        PyMem_RawFree(PyMem_RawMalloc(LARGE_BLOCK))
 
 
 include "netio/sections.pxi"

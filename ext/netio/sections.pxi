@@ -14,6 +14,7 @@ cdef class _Sections:
     def __cinit__(self, Window window not None, uint32_t section_size, uint32_t count, *args):
         if window.base == NULL or section_size < HEADER or <uint64_t>section_size * count > <uint64_t>window.size:
             raise ValueError(f"{count} sections of {section_size} bytes do not fit a window of {window.size} bytes")
+        _keep_heap()
         self.stack = <uint32_t *>malloc(4 * count + 4)
         self.taken = <uint8_t *>calloc(count + 1, 1)
         if self.stack == NULL or self.taken == NULL:
