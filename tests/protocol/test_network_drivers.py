@@ -382,6 +382,16 @@ def test_mac_options_and_rss_without_a_table() -> None:
     assert struct.unpack_from("<2I", answer) == (133, FAILURE)
 
 
+def test_statistics_are_as_long_as_there_is_room() -> None:
+    driver = started()
+    driver.initialize(0)
+    assert driver.transfer([packet(frame(mac(2), mac(1)))]) == SUCCESS
+    for oid in (0x20101, 0x20202):
+        assert driver.query(oid) == struct.pack("<Q", 1)
+        assert driver.query(oid, bytes(8)) == struct.pack("<Q", 1)
+        assert driver.query(oid, bytes(4)) == struct.pack("<I", 1)
+
+
 def test_sixteen_keepalives_without_reading() -> None:
     driver = started()
     driver.initialize(0)

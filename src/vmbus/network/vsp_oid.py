@@ -267,8 +267,8 @@ class OidServer:
             return lambda _: (value() & 0xFFFFFFFF).to_bytes(4, "little")
 
         def u64(value: Callable[[], int]) -> Callable[[bytes], bytes]:
-            # NDIS lets statistics be 4 or 8 bytes; clients take what is there.
-            return lambda _: value().to_bytes(8, "little")
+            # NDIS lets statistics be 4 or 8 bytes; who brings a buffer of 4 has no room for more.
+            return lambda data: value().to_bytes(8, "little")[: 4 if len(data) == 4 else 8]
 
         def constant(value: int) -> Callable[[bytes], bytes]:
             return u32(lambda: value)
