@@ -107,7 +107,7 @@ _TABLE: tuple[Variant, ...] = (  # of one message the longest first
     Variant(VersionResponse2, Sender.HOST, DISCONNECTED, by_size=True),
     Variant(VersionResponse, Sender.HOST, DISCONNECTED),
     Variant(Unload, Sender.GUEST, Version.V0_13),
-    Variant(UnloadComplete, Sender.HOST, Version.V1_1),
+    Variant(UnloadComplete, Sender.HOST, Version.V0_13),
     Variant(OpenReservedChannel, Sender.GUEST, Version.V4_0),
     Variant(CloseReservedChannel, Sender.GUEST, DISCONNECTED),
     Variant(CloseReservedResponse, Sender.HOST, DISCONNECTED),

@@ -314,11 +314,10 @@ class HostMachine(ChannelMessages):
         self._link.state = state
 
     def _on_unload(self, message: wire.Unload, tail: bytes) -> None:
-        version = self._link.version
         step(CONNECTION, self._link.state, MessageType.UNLOAD, RemoteProtocolError, "the connection")
         self._disconnect()
-        if version >= Version.V1_1:
-            self._send(wire.UnloadComplete())
+        # In every version: a new host's guest may speak an old one and wait for this all the same (iPXE does).
+        self._send(wire.UnloadComplete())
 
     def _on_request_offers(self, message: wire.RequestOffers, tail: bytes) -> None:
         link = self._link

@@ -18,7 +18,7 @@ class Version(IntEnum):
     V0_13 = 0x0000_000D
     """Server 2008 (OpenVMM: V1, Linux: VERSION_WS2008)."""
     V1_1 = 0x0001_0001
-    """Server 2008 R2, Windows 7; the first with UNLOAD_COMPLETE."""
+    """Server 2008 R2, Windows 7; guests of that time wait for UNLOAD_COMPLETE, older ones do not."""
     V2_4 = 0x0002_0004
     """Server 2012, Windows 8: sub-channels, a target VP and a dedicated connection for each channel."""
     V3_0 = 0x0003_0000
