@@ -293,7 +293,7 @@ cdef class Cpu:
         return 0
 
     def complete(self, uint64_t value=0) -> None:
-        """Finish the exiting instruction: `value` is what it reads, RAX of a hypercall, the 64 bits of an MSR."""
+        """Finish the exiting instruction: `value` is what it reads, a hypercall's result, the 64 bits of an MSR."""
         cdef x86_state_t *c = &self.c
         if not c.pending:
             raise LocalProtocolError("there is no exit to complete")
@@ -315,6 +315,8 @@ cdef class Cpu:
             c.regs[2] = value >> 32
         elif c.reason == X86_HYPERCALL:
             c.regs[0] = linear(c, value)
+            if not c.long_mode:     # EDX:EAX
+                c.regs[2] = value >> 32
         elif c.reason == X86_CPUID:
             raise LocalProtocolError("CPUID is completed with complete_cpuid()")
         self._retire()

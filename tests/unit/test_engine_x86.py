@@ -18,6 +18,7 @@ from vmbus.engine import (
 from vmbus.engine.x86 import X86Engine
 from vmbus.errors import EngineError
 from vmbus.hypervisor import Hypervisor, Partition, VpSuspended
+from vmbus.hypervisor.tlfs import Msr
 
 RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI = range(8)
 CODE, STACK, IDT, HANDLER = 0x1000, 0x8000, 0x2000, 0x3000
@@ -229,6 +230,27 @@ def test_the_plain_engine_names_its_exits(child: Partition) -> None:
     assert plain.run() == Halt(True)
     assert plain.instructions == 11
     assert plain.run(0) == Limit(0)
+
+
+def test_hypercalls_of_protected_mode(child: Partition) -> None:
+    """Their parameters come in register pairs, EDX:EAX, EBX:ECX and EDI:ESI; the result goes to EDX:EAX."""
+    engine = start(child, "0f 01 c1 f4", bits=32)
+    for register, value in ((RAX, 1), (RDX, 2), (RCX, 3), (RBX, 4), (RSI, 5), (RDI, 6)):
+        engine.cpu.set_register(register, value)
+    assert engine.run() == Hypercall(2 << 32 | 1, 4 << 32 | 3, 6 << 32 | 5)
+    engine.complete(0x0000_0003_0000_0005)
+    assert (engine.cpu.register(RDX), engine.cpu.register(RAX)) == (3, 5)
+    assert engine.run() == Halt(False)
+    vp = child.vps[0]
+    vp.wrmsr(Msr.GUEST_OS_ID, 1)
+    vp.wrmsr(Msr.HYPERCALL, 0x9000 | 1)
+    rung = []
+    child.hypervisor.create_event_port(child, 0x2001, rung.append)
+    # What a 32-bit driver does to signal an event: a call into the hypercall page.
+    engine = start(child, "b8 5d 00 01 00 31 d2 b9 01 20 00 00 31 db bf 00 90 00 00 ff d7 f4", bits=32)
+    engine.execute()
+    assert rung == [0]
+    assert (engine.cpu.register(RDX), engine.cpu.register(RAX)) == (0, 0)
 
 
 def test_serve_answers_with_the_processor(child: Partition) -> None:

@@ -100,12 +100,12 @@ class Cpuid:
 
 @dataclass(slots=True)
 class Hypercall:
-    """VMCALL or VMMCALL with the registers of the x64 calling convention; completed with RAX.
+    """VMCALL or VMMCALL; completed with the result, which goes to RAX (EDX:EAX in protected mode).
 
     Attributes:
-        control: RCX.
-        input: RDX: GPA of the input, or the first 8 bytes of a fast call.
-        output: R8: GPA of the output, or the second 8 bytes of a fast call.
+        control: RCX; EDX:EAX in protected mode.
+        input: RDX (EBX:ECX): GPA of the input, or the first 8 bytes of a fast call.
+        output: R8 (EDI:ESI): GPA of the output, or the second 8 bytes of a fast call.
         xmm: XMM0–XMM5, 96 bytes, if the engine has them.
     """
 

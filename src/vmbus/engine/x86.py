@@ -79,7 +79,7 @@ class X86Engine:
         if reason == x86.CPUID:
             return Cpuid(cpu.register(RAX) & 0xFFFFFFFF, cpu.register(RCX) & 0xFFFFFFFF)
         if reason == x86.HYPERCALL:
-            return Hypercall(cpu.register(RCX), cpu.register(RDX), cpu.register(R8))
+            return Hypercall(*self._hypercall())
         if reason == x86.HALT:
             return Halt(cpu.interruptible)
         if reason == x86.WINDOW:
@@ -216,9 +216,18 @@ class X86Engine:
             elif reason == x86.CPUID:
                 cpu.complete_cpuid(*vp.cpuid(cpu.register(RAX) & 0xFFFFFFFF, cpu.register(RCX) & 0xFFFFFFFF))
             else:
-                cpu.complete(vp.hypercall(cpu.register(RCX), cpu.register(RDX), cpu.register(R8)))
+                cpu.complete(vp.hypercall(*self._hypercall()))
         except GuestFault as fault:
             cpu.fault(fault.vector)
 
     def _edx_eax(self) -> int:
-        return (self.cpu.register(RDX) & 0xFFFFFFFF) << 32 | self.cpu.register(RAX) & 0xFFFFFFFF
+        return self._pair(RDX, RAX)
+
+    def _pair(self, high: int, low: int) -> int:
+        return (self.cpu.register(high) & 0xFFFFFFFF) << 32 | self.cpu.register(low) & 0xFFFFFFFF
+
+    def _hypercall(self) -> tuple[int, int, int]:
+        """Control, input and output of a hypercall, from the registers of its mode (TLFS, hypercall interface)."""
+        if self.cpu.bits == 32:
+            return self._edx_eax(), self._pair(RBX, RCX), self._pair(RDI, RSI)
+        return self.cpu.register(RCX), self.cpu.register(RDX), self.cpu.register(R8)
