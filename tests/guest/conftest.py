@@ -34,11 +34,14 @@ def _unavailable(reason: str) -> None:
 
 @pytest.fixture(scope="session")
 def guest() -> Guest:
-    """The distribution's kernel and our initramfs; VMBUS_GUEST_CACHE names another cache folder."""
-    cache = os.environ.get("VMBUS_GUEST_CACHE")
+    """The distribution's kernel and our initramfs.
+
+    VMBUS_GUEST_PACKAGE names another kernel package, VMBUS_GUEST_CACHE another cache folder: use both together.
+    """
+    cache, package = os.environ.get("VMBUS_GUEST_CACHE"), os.environ.get("VMBUS_GUEST_PACKAGE")
     try:
         find_library()
-        return prepare_guest(Path(cache) if cache else None)
+        return prepare_guest(Path(cache) if cache else None, package=package)
     except (BootError, EngineError) as error:
         _unavailable(str(error))
         raise

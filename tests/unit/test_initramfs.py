@@ -74,7 +74,7 @@ def test_the_same_files_give_the_same_archive() -> None:
         build_initramfs(b"#!/bin/sh", {})
 
 
-def cache(folder: Path) -> None:
+def cache(folder: Path, **more: object) -> None:
     files = {"vmlinuz": b"kernel", "initramfs.cpio": b"archive", "busybox": b"busybox"}
     for name, data in files.items():
         (folder / name).write_bytes(data)
@@ -84,6 +84,7 @@ def cache(folder: Path) -> None:
         "version": "6.1.0",
         "packages": {},
         "files": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
+        **more,
     }
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
@@ -100,6 +101,20 @@ def test_the_cache_is_used_only_while_every_checksum_holds(tmp_path: Path) -> No
     cache(tmp_path)
     (tmp_path / "manifest.json").write_text("[1, 2]")
     assert load_guest(tmp_path) is None
+
+
+def test_a_guest_with_another_kernel_than_the_named_one_is_built_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = "linux-image-6.1.0-50-cloud-amd64"
+    cache(tmp_path, wanted="linux-image-cloud-amd64", packages={f"{image}_6.1.192-2_amd64.deb": "…"})
+    guest = load_guest(tmp_path)
+    for same in (None, "linux-image-cloud-amd64", image):
+        assert prepare_guest(tmp_path, package=same) == guest
+    monkeypatch.setenv("PATH", "")  # building one fails at once here
+    for other in ("linux-image-amd64", "linux-image-6.1.0-50"):
+        with pytest.raises(BootError, match="apt-get"):
+            prepare_guest(tmp_path, package=other)
 
 
 def test_a_guest_of_another_recipe_is_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

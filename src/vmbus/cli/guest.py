@@ -30,7 +30,10 @@ def add_parser(subparsers: Any) -> None:
         ),
     )
     prepare.add_argument("--cache", type=Path, metavar="FOLDER", help=f"default: {default_cache()}")
-    prepare.add_argument("--package", help="the kernel package (default: the distribution's cloud kernel)")
+    prepare.add_argument(
+        "--package",
+        help="the kernel package (default: what is in the cache, else the distribution's cloud kernel)",
+    )
     prepare.add_argument(
         "--refresh", action="store_true", help="download again even if the cache is complete"
     )

@@ -43,6 +43,7 @@ class Guest:
         busybox: the static busybox, for root disks.
         version: the kernel's release.
         packages: package file names that it was made from, with their SHA-256.
+        wanted: the kernel package that was asked for; None for the distribution's choice.
     """
 
     kernel: Path
@@ -50,6 +51,12 @@ class Guest:
     busybox: Path
     version: str
     packages: Mapping[str, str]
+    wanted: str | None = None
+
+    def is_from(self, package: str | None) -> bool:
+        """Whether its kernel comes from `package`, a meta package or a real one; None for any."""
+        asked_for = package in (None, self.wanted)
+        return asked_for or any(name.startswith(f"{package}_") for name in self.packages)
 
 
 def default_cache() -> Path:
@@ -74,6 +81,7 @@ def load_guest(cache: Path | None = None) -> Guest | None:
             folder / "busybox",
             manifest["version"],
             manifest["packages"],
+            manifest.get("wanted"),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -90,7 +98,7 @@ def prepare_guest(
 
     Args:
         cache: folder to keep it in; `default_cache` by default.
-        package: the kernel package; the distribution's cloud kernel by default.
+        package: the kernel package; by default what is in the cache, else the distribution's cloud kernel.
         refresh: do it again even if the cache is complete.
         progress: called with a line about each step.
 
@@ -98,7 +106,7 @@ def prepare_guest(
         BootError: there is no apt here, a package cannot be had, or its checksum is wrong; says what to do.
     """
     folder = default_cache() if cache is None else cache
-    if not refresh and (known := load_guest(folder)) is not None:
+    if not refresh and (known := load_guest(folder)) is not None and known.is_from(package):
         progress(f"{folder}: complete, kernel {known.version}")
         return known
     missing = [tool for tool in NEEDED if shutil.which(tool) is None]
@@ -139,6 +147,7 @@ def prepare_guest(
         "recipe": RECIPE,
         "version": version,
         "packages": packages,
+        "wanted": package,
         "files": {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()},
     }
     (folder / MANIFEST).unlink(missing_ok=True)  # an interrupted run must not look complete
