@@ -272,6 +272,40 @@ def test_reserved_channel_outlives_unload_and_reconnect() -> None:
     pair.check_agreement()
 
 
+@pytest.mark.parametrize("version", [Version.V4_0, Version.V6_0])
+def test_a_reserved_channel_that_is_closed_through_a_later_connection(version: Version) -> None:
+    """Its guest still knows it and what belongs to it; it opens it again or gives it back as any other."""
+    pair = Pair()
+    first, second = pair.offer(an_offer(1)), pair.offer(an_offer(2))
+    pair.connect(Version.V5_3)
+    ids = {c.offer.key: n for n, c in pair.guest.channels.items()}
+    mine, other = ids[an_offer(1).key], ids[an_offer(2).key]
+    ring, spare = pair.gpadl(mine), pair.gpadl(mine)
+    pair.run()
+    pair.post(pair.guest.open_reserved(mine, ring, 4))
+    pair.run()
+    pair.connect(version)
+    assert sorted(pair.guest.channels) == sorted(ids.values())
+    assert not pair.guest.has_gpadl(spare), "only the ring outlives the connection"
+    pair.check_agreement()
+    pair.post(pair.guest.close_reserved(mine))
+    assert pair.run() == [act.ReservedClosed(mine)]
+    pair.check_agreement()
+    pair.post(pair.guest.open_reserved(mine, ring, 4))
+    assert pair.run() == [act.OpenAnswered(mine, 0)]
+    pair.post(pair.guest.close_reserved(mine))
+    pair.run()
+    pair.post(pair.guest.teardown_gpadl(mine, ring))
+    assert pair.run() == [act.GpadlGone(ring)]
+    pair.post(pair.guest.release(mine))
+    assert pair.run() == [], "given back, it is offered with the next connection"
+    assert list(pair.guest.channels) == [other]
+    pair.connect(version)
+    assert len(pair.guest.channels) == 2
+    assert {first, second} == set(pair.host.channels)
+    pair.check_agreement()
+
+
 def test_the_answer_to_a_reserved_open_goes_to_its_own_vp_and_sint() -> None:
     pair = Pair()
     pair.offer(an_offer(1))
@@ -323,11 +357,11 @@ def test_a_reserved_open_that_is_answered_after_its_connection(ok: bool, reconne
     assert list(pair.opened) == [first], "not closed by the end of its connection"
     pair.complete_held(0, ok)
     status = 0 if ok else wire.Status.UNSUCCESSFUL
-    events = pair.run()
-    assert events[0] == act.OpenAnswered(1, status)
-    assert kinds(events[1:]) == [act.OfferSeen] * (reconnect and not ok), "free again"
-    assert (pair.host.channels[first].state is ChannelState.RESERVED) == ok
-    assert bool(pair.opened) == bool(pair.mapped) == ok
+    assert pair.run() == [act.OpenAnswered(1, status)]
+    refused = ChannelState.OFFERED if reconnect else ChannelState.ABSENT
+    assert pair.host.channels[first].state is (ChannelState.RESERVED if ok else refused)
+    assert bool(pair.opened) == ok
+    assert bool(pair.mapped) == (ok or reconnect), "a guest that is connected may tear its memory down itself"
     pair.check_agreement()
 
 

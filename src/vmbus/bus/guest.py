@@ -411,8 +411,8 @@ class GuestMachine(GuestState):
         state = self._step_channel(channel, MessageType.OPEN_CHANNEL_RESULT, RemoteProtocolError, ok=ok)
         self._answered(channel)
         channel.state = state
-        if channel.foreign and not ok:
-            self._drop(channel)
+        if state is ChannelState.OFFERED:
+            self._end_reserved(channel)
         return [act.OpenAnswered(message.channel_id, message.status)]
 
     def _on_gpadl_created(self, message: wire.GpadlCreated) -> list[act.GuestEvent]:
@@ -443,8 +443,7 @@ class GuestMachine(GuestState):
         state = self._step_channel(channel, MessageType.CLOSE_RESERVED_RESPONSE, RemoteProtocolError)
         self._answered(channel)
         channel.state = state
-        if channel.foreign:
-            self._drop(channel)
+        self._end_reserved(channel)
         return [act.ReservedClosed(message.channel_id)]
 
     def _on_modify_response(self, message: wire.ModifyChannelResponse) -> list[act.GuestEvent]:

@@ -221,11 +221,19 @@ class GuestState:
         self._keys.discard(channel.offer.key)
         channel.state = ChannelState.ABSENT
 
+    def _end_reserved(self, channel: GuestChannel) -> None:
+        """A reserved channel is one no longer; without a connection there is nothing that it could be instead."""
+        if channel.foreign and self._version == 0:
+            self._drop(channel)
+        channel.foreign = False
+
     def _forget(self) -> None:
         """No connection any more, and no channels but reserved ones."""
         for channel in list(self._channels.values()):
             if channel.state in RESERVED_STATES:
                 channel.foreign = True
+                for gpadl_id in [n for n in channel.gpadls if n != channel.ring_gpadl]:
+                    self._set_gpadl(channel, gpadl_id, GpadlState.ABSENT)
             else:
                 self._drop(channel)
         self._state, self._version, self._features = LinkState.IDLE, 0, FeatureFlags.NONE

@@ -7,7 +7,7 @@ from vmbus.bus import actions as act
 from vmbus.bus import wire
 from vmbus.bus.gpadl import GpadlPhase, HostGpadl, ring_pages
 from vmbus.bus.host_state import EVENT_FLAG_COUNT, MAX_GPADL_TOTAL, MAX_GPADLS, HostChannel, HostState
-from vmbus.bus.transitions import CHANNEL, GPADL, ChannelState, allowed, step
+from vmbus.bus.transitions import CHANNEL, GPADL, ChannelState, LinkState, allowed, step
 from vmbus.bus.versions import FeatureFlags, Version
 from vmbus.bus.wire import MessageType, Status
 from vmbus.errors import RemoteProtocolError
@@ -221,14 +221,16 @@ class ChannelMessages(HostState):
         """The channel is not reserved any more: the guest has closed it, or its device could not be opened."""
         gpadl, channel.reserved_gpadl = channel.reserved_gpadl, None
         assert gpadl is not None
-        if channel.epoch == self._link.epoch and gpadl.gpadl_id not in self._gpadls:
+        if self._link.state is LinkState.IDLE:
+            self._free_gpadl(gpadl)
+            self._release(channel)
+            return
+        # Opened through an earlier connection perhaps: who closes it still knows it, and what belongs to it (OpenVMM).
+        channel.epoch = self._link.epoch
+        if gpadl.gpadl_id not in self._gpadls:
             self._gpadls[gpadl.gpadl_id] = gpadl  # back among those that the guest may tear down
         else:
             self._free_gpadl(gpadl)
-        if channel.epoch != self._link.epoch:
-            # Opened through a connection that is over: the guest of today was never offered this channel.
-            self._release(channel)
-            self._announce_late(channel)
 
     def _on_close_reserved(self, message: wire.CloseReservedChannel, tail: bytes) -> None:
         if message.target_sint >= 16 or message.target_vp >= self._vp_count:
