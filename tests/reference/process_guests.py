@@ -274,3 +274,38 @@ def fuzz(partition, seed, count):
         link.send(request.pack())
         if not request.flags & 1:
             link.recv(4096)
+
+
+def prints(partition, text, times, status):
+    """Write to both streams, and end with a status."""
+    for _ in range(times):
+        os.write(1, text.encode())
+        os.write(2, text.encode())
+    os._exit(status)
+
+
+def streams(partition):
+    """What the first three descriptors are, and whether something can be read from any of them."""
+    kinds = [os.readlink(f"/proc/self/fd/{fd}").split(":")[0] for fd in range(3)]
+    for fd in range(3):
+        try:
+            kinds.append(f"read {len(os.read(fd, 1))}")
+        except OSError:
+            kinds.append("unreadable")
+    partition.memory.write(REPORT, "|".join(kinds).encode().ljust(1024, b"\0"))
+
+
+def second_processor(partition):
+    """Two threads, one a processor, that count what their processors let them."""
+    import threading
+
+    def count(vp, at):
+        done = 0
+        while True:
+            vp.rdmsr(Msr.TIME_REF_COUNT)
+            done += 1
+            partition.memory.write(REPORT + at, done.to_bytes(8, "little"))
+            time.sleep(0.001)
+
+    threading.Thread(target=count, args=(partition.vps[1], 8), daemon=True).start()
+    count(partition.vps[0], 0)

@@ -49,6 +49,16 @@ class Gpadl:
         """The page numbers of all ranges, in order."""
         return tuple(pfn for part in self.ranges for pfn in part.pfns)
 
+    @property
+    def is_mapped(self) -> bool:
+        """Whether a window of it exists, which keeps the pages that were there when it was made."""
+        return self._window is not None
+
+    def covers(self, gpa: int) -> bool:
+        """Whether the page at `gpa` is one of them."""
+        pfn = gpa // PAGE_SIZE
+        return any(pfn in part.pfns for part in self.ranges)
+
     def window(self) -> Window:
         """The pages mapped as one contiguous `Window` (made once, closed with the GPADL).
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
 from uuid import UUID
+from weakref import WeakSet
 
 from vmbus.bus import actions as act
 from vmbus.bus import wire
@@ -27,6 +28,7 @@ from vmbus.core.memory import READ, WRITE, GpaRanges, Window
 from vmbus.core.ring import RingReader, RingWriter
 from vmbus.errors import HypercallError, RemoteProtocolError, VmbusError
 from vmbus.hypervisor import Hypervisor, Partition, PartitionEvent
+from vmbus.hypervisor.synic import Synic
 from vmbus.hypervisor.tlfs import Status
 from vmbus.trace.events import EventTrace
 from vmbus.trace.ledger import Account
@@ -130,6 +132,7 @@ class VmbusHost:
         self._todo: deque[act.HostAction] = deque()
         self._performing = False
         self._backlog: deque[act.Send] = deque()
+        self._watched: WeakSet[Synic] = WeakSet()
         self._gpadls: dict[int, Gpadl] = {}
         self._by_flag: dict[int, Offered] = {}
         self._event_ports: set[int] = set()
@@ -141,6 +144,7 @@ class VmbusHost:
             hypervisor.create_message_port(child, connection_id, self._taker(connection_id))
         self._previous_on_event = child.on_event
         child.on_event = self._on_partition_event
+        child.page_watchers.append(self._on_page_taken)
 
     # -- the provider's side -------------------------------------------------------------------------------
 
@@ -212,6 +216,7 @@ class VmbusHost:
                 with suppress(HypercallError):  # gone with the child
                     self.hypervisor.delete_port(self.child, connection_id)
             self.child.on_event = self._previous_on_event
+            self.child.page_watchers.remove(self._on_page_taken)
 
     def _on_partition_event(self, event: PartitionEvent) -> None:
         if event.kind == "destroyed":
@@ -221,6 +226,24 @@ class VmbusHost:
         self.hosting.progressed()  # a guest in this process that waits for an answer gets none any more
         if self._previous_on_event is not None:
             self._previous_on_event(event)
+
+    def _on_page_taken(self, gpa: int) -> None:
+        """A page of the child's is not its own any more: channels whose rings or windows hold on to it end.
+
+        What goes by guest physical addresses - GPA-direct packets, GPADLs without a window - finds what lies there
+        now, with the rights that the child has now.
+        """
+        with self._lock:
+            for gpadl in list(self._gpadls.values()):
+                known = self.machine.gpadl(gpadl.gpadl_id)
+                offered = self.offered.get(known.offer_id) if known is not None else None
+                if offered is None or not gpadl.covers(gpa):
+                    continue
+                request = offered.request
+                if gpadl.is_mapped or (request is not None and request.gpadl_id == gpadl.gpadl_id):
+                    log.warning("%s: %s loses page 0x%x and ends", self.child.name, offered.name, gpa)
+                    self.rescind(offered)
+                    gpadl.close()
 
     # -- the guest's side ----------------------------------------------------------------------------------
 
@@ -303,9 +326,11 @@ class VmbusHost:
                 self._backlog.clear()
                 self._todo += self.machine.reset()
                 return
-            if not self._backlog:
-                self._watch_for_room(action.vp)
+            first = not self._backlog
             self._backlog.append(action)
+            if first:
+                self._watch_for_room(action.vp)
+                self._flush_backlog()  # all may have been read in between
 
     def _post(self, action: act.Send) -> bool:
         """Give a message to the hypervisor; False if it has no room."""
@@ -322,19 +347,27 @@ class VmbusHost:
 
     def _watch_for_room(self, vp: int) -> None:
         """Have the backlog flushed when the guest has taken messages."""
-        synic = self.child.vps[vp].synic
+        try:
+            synic = self.child.vp(vp).synic
+        except HypercallError:
+            return  # deleted just now: `_post` drops what was meant for it
+        if synic in self._watched:
+            return
+        self._watched.add(synic)
         previous = synic.slot_free
 
         def freed(sint: int) -> None:
             if previous is not None:
                 previous(sint)
-            with self._lock:
-                while self._backlog and self._post(self._backlog[0]):
-                    self._backlog.popleft()
-                if not self._backlog and synic.slot_free is freed:
-                    synic.slot_free = previous
+            if self._backlog:
+                with self._lock:
+                    self._flush_backlog()
 
         synic.slot_free = freed
+
+    def _flush_backlog(self) -> None:
+        while self._backlog and self._post(self._backlog[0]):
+            self._backlog.popleft()
 
     def _record_message(self, source: str, target: str, payload: bytes) -> None:
         assert self._trace is not None

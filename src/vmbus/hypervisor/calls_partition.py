@@ -63,9 +63,8 @@ def _initialize(vp: "VirtualProcessor", data: bytes) -> None:
 
 def _finalize(vp: "VirtualProcessor", data: bytes) -> None:
     child = _child(vp, data)
-    if child.state not in (PartitionState.CREATED, PartitionState.ACTIVE):
+    if not vp.partition.hypervisor.finalize(child):
         raise HypercallError(Status.INVALID_PARTITION_STATE)
-    child.finalize()
 
 
 def _delete(vp: "VirtualProcessor", data: bytes) -> None:

@@ -50,3 +50,7 @@ class VpSuspended(VmbusError):
 
     The exit has not taken place; it is made again when the processor runs again.
     """
+
+
+class VpStalled(VpSuspended):
+    """The processor itself was suspended by its parent, or is gone; not for an intercept."""

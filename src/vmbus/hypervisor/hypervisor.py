@@ -140,7 +140,7 @@ class Hypervisor:
         pool: MemoryPool | None = None,
     ) -> Partition:
         with self._lock:
-            if parent is not None and parent.state is not PartitionState.ACTIVE:
+            if parent is not None and (parent.ending or parent.state is not PartitionState.ACTIVE):
                 raise HypercallError(Status.INVALID_PARTITION_STATE)  # it was torn down meanwhile
             partition = Partition(
                 self,
@@ -182,31 +182,47 @@ class Hypervisor:
         privileges = CHILD_PRIVILEGES & parent.privileges
         return self._create(parent, "", memory, 0, SERVER_2022, privileges, pool=MemoryPool(limited=True))
 
-    def destroy(self, partition: Partition) -> None:
-        """Tear `partition` down, its children first; harmless when it is gone already."""
+    def finalize(self, partition: Partition) -> bool:
+        """Stop `partition` for good, its children first (HvCallFinalizePartition); False if that was done already."""
         self._stop(partition)
         with self._lock:
-            if partition.state is PartitionState.DELETED:
+            if partition.ending:
+                return False
+            partition.ending = True
+        partition.finalize()
+        return True
+
+    def destroy(self, partition: Partition) -> None:
+        """Tear `partition` down, its children first; harmless when it is gone already.
+
+        A call while another thread tears it down returns at once. That thread holds no lock while it does: it waits
+        for providers, which may be waiting for this very call.
+        """
+        self._stop(partition)
+        with self._lock:
+            if partition.deleting:
                 return
-            try:
-                partition.finalize()
-                partition.state = PartitionState.DELETED
-                partition.notify("destroyed", None)
-            finally:
-                partition.state = PartitionState.DELETED
-                partition.on_event = partition.on_eoi = partition.on_tlb_flush = None
+            partition.ending = partition.deleting = True
+        try:
+            partition.finalize()
+            partition.state = PartitionState.DELETED
+            partition.notify("destroyed", None)
+        finally:
+            partition.state = PartitionState.DELETED
+            partition.on_event = partition.on_eoi = partition.on_tlb_flush = None
+            with self.map_lock:
+                partition.pool.release()
+                partition.loans.end()
+                with contextlib.suppress(
+                    BufferError
+                ):  # somebody still holds views: the memory goes when they do
+                    partition.memory.close()
+            with self._lock:
                 del self.partitions[partition.id]
                 if partition.parent is not None:
                     partition.parent.children.pop(partition.id, None)
                 else:
                     self.root = None
-                with self.map_lock:
-                    partition.pool.release()
-                    partition.loans.end()
-                    with contextlib.suppress(
-                        BufferError
-                    ):  # somebody still holds views: the memory goes when they do
-                        partition.memory.close()
 
     def _stop(self, partition: Partition) -> None:
         """Stop what executes `partition` and everything below it.
@@ -215,8 +231,9 @@ class Hypervisor:
         """
         for child in list(partition.children.values()):
             self._stop(child)
-        if partition.stop is not None:
-            partition.stop()
+        stop = partition.stop  # whoever runs it takes this away when it has ended by itself
+        if stop is not None:
+            stop()
 
     # Who may name whom
 

@@ -83,6 +83,8 @@ class Partition:
         on_eoi: called with a vector when the guest ends it (level-triggered interrupt controllers).
         on_tlb_flush: an engine's: called with a mask of processors when the guest flushes by hypercall.
         on_suspension: whoever runs the guest elsewhere: called with a processor whose `suspended` has changed.
+        ending: it is being finalized, or was: it gets no children any more.
+        deleting: it is being torn down, or was.
         suspended: its parent has set its suspend property: none of its processors runs.
         stop: stops whatever executes the guest; called before the partition is torn down.
         pool: pages deposited for the hypervisor's use on its behalf.
@@ -127,6 +129,8 @@ class Partition:
         self.on_eoi: Callable[[int], None] | None = None
         self.on_tlb_flush: Callable[[int], None] | None = None
         self.on_suspension: Callable[[VirtualProcessor], None] | None = None
+        self.ending = False
+        self.deleting = False
         self.suspended = False
         self.stop: Callable[[], None] | None = None
         self.time = ReferenceTime(hypervisor.clock, hypervisor.tsc_frequency)
@@ -335,8 +339,9 @@ class Partition:
         """Stop for good: children, processors, ports and connections go; only deletion is left to do."""
         for child in list(self.children.values()):
             child.destroy()
-        if self.stop is not None:
-            self.stop()
+        stop = self.stop
+        if stop is not None:
+            stop()
         self.reset()
         self.state = PartitionState.FINALIZED
         for port in list(self.ports.values()):

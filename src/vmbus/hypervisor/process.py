@@ -19,13 +19,14 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from functools import partial
+from queue import SimpleQueue
 from time import perf_counter
 from typing import Any, Final
 
 from vmbus.errors import HypercallError, LocalProtocolError, RemoteProtocolError, VmbusError
 from vmbus.hypervisor.abi import FAST
 from vmbus.hypervisor.calls_ipc import signal_event
-from vmbus.hypervisor.faults import GuestFault, VpSuspended
+from vmbus.hypervisor.faults import GuestFault, VpStalled, VpSuspended
 from vmbus.hypervisor.partition import Partition
 from vmbus.hypervisor.remote_wire import MAX_DATAGRAM, POSTED, Answer, Operation, Reply, Request
 from vmbus.hypervisor.tlfs import CallCode, PartitionState, Status
@@ -39,6 +40,11 @@ STOP_TIMEOUT: Final = 5.0
 """Seconds that tearing a partition down waits for its process's thread (which a provider may be holding up)."""
 MAX_DOORBELLS: Final = 2048
 """Connections of one child that get an eventfd; events to further ones go through the socket."""
+MAX_OUTPUT: Final = 16_384
+"""Bytes of what a child prints that are kept."""
+OUTPUT_READ: Final = 4096
+"""Bytes of it that are read at once."""
+LAST_READS: Final = 32
 MAX_HELD: Final = 64
 """Posted requests of suspended processors that are kept; what has no answer is an EOI or EOM, one an interrupt."""
 _FAST_SIGNAL: Final = CallCode.SIGNAL_EVENT | FAST
@@ -76,7 +82,11 @@ class ChildProcess:
         on_stopped: Callable[[int], None] | None = None,
         spin: float = 0.0,
     ) -> None:
-        if partition.state is not PartitionState.ACTIVE or partition.memory.fd < 0:
+        if (
+            partition.state is not PartitionState.ACTIVE
+            or partition.memory.fd < 0
+            or partition.loans.borrowed  # the process would see its own page there, not its parent's
+        ):
             raise LocalProtocolError(f"{partition!r} cannot run in a process of its own")
         self.partition = partition
         self.on_stopped = on_stopped
@@ -87,6 +97,7 @@ class ChildProcess:
         self._stopping = False
         self._held: list[Request] = []
         self._spin = spin
+        self._output = bytearray()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         lines = [socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM) for _ in partition.vps]
         self._socket = ours
@@ -102,35 +113,32 @@ class ChildProcess:
         }
         command = [sys.executable, "-m", "vmbus.hypervisor.child_main", json.dumps(task)]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        try:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                env=environment,
-                pass_fds=[partition.memory.fd, theirs.fileno(), *line_fds],
-            )
-        except BaseException:
-            self._close()
-            raise
-        finally:
-            theirs.close()
-            for _, other in lines:
-                other.close()
-        for vp, line in zip(partition.vps, self._lines, strict=True):
-            vp.on_interrupt = partial(_interrupt, line)
         self._poll = select.epoll()
-        self._poll.register(ours, select.EPOLLIN)
-        self._server = threading.Thread(target=self._serve, name=f"{partition.name}-hypercalls", daemon=True)
-        partition.stop = partial(self.kill, STOP_TIMEOUT)
-        partition.on_suspension = self._suspension
-        if partition.suspended:
-            self._process.send_signal(signal.SIGSTOP)
+        launched: SimpleQueue[BaseException | None] = SimpleQueue()
+        self._server = threading.Thread(
+            target=self._run,
+            args=(command, environment, [partition.memory.fd, theirs.fileno(), *line_fds], launched),
+            name=f"{partition.name}-hypercalls",
+            daemon=True,
+        )
         self._server.start()
+        failure = launched.get()
+        theirs.close()
+        for _, other in lines:
+            other.close()
+        if failure is not None:
+            self._server.join()
+            raise failure
 
     @property
     def pid(self) -> int:
         """The process's id."""
         return self._process.pid
+
+    @property
+    def output(self) -> bytes:
+        """The end of what the process has printed, at most `MAX_OUTPUT` bytes of it (both streams)."""
+        return bytes(self._output[-MAX_OUTPUT:])
 
     def wait(self, timeout: float | None = None) -> int | None:
         """Wait until the process has ended and everything of it is cleaned up.
@@ -152,6 +160,44 @@ class ChildProcess:
 
     # The serving thread
 
+    def _run(
+        self,
+        command: list[str],
+        environment: dict[str, str],
+        descriptors: list[int],
+        launched: "SimpleQueue[BaseException | None]",
+    ) -> None:
+        # Launched from here, because the process is ended with the thread that made it (PR_SET_PDEATHSIG), which
+        # for any other thread could be long before its parent process ends.
+        partition = self.partition
+        try:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                bufsize=0,
+                env=environment,
+                pass_fds=descriptors,
+            )
+        except BaseException as error:
+            self._close()
+            launched.put(error)
+            return
+        assert self._process.stdout is not None
+        self._printed = self._process.stdout.fileno()
+        os.set_blocking(self._printed, False)
+        self._poll.register(self._socket, select.EPOLLIN)
+        self._poll.register(self._printed, select.EPOLLIN)
+        for vp, line in zip(partition.vps, self._lines, strict=False):
+            vp.on_interrupt = partial(_interrupt, line)
+        partition.stop = partial(self.kill, STOP_TIMEOUT)
+        partition.on_suspension = self._suspension
+        if partition.suspended:
+            self._process.send_signal(signal.SIGSTOP)
+        launched.put(None)
+        self._serve()
+
     def _serve(self) -> None:
         try:
             while self._serve_round():
@@ -169,8 +215,11 @@ class ChildProcess:
         requests = False
         for fd, _ in self._poll.poll():
             bell = self._bells.get(fd)
-            if bell is None:
+            if fd == self._printed:
+                self._take_output()
+            elif bell is None:
                 requests = True  # after the bells: what was rung before a request is heard before it
+            if bell is None:
                 continue
             vp, connection_id, flag = bell
             if vp.suspended:  # heard when it runs again: the eventfd is never read
@@ -179,6 +228,20 @@ class ChildProcess:
             with contextlib.suppress(HypercallError):  # the connection is gone; the guest was told so
                 signal_event(vp, connection_id, flag, 0)
         return not requests or self._serve_requests()
+
+    def _take_output(self) -> bool:
+        """Read once from what the process prints, and keep the end; whether there was something."""
+        try:
+            data = os.read(self._printed, OUTPUT_READ)
+        except BlockingIOError:
+            return False
+        if not data:  # it has closed both streams
+            self._poll.unregister(self._printed)
+            return False
+        self._output += data
+        if len(self._output) > 2 * MAX_OUTPUT:
+            del self._output[:-MAX_OUTPUT]
+        return True
 
     def _serve_requests(self) -> bool:
         """Answer requests until none comes for `spin` seconds; False when the process has hung up."""
@@ -204,9 +267,9 @@ class ChildProcess:
             self._perform_held()
         output, descriptor = b"", -1
         try:
-            if request.vp_index >= len(self.partition.vps):
+            if request.vp_index >= len(self._lines):
                 raise RemoteProtocolError(f"a request of processor {request.vp_index}")
-            vp = self.partition.vps[request.vp_index]
+            vp = self._processor(request)
             if vp.suspended and request.flags & POSTED:
                 self._hold(request)
                 return
@@ -218,9 +281,10 @@ class ChildProcess:
                     descriptor = self._doorbell(vp, request.b)
         except GuestFault as fault:
             reply = Reply(Answer.FAULT, 0, 0, 0, fault.vector, 0, 0, 0)
+        except VpStalled:
+            reply = Reply(Answer.STALLED, 0, 0, 0, 0, 0, 0, 0)
         except VpSuspended:
-            stalled = self.partition.vps[request.vp_index].suspended
-            reply = Reply(Answer.STALLED if stalled else Answer.SUSPENDED, 0, 0, 0, 0, 0, 0, 0)
+            reply = Reply(Answer.SUSPENDED, 0, 0, 0, 0, 0, 0, 0)
         except RemoteProtocolError:
             self.violations += 1
             raise
@@ -233,6 +297,17 @@ class ChildProcess:
         reply.output_size = len(output)
         self._send(reply.pack() + output, descriptor)
 
+    def _processor(self, request: Request) -> VirtualProcessor:
+        """Whose request it is.
+
+        Raises:
+            VpStalled: its parent has deleted that processor.
+        """
+        try:
+            return self.partition.vp(request.vp_index)
+        except HypercallError:
+            raise VpStalled(f"processor {request.vp_index} is gone") from None
+
     def _hold(self, request: Request) -> None:
         """Keep what a suspended processor posted just before it was suspended."""
         if len(self._held) >= MAX_HELD:
@@ -242,12 +317,19 @@ class ChildProcess:
     def _perform_held(self) -> None:
         held, self._held = self._held, []
         for request in held:
-            vp = self.partition.vps[request.vp_index]
-            if vp.suspended:
-                self._held.append(request)
+            try:
+                vp = self._processor(request)
+                if vp.suspended:
+                    self._held.append(request)
+                else:
+                    self._perform(vp, request)
+            except (GuestFault, VpSuspended):
                 continue
-            with contextlib.suppress(GuestFault, VpSuspended):
-                self._perform(vp, request)
+            except RemoteProtocolError:
+                self.violations += 1
+                raise
+            except VmbusError as error:
+                self.partition.provider_failed(error)
 
     def _suspension(self, vp: VirtualProcessor) -> None:
         """A processor was suspended or resumed: with the last one, the operating system stops the whole process."""
@@ -255,7 +337,7 @@ class ChildProcess:
             self._process.send_signal(signal.SIGSTOP)
             return
         self._process.send_signal(signal.SIGCONT)
-        if vp.suspended:
+        if vp.suspended or vp.index >= len(self._lines):  # one that was added when the process ran already
             return
         for fd, (owner, _, _) in list(self._bells.items()):
             if owner is vp:  # what it rang meanwhile comes now: modifying looks at the eventfd again
@@ -322,6 +404,17 @@ class ChildProcess:
         if self._process.poll() is None:
             self._process.kill()  # it closed its socket, or broke the protocol, and still runs
         status = self._process.wait()
+        with contextlib.suppress(OSError, ValueError):
+            for _ in range(LAST_READS):  # a process that it left behind must not keep us here by printing on
+                if not self._take_output():
+                    break
+        if status > 0 and self._output:
+            log.warning(
+                "%s: its process ended with status %d: %s",
+                self.partition.name,
+                status,
+                printable(self.output),
+            )
         partition = self.partition
         for vp in partition.vps:
             vp.on_interrupt = None
@@ -338,13 +431,20 @@ class ChildProcess:
         self._socket.close()
         for line in self._lines:
             line.close()
+        process = getattr(self, "_process", None)
+        if process is not None and process.stdout is not None:
+            process.stdout.close()
         for fd in self._bells:
             os.close(fd)
         self._bells.clear()
         self._doorbells.clear()
-        poll = getattr(self, "_poll", None)
-        if poll is not None:
-            poll.close()
+        self._poll.close()
+
+
+def printable(output: bytes) -> str:
+    """What a child printed, for a log: no control character of its reaches a terminal."""
+    text = output.decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 def _done(value: int) -> Reply:

@@ -21,7 +21,13 @@ from vmbus.hypervisor.apic import (
     Register,
 )
 from vmbus.hypervisor.cpuid import FEATURES_LEAF, TOPOLOGY_LEAF, CpuidResult, leaves, topology
-from vmbus.hypervisor.faults import GeneralProtectionFault, PageFault, UndefinedOpcodeFault, VpSuspended
+from vmbus.hypervisor.faults import (
+    GeneralProtectionFault,
+    PageFault,
+    UndefinedOpcodeFault,
+    VpStalled,
+    VpSuspended,
+)
 from vmbus.hypervisor.hypercalls import dispatch
 from vmbus.hypervisor.msrs import MSR_READ, MSR_WRITE
 from vmbus.hypervisor.overlay import OverlayPage
@@ -458,16 +464,16 @@ class VirtualProcessor:
             VpSuspended: nobody waits for that in this thread, or the processor is gone.
         """
         if self.deleted:
-            raise VpSuspended(f"processor {self.index} of {self.partition.name} is gone")
+            raise VpStalled(f"processor {self.index} of {self.partition.name} is gone")
         if (
             self._delivering
         ):  # a model guest's interrupt handler, in a provider's thread: what has begun is finished
             return
         if self.on_stall is not None and self.on_stall(lambda: self.deleted or not self.suspended):
             if self.deleted:
-                raise VpSuspended(f"processor {self.index} of {self.partition.name} was taken away")
+                raise VpStalled(f"processor {self.index} of {self.partition.name} was taken away")
             return
-        raise VpSuspended(f"processor {self.index} of {self.partition.name} is suspended by its parent")
+        raise VpStalled(f"processor {self.index} of {self.partition.name} is suspended by its parent")
 
     # Delivery
 
