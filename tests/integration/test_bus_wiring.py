@@ -79,6 +79,21 @@ def ask(channel: Channel, payload: bytes) -> bytes:
     return answers[0]
 
 
+def test_processors_that_came_after_the_bus(world: World) -> None:
+    world.host.offer(an_offer(), echo)
+    world.child.add_vp()
+    guest = world.guest(Version.V5_3)
+    guest.connect()
+    channel = guest.open(guest.offers[0], target_vp=2)
+    got: list[bytes] = []
+    channel.serve(lambda packets: got.extend(p.payload for p in packets))
+    channel.send(b"forwards")
+    assert channel.wait(lambda: bool(got))
+    assert got == [b"sdrawrof"]
+    guest.retarget(channel, 1)
+    guest.close()
+
+
 @ALL_VERSIONS
 def test_connect_open_talk_close(world: World, version: Version) -> None:
     closed: list[Channel] = []

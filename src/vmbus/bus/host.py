@@ -232,7 +232,7 @@ class HostMachine(ChannelMessages):
         asked = info >> 32 if version >= Version.V6_0 else 0
         # Guests before 3.0 left the field unset; later ones crash on any processor and reconnect from there.
         vp = message.target_message_vp if version >= Version.V3_0 else 0
-        if sint >= 16 or vp >= self._vp_count:
+        if sint >= 16 or vp >= self.vp_count:
             raise RemoteProtocolError(f"INITIATE_CONTACT wants messages on SINT {sint} of VP {vp}")
         client_id = NO_GUID
         if asked & FeatureFlags.CLIENT_ID:

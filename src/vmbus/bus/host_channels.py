@@ -150,7 +150,7 @@ class ChannelMessages(HostState):
         # Each ring is a control page and at least one page of data.
         if not 2 <= request.downstream_page <= pages - 2:
             return False
-        if request.target_vp is not None and request.target_vp >= self._vp_count:
+        if request.target_vp is not None and request.target_vp >= self.vp_count:
             return False
         if not 0 < request.event_flag < EVENT_FLAG_COUNT:
             return False
@@ -180,7 +180,7 @@ class ChannelMessages(HostState):
             and channel.state is ChannelState.OPEN
             and channel.request is not None
             and channel.request.target_vp is not None
-            and message.target_vp < self._vp_count
+            and message.target_vp < self.vp_count
         )
         if ok:
             assert channel is not None
@@ -196,7 +196,7 @@ class ChannelMessages(HostState):
     def _on_open_reserved(self, message: wire.OpenReservedChannel, tail: bytes) -> None:
         channel = self._known(message.channel_id)
         state = self._step(channel, MessageType.OPEN_RESERVED_CHANNEL)
-        if message.target_sint >= 16 or message.target_vp >= self._vp_count:
+        if message.target_sint >= 16 or message.target_vp >= self.vp_count:
             raise RemoteProtocolError(f"no SINT {message.target_sint} of VP {message.target_vp}")
         target = message.target_vp, message.target_sint
         request = act.OpenRequest(
@@ -233,7 +233,7 @@ class ChannelMessages(HostState):
             self._free_gpadl(gpadl)
 
     def _on_close_reserved(self, message: wire.CloseReservedChannel, tail: bytes) -> None:
-        if message.target_sint >= 16 or message.target_vp >= self._vp_count:
+        if message.target_sint >= 16 or message.target_vp >= self.vp_count:
             raise RemoteProtocolError(f"no SINT {message.target_sint} of VP {message.target_vp}")
         channel = self._by_id.get(message.channel_id)
         if channel is None or channel.state is ChannelState.OFFERED:

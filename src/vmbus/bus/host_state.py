@@ -89,7 +89,11 @@ class Link:
 
 
 class HostState:
-    """State and small helpers of `vmbus.bus.host.HostMachine`; see there for the arguments."""
+    """State and small helpers of `vmbus.bus.host.HostMachine`; see there for the arguments.
+
+    Attributes:
+        vp_count: virtual processors of the guest now.
+    """
 
     def __init__(
         self,
@@ -101,7 +105,7 @@ class HostState:
         message_connection_id: int = wire.MESSAGE_CONNECTION_ID_V5,
     ) -> None:
         self._page_count = page_count
-        self._vp_count = vp_count
+        self.vp_count = vp_count
         self._versions = versions
         self._features = features & SUPPORTED_FEATURES
         self._message_connection_id = message_connection_id

@@ -260,6 +260,9 @@ class VmbusHost:
             try:
                 if message_type != wire.VMBUS_MESSAGE_TYPE:
                     raise RemoteProtocolError(f"a message of type {message_type} on the bus")
+                self.machine.vp_count = len(
+                    self.child.vps
+                )  # its parent may have made some since (HvCallCreateVp)
                 actions = self.machine.receive(payload, connection_id)
             except RemoteProtocolError:
                 self.violations += 1
