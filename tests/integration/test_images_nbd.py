@@ -178,10 +178,10 @@ def test_errors_of_the_servers_disk_are_errors_of_ours(tmp_path: Path) -> None:
 
 
 def test_threads_share_the_connection(tmp_path: Path) -> None:
-    """With a server that takes 50 ms for each read, sixteen threads are not sixteen times as slow."""
+    """With a server that takes a second for each read, sixteen threads do not take sixteen."""
     account = Account()
     with (
-        nbdkit(tmp_path, "--filter=delay", "memory", f"size={SIZE}", "rdelay=50ms") as uri,
+        nbdkit(tmp_path, "--filter=delay", "memory", f"size={SIZE}", "rdelay=1") as uri,
         open_disk(uri, account=account) as disk,
     ):
         for at in range(16):
@@ -192,7 +192,7 @@ def test_threads_share_the_connection(tmp_path: Path) -> None:
         elapsed = time.monotonic() - began
         assert found == [pattern(at, 0, 4096) for at in range(16)]
         assert account.backend_calls - calls == 16
-        assert elapsed < 0.6
+        assert elapsed < 10
 
 
 def test_a_server_that_dies_ends_all_requests(tmp_path: Path) -> None:
@@ -232,7 +232,7 @@ def test_a_silent_server_is_given_up(tmp_path: Path) -> None:
         began = time.monotonic()
         with pytest.raises(DiskError, match="does not answer"):
             disk.read(0, 512)
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 30, "it waited for the answer"
         disk.close()
 
 

@@ -38,6 +38,10 @@ class Hop(NamedTuple):
     redirect: RedirectDisk | None
 
 
+PATIENCE = 60.0
+"""Seconds that a client waits in tests of what must come at once, however busy the machine is."""
+
+
 class Chain:
     """Partitions that get their disk from each other; `hops[0]` is the child of the one that owns the disk."""
 
@@ -294,14 +298,14 @@ def test_a_read_only_disk_is_read_only_through_the_chain(chains: list[Chain]) ->
 def test_a_hop_that_closes_its_channel_gives_errors_at_once(
     chains: list[Chain], dead: int, batches: bool
 ) -> None:
-    chain = Chain(MemoryDisk(SIZE), 3, batches=batches)
+    chain = Chain(MemoryDisk(SIZE), 3, batches=batches, timeout=PATIENCE)
     chains.append(chain)
     assert chain.device.read_batch([0, 4096], 4096) == [bytes(4096)] * 2
     chain.hops[dead].host.close()
     # To use one's own closed channel is a mistake of one's own, to which a client says so.
     gone = DeviceError if dead < 2 else (DeviceError, LocalProtocolError)
+    began = time.monotonic()
     for _ in range(3):
-        began = time.monotonic()
         with pytest.raises(gone):
             chain.device.read(0, 4096)
         with pytest.raises(gone):
@@ -310,7 +314,7 @@ def test_a_hop_that_closes_its_channel_gives_errors_at_once(
             chain.device.flush()
         with pytest.raises(gone):
             list(chain.device.extents(0, SIZE))
-        assert time.monotonic() - began < 2
+    assert time.monotonic() - began < PATIENCE, "a client waited"
 
 
 @pytest.mark.parametrize("batches", [True, False], ids=["batches", "single"])
@@ -318,10 +322,10 @@ def test_a_hop_that_falls_silent_is_given_up_once(chains: list[Chain], batches: 
     chain = Chain(MemoryDisk(SIZE), 3, batches=batches, timeout=0.3)
     chains.append(chain)
     chain.hops[0].host.on_signal = None  # the provider next to the disk serves nobody any more
-    began = time.monotonic()
     with pytest.raises(DeviceError):
         chain.device.read_batch([0, 4096, 8192], 4096)
-    assert time.monotonic() - began < 5
+    for hop in chain.hops:
+        hop.device.vsc.timeout = PATIENCE
     began = time.monotonic()
     for device in (chain.hops[2].device, chain.hops[1].device):
         with pytest.raises(DeviceError) as caught:
@@ -332,7 +336,7 @@ def test_a_hop_that_falls_silent_is_given_up_once(chains: list[Chain], batches: 
                 SenseKey.HARDWARE_ERROR,
                 AdditionalSense.LOGICAL_UNIT_COMMUNICATION_FAILURE,
             )
-    assert time.monotonic() - began < 0.3
+    assert time.monotonic() - began < PATIENCE, "a client waited again"
 
 
 def test_several_children_share_the_redirected_disk() -> None:

@@ -65,7 +65,7 @@ def test_loop_with_interrupts_off_stops_right_before_the_virtual_limit() -> None
 def test_loop_reaches_the_wall_clock_limit() -> None:
     began = time.monotonic()
     run("_start: 1: jmp 1b", outcome=Outcome.WALL_TIME, wall_seconds=0.5, virtual_seconds=1e6)
-    assert 0.4 < time.monotonic() - began < 10
+    assert time.monotonic() - began >= 0.5
 
 
 def test_a_stopped_guest_goes_on_where_it_was() -> None:

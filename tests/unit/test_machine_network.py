@@ -164,8 +164,7 @@ def test_idle_time_is_real_only_with_the_outside(network: GuestNetwork) -> None:
         assert time.monotonic() - started >= 0.05
         assert network.idle(None) is True, "something may still come"
         threading.Timer(0.05, theirs.sendall, [b"\0\0\0\x0e" + bytes(14)]).start()
-        assert network.idle(1_900_000_000) is True
-        assert time.monotonic() - started < 1.9
+        assert network.idle(1_900_000_000) is True, "a frame came before the timer was due"
         reader, writer = os.pipe()
         os.write(writer, b"x")
         assert network.idle(1_900_000_000, [reader]) is True
