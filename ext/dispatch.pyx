@@ -104,8 +104,9 @@ cdef bint message_post(uint8_t *slot, uint32_t type, uint64_t sender, const void
     return True
 
 
+@cython.no_gc_clear     # the destructor needs what it refers to: cleared references are None, not memory
 cdef class EventFlags:
-    """The 2048 event flags of one SINT, in a guest's event flags page (TLFS 11.10).
+    """EventFlags(memory, page_gpa, sint)\n--\n\nThe 2048 event flags of one SINT, in a guest's event flags page (TLFS 11.10).
 
     Args:
         memory: the guest's memory.
@@ -161,8 +162,9 @@ cdef class EventFlags:
         return [found[index] for index in range(count)]
 
 
+@cython.no_gc_clear     # the destructor needs what it refers to: cleared references are None, not memory
 cdef class MessageSlot:
-    """One SINT's slot in a guest's message page (TLFS 11.8), used by the hypervisor (`post`) or the guest.
+    """MessageSlot(memory, page_gpa, sint)\n--\n\nOne SINT's slot in a guest's message page (TLFS 11.8), used by the hypervisor (`post`) or the guest.
 
     Args:
         memory: the guest's memory.
@@ -275,7 +277,7 @@ cdef inline bint _taken(int fd) noexcept nogil:
 
 
 cdef class Doorbell:
-    """An eventfd that one side rings and the other waits for.
+    """Doorbell(fd=-1)\n--\n\nAn eventfd that one side rings and the other waits for.
 
     Args:
         fd: use this descriptor, which the caller keeps open and closes; -1 makes a new one.
@@ -295,6 +297,15 @@ cdef class Doorbell:
     def __dealloc__(self):
         if self.owned and self.fd >= 0:
             close_fd(self.fd)
+
+    def __repr__(self):
+        return f"<Doorbell on descriptor {self.fd}>" if self.fd >= 0 else "<Doorbell, closed>"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
 
     def ring(self) -> None:
         """Wake the other side, now or when it next waits."""
@@ -390,7 +401,7 @@ cdef class _Channel:
 
 
 cdef class Dispatcher:
-    """Serves many channels from one thread.
+    """Dispatcher(flags=2048)\n--\n\nServes many channels from one thread.
 
     Peers mark a channel with `signal`, from any thread; `poll` serves all marked channels in batches and `wait` sleeps
     until one is marked.
@@ -415,6 +426,10 @@ cdef class Dispatcher:
 
     def __dealloc__(self):
         free(self.pending)
+
+    def __repr__(self):
+        used = sum(1 for channel in self.channels if channel is not None)
+        return f"<Dispatcher of {used} channels: {self.served} packets served>"
 
     def add(self, int flag, RingReader reader not None, handler, *, Py_ssize_t batch=64, on_error=None) -> None:
         """Serve a channel: `handler` gets lists of packets, in order.

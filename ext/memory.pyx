@@ -11,6 +11,7 @@ a ring the pages after the first, the data area, are mapped twice in a row, so t
 and then become iovecs: disk I/O runs between the host's file and the guest's pages without a copy.
 """
 
+cimport cython
 from cpython.buffer cimport PyBUF_CONTIG_RO, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.errno cimport EINTR, errno

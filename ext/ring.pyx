@@ -12,14 +12,14 @@ collects it for `take_signal`.
 
 cimport cython
 from cpython.buffer cimport (PyBUF_CONTIG_RO, PyBUF_ND, PyBUF_C_CONTIGUOUS, PyBUF_WRITABLE, PyBuffer_FillInfo,
-                             PyBuffer_Release, PyObject_GetBuffer)
+                             PyBuffer_Release, PyObject_CheckBuffer, PyObject_GetBuffer)
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_GET_SIZE
 from cpython.list cimport PyList_Append
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
 from vmbus.core.copy cimport bytes_at, copy_bytes
-from vmbus.core.memory cimport GpaRanges, Window
+from vmbus.core.memory cimport GpaRanges, Window, refuse_objects
 
 from vmbus.errors import RingCorrupt, RingEmpty, RingFull
 
@@ -96,8 +96,9 @@ cdef Packet _packet(const ring_packet_t *at):
     return packet
 
 
+@cython.no_gc_clear     # the destructor needs what it refers to: cleared references are None, not memory
 cdef class RingWriter:
-    """The sending end of a ring.
+    """RingWriter(window)\n--\n\nThe sending end of a ring. It has no lock: one thread at a time.
 
     Args:
         window: a mirrored window; the ring goes on at the indices that it holds.
@@ -119,6 +120,9 @@ cdef class RingWriter:
     def __dealloc__(self):
         if self.window is not None:
             self.window.exports -= 1
+
+    def __repr__(self):
+        return f"<RingWriter of {self.c.size} bytes: {self.c.packets} packets, {self.c.doorbells} doorbells>"
 
     @property
     def capacity(self) -> int:
@@ -163,14 +167,17 @@ cdef class RingWriter:
         Raises:
             RingFull: no room now; see `want_space`.
             RingCorrupt: the peer's read index is wrong.
-            ValueError: the packet can never fit.
+            ValueError: the packet can never fit, or `type` or `flags` has more than 16 bits.
+            TypeError: the payload has no bytes (text, numbers, an array of objects).
         """
         cdef Py_buffer view
         cdef int code
+        _check_header(type, flags)
         if PyBytes_CheckExact(payload):
             code = _write(&self.c, type, flags, transaction_id, PyBytes_AS_STRING(payload), PyBytes_GET_SIZE(payload))
         else:
             PyObject_GetBuffer(payload, &view, PyBUF_CONTIG_RO)
+            refuse_objects(payload, &view)
             code = _write(&self.c, type, flags, transaction_id, view.buf, view.len)
             PyBuffer_Release(&view)
         if code:
@@ -192,15 +199,26 @@ cdef class RingWriter:
             ranges: (byte_count, byte_offset) of each part.
             transaction_id: comes back in the completion.
             flags: `COMPLETION_REQUESTED` or 0.
+
+        Raises:
+            ValueError: also if `set_id` has more than 16 bits, or a count or an offset more than 32.
         """
-        raw = b"".join([(count | offset << 32).to_bytes(8, "little") for count, offset in ranges])
+        if not 0 <= set_id <= 0xffff:
+            raise ValueError(f"the id of a transfer page set has 16 bits: {set_id}")
+        pairs = list(ranges)
+        for count, offset in pairs:
+            if not (0 <= count <= 0xffffffff and 0 <= offset <= 0xffffffff):
+                raise ValueError(f"a transfer page range has 32 bits for its count and for its offset: {count}, {offset}")
+        raw = b"".join([(count | offset << 32).to_bytes(8, "little") for count, offset in pairs])
         return self._external(PACKET_TRANSFER_PAGES, flags, transaction_id,
-                              (set_id & 0xffff) | <uint64_t>(len(raw) // 8) << 32, raw, payload)
+                              set_id | <uint64_t>len(pairs) << 32, raw, payload)
 
     cdef object _external(self, int type, int flags, uint64_t transaction_id, uint64_t word, bytes raw, object payload):
         cdef Py_buffer view
         cdef int code
+        _check_header(type, flags)
         PyObject_GetBuffer(payload, &view, PyBUF_CONTIG_RO)
+        refuse_objects(payload, &view)
         if view.len > MOST_PACKET_BYTES or PyBytes_GET_SIZE(raw) > MOST_PACKET_BYTES:
             code = RING_TOO_LONG
         else:
@@ -228,11 +246,14 @@ cdef class RingWriter:
 
         Raises:
             RingCorrupt: the peer's read index is wrong; nothing was sent.
-            ValueError: a packet can never fit; nothing was sent.
+            ValueError: a packet can never fit, the array is not C-contiguous, or `type` or `flags` has more than
+                16 bits; nothing was sent.
+            TypeError: not such a list or array, or one of Python objects; nothing was sent.
         """
         cdef uint32_t start = self.c.write
         cdef uint64_t before = self.c.packets
         cdef int code = 0
+        _check_header(type, flags)
         try:
             if isinstance(payloads, (list, tuple)):
                 code = self._write_list(payloads, transaction_id, step, type, flags)
@@ -254,6 +275,7 @@ cdef class RingWriter:
                 code = _write(&self.c, type, flags, transaction_id, PyBytes_AS_STRING(payload), PyBytes_GET_SIZE(payload))
             else:
                 PyObject_GetBuffer(payload, &view, PyBUF_CONTIG_RO)
+                refuse_objects(payload, &view)
                 code = _write(&self.c, type, flags, transaction_id, view.buf, view.len)
                 PyBuffer_Release(&view)
             if code:
@@ -265,7 +287,11 @@ cdef class RingWriter:
         cdef Py_buffer view
         cdef int code = 0
         cdef Py_ssize_t rows, size, row
+        if not PyObject_CheckBuffer(payloads):
+            raise TypeError("a list or tuple of payloads or an array with one payload a row is needed, not "
+                            f"{_a(payloads)}")
         PyObject_GetBuffer(payloads, &view, PyBUF_ND | PyBUF_C_CONTIGUOUS)
+        refuse_objects(payloads, &view)
         try:
             rows, size = _rows(&view)
             with nogil:
@@ -301,6 +327,17 @@ cdef class RingWriter:
         ring_want_space(&self.c, 0)
 
 
+cdef str _a(thing):
+    return f"something of type {type(thing).__name__}"
+
+
+cdef inline int _check_header(int type, int flags) except -1:
+    """Any type and flags may be sent, so that a hostile peer can be played, but not others than were asked for."""
+    if (type | flags) & ~0xffff:
+        raise ValueError(f"a packet's type and its flags have 16 bits each: {type}, {flags}")
+    return 0
+
+
 cdef inline int _write(ring_writer_t *ring, int type, int flags, uint64_t transaction_id, const void *payload,
                        Py_ssize_t length) noexcept nogil:
     if length > MOST_PACKET_BYTES:
@@ -317,6 +354,7 @@ cdef (Py_ssize_t, Py_ssize_t) _rows(const Py_buffer *view) except *:
     return view.shape[0], view.len // view.shape[0]
 
 
+@cython.no_gc_clear     # the destructor needs what it refers to: cleared references are None, not memory
 @cython.final
 cdef class _DataArea:
     """Exports a ring's mirrored data area, read-only."""
@@ -334,8 +372,9 @@ cdef class _DataArea:
         PyBuffer_FillInfo(buffer, self, self.window.base + CONTROL_BYTES, 2 * (self.window.size - CONTROL_BYTES), 1, flags)
 
 
+@cython.no_gc_clear     # the destructor needs what it refers to: cleared references are None, not memory
 cdef class RingReader:
-    """The receiving end of a ring.
+    """RingReader(window)\n--\n\nThe receiving end of a ring. It has no lock: one thread at a time.
 
     Args:
         window: a mirrored window; the ring goes on at the indices that it holds.
@@ -362,6 +401,9 @@ cdef class RingReader:
         if ring_release(&self.c):
             self.signal = True
         return 0
+
+    def __repr__(self):
+        return f"<RingReader of {self.c.size} bytes: {self.c.packets} packets, {self.c.doorbells} doorbells>"
 
     @property
     def capacity(self) -> int:
@@ -474,7 +516,9 @@ cdef class RingReader:
 
         Raises:
             RingCorrupt: the next packet is bad. Packets before it are returned first.
-            ValueError: the next packet's payload is not of a row's length.
+            ValueError: the next packet's payload is not of a row's length, or the array is read-only or not
+                C-contiguous.
+            TypeError: not such an array, or one of Python objects.
         """
         cdef Py_buffer view
         cdef Py_ssize_t rows, size, row = 0
@@ -482,7 +526,10 @@ cdef class RingReader:
         cdef ring_packet_t at
         cdef int code = 0
         cdef bint misfit = False
+        if not PyObject_CheckBuffer(out):
+            raise TypeError(f"a writable array with one payload a row is needed, not {_a(out)}")
         PyObject_GetBuffer(out, &view, PyBUF_ND | PyBUF_C_CONTIGUOUS | PyBUF_WRITABLE)
+        refuse_objects(out, &view)
         try:
             rows, size = _rows(&view)
             padded = (size + 7) & ~7

@@ -47,9 +47,10 @@ WINDOW = X86_WINDOW
 VECTOR_NAMES = {DE: "#DE", DB: "#DB", BP: "#BP", OVERFLOW_TRAP: "#OF", UD: "#UD", SS_FAULT: "#SS", GP: "#GP"}
 
 
+@cython.no_gc_clear     # the destructor needs what it refers to: cleared references are None, not memory
 @cython.final
 cdef class Cpu:
-    """One virtual processor: registers, and `run`.
+    """Cpu(memory, *, bits=64, string_elements=1024)\n--\n\nOne virtual processor: registers, and `run`.
 
     Args:
         memory: the guest physical address space; accesses that its pages do not allow are exits.

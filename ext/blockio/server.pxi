@@ -12,6 +12,7 @@ DEFERRED = <int>SERVE_DEFERRED
 FULL = <int>SERVE_FULL
 
 
+@cython.no_gc_clear     # the destructor needs what it refers to: cleared references are None, not memory
 @cython.final
 cdef class BlockServer:
     """Serves the plain reads and writes of one storage channel.

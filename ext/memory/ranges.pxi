@@ -146,7 +146,7 @@ cdef int64_t gpa_transfer(const guest_memory_t *memory, gpa_cursor_t *cursor, in
 
 
 cdef class GpaRanges:
-    """Guest buffers as a GPA-direct packet names them, in a private, checked copy.
+    """GpaRanges(ranges)\n--\n\nGuest buffers as a GPA-direct packet names them, in a private, checked copy.
 
     Args:
         ranges: (byte_count, byte_offset, pfns) for each buffer.
@@ -159,6 +159,7 @@ cdef class GpaRanges:
         raw: the wire form, without the packet's range count.
     """
 
+    @cython.embedsignature(False)   # the class's docstring has it, in the form that `inspect` reads
     def __init__(self, ranges):
         parts = []
         count = 0
@@ -196,6 +197,9 @@ cdef class GpaRanges:
         """One buffer of `length` bytes at guest physical address `gpa`."""
         first = gpa // PAGE_BYTES
         return GpaRanges([(length, gpa % PAGE_BYTES, range(first, (gpa + length + PAGE_BYTES - 1) // PAGE_BYTES))])
+
+    def __repr__(self):
+        return f"<GpaRanges: {self.count} of {self.total} bytes>"
 
     def __len__(self):
         return self.count
@@ -270,6 +274,7 @@ cdef class GpaRanges:
         cdef gpa_cursor_t cursor
         cdef Py_buffer view
         PyObject_GetBuffer(data, &view, PyBUF_CONTIG_RO)
+        refuse_objects(data, &view)
         try:
             self._start(&cursor, offset, view.len)
             self._copy(memory, &cursor, <uint8_t *>view.buf, view.len, True)

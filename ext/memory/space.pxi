@@ -1,7 +1,7 @@
 # Guest physical address spaces. Included by memory.pyx.
 
 cdef class GuestMemory:
-    """One guest physical address space, from address 0 up.
+    """GuestMemory(size, *, mapped=True, fd=-1)\n--\n\nOne guest physical address space, from address 0 up.
 
     Args:
         size: bytes, a multiple of 4096.
@@ -56,6 +56,15 @@ cdef class GuestMemory:
             close_fd(self.fd)
         free(self.c.pages)
 
+    def __repr__(self):
+        return f"<GuestMemory of {self.c.size:#x} bytes>" if self.c.base != NULL else "<GuestMemory, closed>"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
     @property
     def size(self) -> int:
         """Bytes of the address space."""
@@ -86,9 +95,11 @@ cdef class GuestMemory:
 
         Raises:
             GuestMemoryError: the range is not wholly writable; nothing was written.
+            TypeError: `data` has no bytes (text, numbers, an array of objects).
         """
         cdef Py_buffer view
         PyObject_GetBuffer(data, &view, PyBUF_CONTIG_RO)
+        refuse_objects(data, &view)
         try:
             copy_bytes(self.pointer(gpa, view.len, ACCESS_WRITE), view.buf, view.len)
         finally:

@@ -43,6 +43,16 @@ cdef class Window:
         if self.base != NULL:
             _give_back(self.base, self.mapped)
 
+    def __repr__(self):
+        kind = " and their mirror" if self.mirrored else ""
+        return f"<Window of {self.size // PAGE_BYTES} pages{kind}>" if self.base != NULL else "<Window, closed>"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
     @staticmethod
     def allocate(data_pages) -> Window:
         """A mirrored window of new, zeroed memory: one control page and `data_pages` pages of data."""

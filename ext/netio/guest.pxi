@@ -28,6 +28,7 @@ cdef class SendPool(_Sections):
         free(self.octets)
 
 
+@cython.no_gc_clear     # the destructor needs what it refers to: cleared references are None, not memory
 @cython.final
 cdef class GuestQueue:
     """A guest's end of its only channel.

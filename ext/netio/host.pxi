@@ -91,6 +91,7 @@ cdef class ReceivePool(_Sections):
         return True
 
 
+@cython.no_gc_clear     # the destructor needs what it refers to: cleared references are None, not memory
 @cython.final
 cdef class HostQueue:
     """The host's end of one channel.

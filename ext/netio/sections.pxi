@@ -1,5 +1,6 @@
 # Sections of a buffer that both ends see. Included by netio.pyx.
 
+@cython.no_gc_clear     # the destructor needs what it refers to: cleared references are None, not memory
 cdef class _Sections:
     """Equal sections of a buffer that the peer sees too, the last freed used first: it is still in the cache."""
 

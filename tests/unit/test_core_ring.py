@@ -1,3 +1,4 @@
+import ctypes
 import gc
 import os
 import struct
@@ -204,6 +205,115 @@ def test_numpy_batches(ends: tuple[RingWriter, RingReader]) -> None:
     with pytest.raises(ValueError, match="a row 96"):
         reader.recv_into(out)
     assert reader.recv() == b"odd one\0"
+
+
+NUMBERS = ["u1", "i2", ">i4", "f2", "f8", "c16", "?", "S5", "U3", "M8[s]", "V7", [("Oh", "i1"), ("b", "f8")]]
+
+
+@pytest.mark.parametrize("dtype", NUMBERS, ids=str)
+@pytest.mark.parametrize("shape", [(3, 4), (3, 2, 2)])
+def test_rows_of_any_type_of_number(
+    ends: tuple[RingWriter, RingReader], dtype: str, shape: tuple[int, ...]
+) -> None:
+    writer, reader = ends
+    rows = np.frombuffer(os.urandom(12 * np.dtype(dtype).itemsize), dtype).reshape(shape)  # read-only, too
+    assert writer.send_batch(rows) == (3, True)
+    out = np.zeros(shape, dtype)
+    assert reader.recv_into(out) == 3
+    assert out.tobytes() == rows.tobytes()
+    assert writer.send(rows) is True
+    assert reader.recv()[: rows.nbytes] == rows.tobytes()
+
+
+@pytest.mark.parametrize("dtype", ["O", [("a", "i1"), ("b", "O")]], ids=str)
+def test_arrays_of_python_objects_are_refused(ends: tuple[RingWriter, RingReader], dtype: str) -> None:
+    """Their bytes are addresses: sent they tell nothing, and overwritten they crash the interpreter."""
+    writer, reader = ends
+    objects = np.zeros((2, 8), dtype)
+    memory = GuestMemory(4096)
+    for use in (
+        lambda: writer.send(objects),
+        lambda: writer.send_batch(objects),
+        lambda: writer.send_batch([b"good", objects]),
+        lambda: writer.send_batch(memoryview(objects)),
+        lambda: writer.send_gpa_direct(objects, GpaRanges.contiguous(0, 1), 1),
+        lambda: memory.write(0, objects),
+        lambda: GpaRanges.contiguous(0, 4096).write(memory, objects),
+    ):
+        with pytest.raises(TypeError, match="Python objects"):
+            use()
+    assert writer.packets == 0
+    writer.send_batch([bytes(objects.itemsize * 8)] * 2)
+    with pytest.raises(TypeError, match="Python objects"):
+        reader.recv_into(objects)
+    assert reader.packets_read == 0
+    objects[:] = 5  # still whole
+    with pytest.raises(TypeError, match="Python objects"):
+        reader.recv_into((ctypes.py_object * 4)())
+    memory.close()  # no buffer of it is held
+
+
+@pytest.mark.parametrize(
+    ("rows", "error"),
+    [
+        (np.zeros((8, 8), "u1")[::2], "C-contiguous"),
+        (np.zeros((8, 8), "u1").T[:4], "C-contiguous"),
+        (np.zeros((8, 6), "u1", order="F"), "C-contiguous"),
+        (np.zeros(8, "u1"), "one payload a row"),
+        (np.array(5), "one payload a row"),
+        (b"bytes", "one payload a row"),
+        ((b"" for _ in range(2)), "one payload a row is needed, not something of type generator"),
+        (None, "one payload a row is needed, not something of type NoneType"),
+    ],
+    ids=["strided", "transposed", "fortran", "flat", "scalar", "bytes", "generator", "none"],
+)
+def test_what_is_no_rows_is_a_clear_error(
+    ends: tuple[RingWriter, RingReader], rows: object, error: str
+) -> None:
+    writer, reader = ends
+    with pytest.raises((TypeError, ValueError), match=error):
+        writer.send_batch(rows)  # type: ignore[arg-type]
+    assert writer.packets == 0
+    writer.send(bytes(8))
+    with pytest.raises((TypeError, ValueError, BufferError), match=f"{error}|not writable"):
+        reader.recv_into(rows)  # type: ignore[arg-type]
+    assert reader.recv_into(np.zeros((0, 8), "u1")) == 0
+    assert reader.recv() == bytes(8)
+
+
+def test_a_read_only_array_receives_nothing(ends: tuple[RingWriter, RingReader]) -> None:
+    writer, reader = ends
+    writer.send(bytes(8))
+    rows = np.ones((1, 8), "u1")
+    rows.flags.writeable = False
+    with pytest.raises(ValueError, match="read-only"):
+        reader.recv_into(rows)
+    assert rows.all()
+    assert reader.recv() == bytes(8)
+
+
+def test_numbers_that_do_not_fit_the_header_are_refused(ends: tuple[RingWriter, RingReader]) -> None:
+    writer, reader = ends
+    for number in (1 << 16, -1):
+        for call in (
+            lambda number=number: writer.send(b"", type=number),
+            lambda number=number: writer.send(b"", flags=number),
+            lambda number=number: writer.send_batch([b""], type=number),
+            lambda number=number: writer.send_batch([b""], flags=number),
+            lambda number=number: writer.send_transfer_pages(b"", 1, [(1, 1)], 1, flags=number),
+            lambda number=number: writer.send_transfer_pages(b"", number, [(1, 1)], 1),
+            lambda number=number: writer.send_gpa_direct(b"", GpaRanges.contiguous(0, 1), 1, flags=number),
+            lambda number=number: writer.send_transfer_pages(b"", 1, [(number << 16, 1)], 1),
+            lambda number=number: writer.send_transfer_pages(b"", 1, [(1, number << 16)], 1),
+        ):
+            with pytest.raises(ValueError, match="bits"):
+                call()
+    assert writer.packets == 0
+    writer.send(b"", type=0xFFFF, flags=0xFFFF)  # unknown ones can be sent: somebody has to play the attacker
+    writer.send_transfer_pages(b"", 0xFFFF, ((n, 0xFFFF_FFFF) for n in (1, 2)), 1)
+    first, second = reader.recv_packets()
+    assert (first.type, first.flags) == (0xFFFF, 0xFFFF)
+    assert second.transfer_ranges == ((1, 0xFFFF_FFFF), (2, 0xFFFF_FFFF))
 
 
 def test_a_batch_with_a_bad_item_sends_nothing(ends: tuple[RingWriter, RingReader]) -> None:

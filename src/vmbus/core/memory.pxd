@@ -3,6 +3,7 @@
 Functions without the GIL return 0 or a count, or one of the negative `MEMORY_…` codes.
 """
 
+from cpython.buffer cimport Py_buffer, PyBuffer_Release
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 
 cdef extern from "<sys/uio.h>" nogil:
@@ -75,6 +76,19 @@ cdef int gpa_cursor_iov(gpa_cursor_t *cursor, const guest_memory_t *memory, uint
                         iovec *vectors, int most, uint64_t *covered) noexcept nogil
 cdef int64_t gpa_transfer(const guest_memory_t *memory, gpa_cursor_t *cursor, int fd, uint64_t file_offset,
                           uint64_t length, bint to_guest) noexcept nogil
+
+cdef inline int refuse_objects(object source, Py_buffer *view) except -1:
+    """Release `view` of `source` and raise TypeError if its items are Python objects: their bytes are addresses.
+
+    Written out they mean nothing to a reader, and written over they crash the interpreter.
+    """
+    if view.itemsize < <Py_ssize_t>sizeof(void *):      # nearly everything: not even asked
+        return 0
+    dtype = getattr(source, "dtype", None)
+    if dtype.hasobject if dtype is not None else "O" in memoryview(source).format:
+        PyBuffer_Release(view)
+        raise TypeError("an array of Python objects has no bytes to send or receive: use a numeric dtype")
+    return 0
 
 cdef class GuestMemory:
     cdef guest_memory_t c
