@@ -100,7 +100,7 @@ def test_report_in_json_and_as_a_table(kernel, tmp_path: Path, capsys) -> None:
 @pytest.mark.parametrize(
     ("contents", "arguments", "status", "message"),
     [
-        (b"not a kernel at all", (), 3, "not a Linux kernel"),
+        (b"not a kernel at all", (), 3, "DIRECTORY/kernel: not a Linux kernel"),
         (b"", (), 3, "not a Linux kernel"),
         (elf(b"\xf4" * 64)[:-8], (), 3, "truncated"),
         (elf(b"\xf4"), ("--initrd", "INITRD"), 4, "does not fit"),
@@ -118,6 +118,8 @@ def test_report_in_json_and_as_a_table(kernel, tmp_path: Path, capsys) -> None:
         (elf(b"\xf4"), ("--net", "none,pcap=DIRECTORY"), 2, "Is a directory"),
         (elf(b"\xf4"), ("--net", "stream:DIRECTORY/nobody"), 5, "stream uplink"),
         (elf(b"\xf4"), ("--pcap", "DISK"), 2, "--pcap needs --net"),
+        (elf(b"\xf4"), ("--json", "DIRECTORY"), 2, "DIRECTORY: Is a directory"),
+        (elf(b"\xf4"), ("--json", "DIRECTORY/nowhere/x"), 2, "DIRECTORY/nowhere/x: No such file"),
     ],
 )
 def test_bad_input_is_one_line_and_a_status_of_its_own(
@@ -133,6 +135,23 @@ def test_bad_input_is_one_line_and_a_status_of_its_own(
     assert len(lines) == 1, lines
     assert message.replace("DIRECTORY", str(tmp_path)) in lines[0]
     assert (tmp_path / "disk").read_bytes() == bytes(1 << 20)
+
+
+@pytest.mark.parametrize("option", ["--timeout", "--virtual-timeout"])
+@pytest.mark.parametrize("value", ["-1", "nan", "inf", "soon"])
+def test_times_that_are_none(kernel, capsys, option: str, value: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        boot("--kernel", kernel(POWER_OFF), f"{option}={value}")
+    assert f"argument {option}: '{value}' is not a number of seconds" in capsys.readouterr().err
+
+
+def test_the_ledger_in_a_narrow_terminal(kernel, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    assert boot("--kernel", kernel(POWER_OFF), "--ledger", "--quiet") == 0
+    shown = capsys.readouterr().out
+    (row,) = [line for line in shown.splitlines() if "io_port" in line]
+    assert row.split()[-2] == "3"
+    assert "…" not in shown
 
 
 def test_networks(kernel, tmp_path: Path, capsys) -> None:

@@ -5,9 +5,12 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -142,3 +145,120 @@ def test_as_a_program(image: Path) -> None:
     assert (
         missing.stderr.strip() == "vmbus: /does/not/exist: cannot open the image: No such file or directory"
     )
+
+
+def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"COLUMNS": "80"} | options.pop("env", {})
+    command = [sys.executable, "-m", "vmbus", "compare", *map(str, arguments)]
+    defaults: dict[str, Any] = {"stdout": subprocess.PIPE}
+    options = defaults | options
+    return subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False, env=environment, **options)
+
+
+def test_a_disk_smaller_than_a_block(capsys: pytest.CaptureFixture[str]) -> None:
+    """One short read and no write: the figures are of what was done, not of whole blocks."""
+    assert cli.main(["compare", "--size", "1536"]) == 0
+    shown = capsys.readouterr().out
+    assert "1 read " in shown
+    assert "write" not in shown
+    exits = compare(size=1536).phases["reads"]["emulated"].counts.exits.total()
+    assert f"it exits {exits / 3:.4g} times for each sector read" in " ".join(shown.split())
+
+
+@pytest.mark.parametrize("columns", [10, 30, 50, 70])
+def test_a_narrow_terminal_loses_words_not_figures(
+    columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = compare(size=64 << 10)
+    monkeypatch.setattr("vmbus.cli.compare.compare", lambda *_, **__: result)
+
+    def figures(width: int) -> list[list[str]]:
+        monkeypatch.setenv("COLUMNS", str(width))
+        assert cli.main(["compare"]) == 0
+        table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+        cells = [[cell.strip() for cell in line.split("│")[2:5]] for line in table]
+        return [row for row in cells if any(row)]
+
+    wide = figures(200)
+    assert len(wide) == 26
+    assert figures(columns) == wide
+
+
+@pytest.mark.parametrize("option", ["--json", "--plot"])
+def test_a_result_that_cannot_be_written_is_said_before_the_work(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if option == "--plot":
+        pytest.importorskip("matplotlib")
+    monkeypatch.setattr("vmbus.cli.compare.compare", lambda *_, **__: pytest.fail("it has begun"))
+    for place in (tmp_path, tmp_path / "nowhere" / "out.png"):
+        assert cli.main(["compare", option, str(place)]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"vmbus: {place}: ")
+        assert said.count("\n") == 1
+
+
+def test_what_is_there_stays_until_there_is_a_result(tmp_path: Path) -> None:
+    kept, made = tmp_path / "kept.json", tmp_path / "made.json"
+    kept.write_text("before")
+    for place in (kept, made):
+        assert cli.main(["compare", "--disk", "/does/not/exist", "--json", str(place)]) == 2
+    assert kept.read_text() == "before"
+    assert not made.exists()
+
+
+def test_a_reader_that_goes_away_is_no_failure() -> None:
+    for arguments in ((), ("--json", "-")):
+        for _ in range(2):
+            reading, writing = os.pipe()
+            os.close(reading)
+            done = run("--size", "64K", *arguments, stdout=writing)
+            os.close(writing)
+            assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_full_disk_is_one_sentence() -> None:
+    for arguments in ((), ("--json", "-"), ("--json", "/dev/full")):
+        with open("/dev/full", "w") as full:
+            done = run(
+                "--size", "64K", *arguments, stdout=subprocess.PIPE if "/dev/full" in arguments else full
+            )
+        assert done.returncode == 2
+        assert done.stderr in (
+            "vmbus: No space left on device\n",
+            "vmbus: /dev/full: No space left on device\n",
+        )
+        assert ("/dev/full" in done.stderr) == ("/dev/full" in arguments)
+
+
+def test_a_locale_without_utf_8() -> None:
+    done = run("--size", "64K", env={"PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "time, ?s" in done.stdout
+    assert done.stdout.isascii()
+
+
+def test_results_into_a_pipe(tmp_path: Path) -> None:
+    """`--json >(command)`: a pipe is opened once, or its reader would see an end too early."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    command = [sys.executable, "-m", "vmbus", "compare", "--size", "64K", "--json", str(pipe)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        data = json.loads(pipe.read_text())
+        assert process.wait(120) == 0
+    assert data["correct"] is True
+
+
+def test_interrupted_it_says_so_and_leaves_nothing(tmp_path: Path) -> None:
+    """Ctrl-C at whatever moment; its image is in a folder of its own, which goes too."""
+    command = [sys.executable, "-m", "vmbus", "compare", "--size", "256M"]
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    ) as process:
+        while not list(tmp_path.glob("*/disk.img")) and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=120)
+    assert (process.returncode, out, err) == (130, b"", b"vmbus: interrupted\n")
+    assert list(tmp_path.iterdir()) == []

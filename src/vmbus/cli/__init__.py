@@ -6,6 +6,7 @@ or an `OSError`: it is printed as one sentence, and the exit status is 2.
 """
 
 import argparse
+import io
 import logging
 import os
 import sys
@@ -44,12 +45,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, what the subcommand returns, or 2 after one sentence about what is wrong.
     """
-    args = parser().parse_args(arguments)
-    level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(args.verbose, 2)]
-    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # in a locale without UTF-8 "µ" becomes "?"
     try:
+        args = parser().parse_args(arguments)
+        level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(args.verbose, 2)]
+        logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
         status = args.run(args)
         assert isinstance(status, int)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # a full disk or a closed pipe is noticed here, not while Python ends
         return status
     except KeyboardInterrupt:
         print("vmbus: interrupted", file=sys.stderr)

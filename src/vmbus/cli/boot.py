@@ -13,10 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from rich.console import Console as Screen
 from rich.table import Table
 
-from vmbus.cli.units import size
+from vmbus.cli.output import Screen, check_output, write_output
+from vmbus.cli.units import seconds, size
 from vmbus.errors import DeviceError, EngineError, VmbusError
 from vmbus.machine.guest import Machine, Outcome, Result
 from vmbus.machine.linux import BootError, KernelError, SizeError
@@ -126,9 +126,9 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--until", metavar="TEXT", help="stop as soon as the guest prints this")
     parser.add_argument("--send", metavar="TEXT", help="type this line once --until has matched, and go on")
-    parser.add_argument("--timeout", type=float, metavar="SECONDS", help="stop after so much host time")
+    parser.add_argument("--timeout", type=seconds, metavar="SECONDS", help="stop after so much host time")
     parser.add_argument(
-        "--virtual-timeout", type=float, metavar="SECONDS", help="stop after so much guest time"
+        "--virtual-timeout", type=seconds, metavar="SECONDS", help="stop after so much guest time"
     )
     parser.add_argument("--ledger", action="store_true", help="print the ledger at the end")
     parser.add_argument(
@@ -162,10 +162,11 @@ def _boot(args: argparse.Namespace, started: list[Machine]) -> int:
         kernel, initrd = guest.kernel, initrd or guest.initramfs
     if args.send is not None and args.until is None:
         raise BootError("--send needs --until")
-    _note(args, f"loading {kernel}")
-    command_line = f"console=ttyS0 {args.append}".strip()
     if args.pcap is not None and not args.net:
         raise BootError("--pcap needs --net")
+    check_output(args.json)
+    _note(args, f"loading {kernel}")
+    command_line = f"console=ttyS0 {args.append}".strip()
     with Machine(
         kernel,
         initrd=initrd,
@@ -322,7 +323,7 @@ def _report(machine: Machine, result: Result, args: argparse.Namespace) -> None:
             "counts": machine.counts,
             "ledger": machine.ledger.to_dict(),
         }
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+        write_output(args.json, json.dumps(report, indent=2) + "\n")
 
 
 def _print_ledger(machine: Machine) -> None:
@@ -334,7 +335,7 @@ def _print_ledger(machine: Machine) -> None:
     for account, values in machine.ledger.to_dict().items():
         for what, value in _flat(values):
             table.add_row(account, what, f"{value:,}")
-    Screen().print(table)
+    Screen().show(table)
 
 
 def _flat(values: dict[str, Any]) -> Iterator[tuple[str, int]]:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from vmbus.cli.output import Screen, check_output, write_output
 from vmbus.cli.units import format_size, size
 from vmbus.errors import VmbusError
 from vmbus.machine.comparison import PATHS, Comparison, compare
@@ -73,6 +74,9 @@ def run(args: argparse.Namespace) -> int:
         _pyplot()  # a missing library is said before the work, not after
     if args.write and args.disk is None:
         raise VmbusError("--write needs the image to write to: add --disk IMAGE")
+    to_stdout = args.json is not None and str(args.json) == "-"
+    for path in (None if to_stdout else args.json, args.plot):
+        check_output(path)
     terminal = Console(stderr=True)
     with Progress(
         TextColumn("{task.description}"),
@@ -99,38 +103,43 @@ def run(args: argparse.Namespace) -> int:
             write=args.write,
             progress=progress,
         )
-    if args.json and str(args.json) == "-":
+    if to_stdout:
         json.dump(result.to_dict(), sys.stdout, indent=2)
         print()
     else:
-        report(result, Console())
+        report(result, Screen())
         if args.json:
-            args.json.write_text(json.dumps(result.to_dict(), indent=2) + "\n")
+            write_output(args.json, json.dumps(result.to_dict(), indent=2) + "\n")
     if args.plot:
         plot(result, args.plot)
     return 0 if result.correct else 1
 
 
-def report(result: Comparison, console: Console) -> None:
+def report(result: Comparison, console: Screen) -> None:
     """Print the comparison as a table."""
     blocks = f"{format_size(result.block)} blocks, depth {result.depth}"
     title = f"{format_size(result.size)} disk ({result.image}), {blocks}"
     table = Table(title=title, title_justify="left")
-    table.add_column("per operation", no_wrap=True)
+    table.add_column("per operation")
     for path in PATHS:
-        table.add_column(path, justify="right", no_wrap=True)
-    table.add_column("ratio", justify="right", style="bold", no_wrap=True)
+        table.add_column(path, justify="right")
+    table.add_column("ratio", justify="right", style="bold")
     for phase, paths in result.phases.items():
+        if not paths["enlightened"].operations:
+            continue  # a disk smaller than a block has none to write
         table.add_section()
-        table.add_row(f"{paths['enlightened'].operations} {phase}", style="bold")
+        count = paths["enlightened"].operations
+        table.add_row(f"{count} {phase if count > 1 else phase.removesuffix('s')}", style="bold")
         enlightened, emulated = (paths[path].per_operation() for path in PATHS)
         for name, label in ROWS:
             pair = enlightened.get(name, 0.0), emulated.get(name, 0.0)
             if any(pair):
                 ratio = f"{_number(pair[1] / pair[0])} ×" if all(pair) else ""
                 table.add_row(f"  {label}", *map(_number, pair), ratio)
-    console.print(table)
+    console.show(table)
     for phase, paths in result.phases.items():
+        if not paths["enlightened"].operations:
+            continue
         expected = result.expected[phase]
         console.print(f"{phase}: SHA-256 of the image {expected[:16]}…", highlight=False)
         for path in PATHS:
@@ -138,11 +147,13 @@ def report(result: Comparison, console: Console) -> None:
                 "the same" if paths[path].sha256 == expected else f"DIFFERENT: {paths[path].sha256[:16]}…"
             )
             console.print(f"  over the {path} path: {verdict}", highlight=False)
-    sectors = result.block // 512
-    exits = result.phases["reads"]["emulated"].per_operation().get("exits", 0.0) / sectors
+    reads = result.phases["reads"]["emulated"]
+    exits = reads.counts.exits.total() / (reads.size // 512)
+    wrote = bool(result.phases["writes"]["emulated"].operations)
     console.print(
         f"Reads took {result.ratio('reads'):.0f} times as long on the emulated path, "
-        f"writes {result.ratio('writes'):.0f} times; it exits {exits:.4g} times for each sector read.",
+        + (f"writes {result.ratio('writes'):.0f} times; " if wrote else "")
+        + f"it exits {exits:.4g} times for each sector read.",
         highlight=False,
     )
 

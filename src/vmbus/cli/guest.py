@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(describe(guest), indent=2))
     else:
-        disk = f" --disk {args.root_disk} --append root=/dev/sda" if args.root_disk is not None else ""
-        print(f"vmbus boot --kernel {guest.kernel} --initrd {guest.initramfs}{disk}")
+        command = ["vmbus", "boot", "--kernel", str(guest.kernel), "--initrd", str(guest.initramfs)]
+        if args.root_disk is not None:
+            command += ["--disk", str(args.root_disk), "--append", "root=/dev/sda"]
+        print(shlex.join(command))
     return 0

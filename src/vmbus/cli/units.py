@@ -1,9 +1,10 @@
-"""Sizes as people type and read them."""
+"""Sizes and times as people type and read them."""
 
 import argparse
+import math
 import re
 
-__all__ = ["format_size", "size"]
+__all__ = ["format_size", "seconds", "size"]
 
 _FACTORS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
@@ -30,3 +31,18 @@ def format_size(count: int) -> str:
         if count and count % factor == 0:
             return f"{count // factor} {unit}"
     return f"{count} bytes"
+
+
+def seconds(text: str) -> float:
+    """Seconds, 0 or more; for argparse's ``type``.
+
+    Raises:
+        argparse.ArgumentTypeError: not a number, negative, or not finite.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
+    return value
