@@ -7,6 +7,8 @@ The parts from the bottom up; each room of the package has more:
 * the hypervisor: `Hypervisor`, `Partition`, `VirtualProcessor`, `HostClock`, `VirtualClock`, `PERSONALITIES`
 * VMBus: `VmbusHost` in the parent, `VmbusGuest` in the child, `Offer`, `Channel`, `loopback`
 * storage: `RawDisk`, `MemoryDisk`, `open_disk` for images and NBD, `RedirectDisk`, `StorageVsp`, `StorageVsc`
+* networking: `Switch`, `NetworkAdapter` in the parent with its `AdapterConfig`, `NetworkVsc` in the child with its
+  `GuestConfig`; uplinks, captures and the rest are in `vmbus.network`
 * whole machines: `ModelMachine`, and `compare`, the experiment on both paths; `Machine`, which runs an unmodified
   Linux kernel, with its `Result` and `Outcome`
 * counts: `Ledger`, `Account`
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from vmbus.machine.comparison import Comparison, compare
     from vmbus.machine.guest import Machine, Outcome, Result
     from vmbus.machine.model import ModelMachine
+    from vmbus.network import AdapterConfig, GuestConfig, NetworkAdapter, NetworkVsc, Switch
     from vmbus.storage.disk import Disk, MemoryDisk, RawDisk
     from vmbus.storage.guest_disk import StorageDisk
     from vmbus.storage.images import create_vhd, create_vhdx, open_disk
@@ -109,6 +112,13 @@ _ROOMS = {
         "Result",
     ),
     "vmbus.machine.model": ("ModelMachine",),
+    "vmbus.network": (
+        "AdapterConfig",
+        "GuestConfig",
+        "NetworkAdapter",
+        "NetworkVsc",
+        "Switch",
+    ),
     "vmbus.storage.disk": (
         "Disk",
         "MemoryDisk",
@@ -136,6 +146,7 @@ _HOME = {name: room for room, names in _ROOMS.items() for name in names}
 __all__ = [
     "PERSONALITIES",
     "Account",
+    "AdapterConfig",
     "Channel",
     "Comparison",
     "DeviceError",
@@ -144,6 +155,7 @@ __all__ = [
     "Doorbell",
     "EngineError",
     "GpaRanges",
+    "GuestConfig",
     "GuestMemory",
     "GuestMemoryError",
     "HostClock",
@@ -154,6 +166,8 @@ __all__ = [
     "Machine",
     "MemoryDisk",
     "ModelMachine",
+    "NetworkAdapter",
+    "NetworkVsc",
     "Offer",
     "Outcome",
     "Packet",
@@ -172,6 +186,7 @@ __all__ = [
     "StorageDisk",
     "StorageVsc",
     "StorageVsp",
+    "Switch",
     "VirtualClock",
     "VirtualProcessor",
     "VmbusError",

@@ -4,9 +4,20 @@ Compiled code that runs without the GIL returns negative codes; the thin Python 
 these at the edge.
 """
 
+from typing import Any
+
 
 class VmbusError(Exception):
-    """Base of all errors of this package."""
+    """Base of all errors of this package. All of them can be pickled, so they cross process boundaries."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # By default an error is made again by calling its class with the message, which fails, or makes another
+        # error, where the class makes its message from other arguments.
+        return _again, (type(self), self.args), self.__dict__
+
+
+def _again(kind: type[VmbusError], args: tuple[Any, ...]) -> VmbusError:
+    return kind.__new__(kind, *args)
 
 
 class ProtocolError(VmbusError):

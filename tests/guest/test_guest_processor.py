@@ -1,7 +1,5 @@
 """An unmodified Linux kernel on its virtual processor: x2APIC, NMIs, and being suspended by its parent."""
 
-import re
-
 import pytest
 
 from vmbus.hypervisor.apic import ApicMode
@@ -14,8 +12,7 @@ pytestmark = [pytest.mark.guest, pytest.mark.slow]
 def test_linux_switches_to_the_x2apic(boot, shell) -> None:
     machine = boot()
     run = shell(machine)
-    # 6.1 writes "to physical x2apic", 6.12 "to: physical x2apic"
-    assert re.search("Switched APIC routing to:? physical x2apic", run("dmesg"))
+    assert "Switched APIC routing to physical x2apic" in run("dmesg")
     vp = machine.partition.vps[0]
     assert vp.apic.mode == ApicMode.X2APIC
     assert vp.rdmsr(Msr.IA32_APIC_BASE) & 0xFFF == 0xD00

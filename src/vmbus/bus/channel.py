@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import count
 from threading import Lock
-from typing import Protocol
+from typing import Protocol, Self
 from uuid import UUID
 
 from vmbus.bus.offer import Offer
@@ -170,6 +170,16 @@ class Channel:
         self._on_signal: Callable[[], None] | None = None
         self._missed = False
         self.on_closed: Callable[[], None] | None = None
+
+    def __repr__(self) -> str:
+        state = "open" if self._open else "closed"
+        return f"<Channel {self.channel_id} {state}: {self.offer!r}>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @property
     def is_open(self) -> bool:

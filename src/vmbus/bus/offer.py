@@ -51,6 +51,14 @@ class Offer:
             if not 0 <= getattr(self, name) <= 0xFFFF:
                 raise ValueError(f"{name} is a 16-bit number, not {getattr(self, name)}")
 
+    def __repr__(self) -> str:
+        data = self.user_defined.rstrip(b"\0")
+        part = f" sub-channel {self.subchannel_index}" if self.subchannel_index else ""
+        return (
+            f"<Offer channel_id={self.channel_id}{part} interface_id={self.interface_id} "
+            f"instance_id={self.instance_id}{f' user_defined={data!r}' if data else ''}>"
+        )
+
     @property
     def key(self) -> tuple[UUID, UUID, int]:
         """What no two offers of one partition share."""

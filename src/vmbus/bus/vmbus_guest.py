@@ -9,7 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Final, TypeVar
+from typing import Final, Self, TypeVar
 from uuid import UUID
 
 from vmbus.bus import actions as act
@@ -155,6 +155,17 @@ class VmbusGuest:
         """The offers that can be opened now, by channel id."""
         known = self.machine.channels
         return [known[n].offer for n in sorted(known) if known[n].state is not ChannelState.RESCINDED]
+
+    def __repr__(self) -> str:
+        version = self.machine.version
+        spoken = f"version {version >> 16}.{version & 0xFFFF}" if version else "not connected"
+        return f"<VmbusGuest: {spoken}, {len(self.offers)} offers, {len(self._channels)} channels open>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def connect(self, versions: Sequence[int] | None = None) -> int:
         """Agree on a version and learn the offers. A connection that exists ends, as when a crash kernel takes over.

@@ -10,7 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Final
+from typing import Final, Self
 from uuid import UUID
 from weakref import WeakSet
 
@@ -145,6 +145,16 @@ class VmbusHost:
         self._previous_on_event = child.on_event
         child.on_event = self._on_partition_event
         child.page_watchers.append(self._on_page_taken)
+
+    def __repr__(self) -> str:
+        spoken = f"version {self.version >> 16}.{self.version & 0xFFFF}" if self.version else "not connected"
+        return f"<VmbusHost of {self.child.name!r}: {spoken}, {len(self.offered)} offers>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     # -- the provider's side -------------------------------------------------------------------------------
 

@@ -41,6 +41,9 @@ class Clock(ABC):
         self._sequence = 0
         self._lock = threading.Lock()
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} at {self.now()} ns>"
+
     @abstractmethod
     def now(self) -> int:
         """Nanoseconds since the clock was made; never decreases."""

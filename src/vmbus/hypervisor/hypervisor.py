@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import threading
-from typing import Final
+from typing import Final, Self
 
 from vmbus.core.memory import GuestMemory
 from vmbus.errors import HypercallError, LocalProtocolError
@@ -67,6 +67,20 @@ class Hypervisor:
         self.map_lock = threading.RLock()
         """Held while a partition's memory map changes, and while a hypervisor page is laid over guest memory. Nothing
         that can wait for a guest or a provider runs under it."""
+
+    def __repr__(self) -> str:
+        return f"<Hypervisor with {len(self.partitions)} partitions>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Tear down the root partition, and with it all others; what was counted stays."""
+        if self.root is not None:
+            self.root.destroy()
 
     # Partitions
 

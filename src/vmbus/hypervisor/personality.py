@@ -102,6 +102,9 @@ class Personality:
     max_leaf: int = 0x4000_000A
     x2apic: bool = False
 
+    def __repr__(self) -> str:
+        return f"<Personality {self.name!r}>"
+
     @property
     def auto_eoi(self) -> bool:
         """Whether auto-EOI is offered, that is not deprecated by CPUID 0x40000004 EAX bit 9."""

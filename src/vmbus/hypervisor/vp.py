@@ -124,6 +124,18 @@ class VirtualProcessor:
         self.fast_output = b""
         """What the last fast hypercall returns in registers, after those that carried its input."""
 
+    def __repr__(self) -> str:
+        state = (
+            "suspended"
+            if self.suspended
+            else "halted"
+            if self.halted
+            else "running"
+            if self.started
+            else "off"
+        )
+        return f"<VirtualProcessor {self.index} of {self.partition.name!r}, {state}>"
+
     # Time
 
     @property

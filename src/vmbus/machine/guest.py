@@ -52,11 +52,11 @@ log = logging.getLogger(__name__)
 DEFAULT_MEMORY: Final = 512 << 20
 IDE_SLOT: Final = 7
 IDE_LINE: Final = 16
+"""The emulated disk controller's place on the PCI bus, and its line of the I/O APIC (behind the ISA lines)."""
 NIC_BACKLOG: Final = 1024
 """Frames that wait for an emulated adapter's descriptors: the host sends in batches longer than a driver's ring."""
 NIC_LINES: Final = {10: 17, 11: 18, 12: 19, 13: 20}
 """The interrupt line of each PCI slot for an emulated network adapter."""
-"""The emulated disk controller's place on the PCI bus, and its line of the I/O APIC (behind the ISA lines)."""
 MOST_PROCESSORS: Final = 16
 STORAGE_INSTANCE: Final = UUID("6c2ab6f0-4f0e-4f4e-9d5e-0f2b1f7a5c01")
 """The controller's instance: fixed, because serial numbers of disks come from it and runs have to repeat."""
@@ -155,6 +155,7 @@ class Machine:
         DeviceError: a disk or a network cannot be opened.
         EngineError: there is no engine to run it.
         OSError: a file cannot be read.
+        TypeError: `disks`, `cdroms` or `networks` is one thing instead of a list.
 
     Attributes:
         hypervisor, partition, engine, console, bus, storage, network: the parts.
@@ -181,8 +182,12 @@ class Machine:
         self._nic_slots: list[int] = []
         self._outcome: Outcome | None = None
         self._ended: Outcome | None = None
+        self._closed = False
         self.crash: CrashReport | None = None
-        image = _parse(_contents(kernel), unpack)
+        for what, given in (("disks", disks), ("cdroms", cdroms), ("networks", networks)):
+            if isinstance(given, str | bytes | os.PathLike):
+                raise TypeError(f"{what} is a list, also of one: {what}=[{given!r}]")
+        image = _parse(kernel, unpack)
         initial = b"" if initrd is None else _contents(initrd)
         if memory % 4096 or memory <= 0:
             raise BootError(f"{memory} bytes of memory are not whole pages")
@@ -322,10 +327,11 @@ class Machine:
         """Attach a disk while the guest runs.
 
         Raises:
-            LocalProtocolError: the machine has no storage controller, or the LUN is taken.
+            LocalProtocolError: the machine is closed or has no storage controller, or the LUN is taken.
             DeviceError: the image cannot be opened.
         """
-        self._controller().add_disk(_address(lun), self._open(disk))
+        controller = self._controller()
+        controller.add_disk(_address(lun), self._open(disk))
 
     def remove_disk(self, lun: int) -> None:
         """Detach a disk while the guest runs.
@@ -335,12 +341,22 @@ class Machine:
         """
         self._controller().remove_disk(_address(lun))
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise LocalProtocolError("the machine is closed")
+
     def _controller(self) -> StorageVsp:
+        self._check_open()
         if self.storage is None:
             raise LocalProtocolError("a machine without enlightenments has no storage controller")
         return self.storage
 
     # Running
+
+    def __repr__(self) -> str:
+        state = self._ended.value if self._ended is not None else f"{self.virtual_seconds:.3f} s of its time"
+        state += ", closed" if self._closed else ""
+        return f"<Machine {self.partition.name!r}: {state}>"
 
     @property
     def ledger(self) -> Ledger:
@@ -377,11 +393,12 @@ class Machine:
                 with a network to the outside waits in real time, and idle time of others is skipped.
 
         Raises:
-            LocalProtocolError: the guest has ended already.
+            LocalProtocolError: the guest has ended already, or the machine is closed.
             EngineError: the engine cannot go on.
         """
         if self._ended is not None:
             raise LocalProtocolError(f"this guest has ended: {self._ended.value}")
+        self._check_open()
         self.engine.idle = self.network.idle if idle is None else idle
         self.engine.poll = lambda: self._poll(poll)
         self._outcome = None
@@ -449,6 +466,7 @@ class Machine:
 
         The console's transcript, the counts and the ledger stay.
         """
+        self._closed = True
         self.network.close()
         if self.storage is not None:
             self.storage.shutdown()
@@ -485,9 +503,19 @@ def _contents(source: str | os.PathLike[str] | bytes) -> bytes:
     return source if isinstance(source, bytes) else Path(source).read_bytes()
 
 
-def _parse(image: bytes, unpack: str) -> Kernel:
+def _parse(source: str | os.PathLike[str] | bytes, unpack: str) -> Kernel:
     if unpack not in ("auto", "host", "guest"):
         raise BootError(f"a kernel is unpacked by 'host', 'guest' or 'auto', not by {unpack!r}")
+    image = _contents(source)
+    try:
+        return _unpacked(image, unpack)
+    except BootError as error:
+        if isinstance(source, bytes):
+            raise
+        raise type(error)(f"{os.fspath(source)}: {error}") from error
+
+
+def _unpacked(image: bytes, unpack: str) -> Kernel:
     kernel = parse_kernel(image)
     if not kernel.compressed or unpack == "guest":
         return kernel

@@ -8,7 +8,7 @@ from vmbus.core.memory import PAGE_SIZE
 from vmbus.emulated.ports import attach_ide, attach_pci
 from vmbus.errors import LocalProtocolError
 from vmbus.hypervisor import Clock, Hypervisor, Personality
-from vmbus.hypervisor.personality import LINUX
+from vmbus.hypervisor.personality import LINUX, PERSONALITIES
 from vmbus.machine.block import BlockDevice
 from vmbus.machine.ide_guest import IdeDisk
 from vmbus.machine.nic import NetworkDevice, TulipAdapter
@@ -48,13 +48,13 @@ class ModelMachine:
 
     Args:
         memory_size: bytes of the child's memory, at least 8 MiB.
-        personality: the guest operating system; `add_disk` and `add_network` choose the driver that it has, and an
-            enlightened one speaks the protocol versions of its time.
+        personality: the guest operating system, or its name in `PERSONALITIES`; `add_disk` and `add_network` choose the
+            driver that it has, and an enlightened one speaks the protocol versions of its time.
         clock: the time of all partitions; the host's by default.
         ledger: where everything is counted; a new one by default.
 
     Raises:
-        LocalProtocolError: too little memory.
+        LocalProtocolError: too little memory, or no personality of that name.
 
     Attributes:
         hypervisor: the instance.
@@ -67,12 +67,14 @@ class ModelMachine:
         self,
         *,
         memory_size: int = 64 << 20,
-        personality: Personality = LINUX,
+        personality: Personality | str = LINUX,
         clock: Clock | None = None,
         ledger: Ledger | None = None,
     ) -> None:
         if memory_size < LEAST_MEMORY:
             raise LocalProtocolError(f"the drivers need {LEAST_MEMORY >> 20} MiB of memory")
+        if isinstance(personality, str):
+            personality = _named(personality)
         self.ledger = ledger if ledger is not None else Ledger()
         self.hypervisor = Hypervisor(self.ledger, clock)
         self.root = self.hypervisor.create_root("root")
@@ -87,11 +89,20 @@ class ModelMachine:
         self._nics: list[NetworkVsc] = []
         self._ports: list[Port] = []
         self._emulated_network = False
+        self._closed = False
+
+    def __repr__(self) -> str:
+        return f"<ModelMachine of {self.child.personality.name!r}{', closed' if self._closed else ''}>"
 
     @property
     def host(self) -> VmbusHost:
-        """The parent's end of the child's VMBus, made on first use."""
+        """The parent's end of the child's VMBus, made on first use.
+
+        Raises:
+            LocalProtocolError: the machine is closed.
+        """
         if self._host is None:
+            self._check()
             self._host = VmbusHost(self.hypervisor, self.child)
         return self._host
 
@@ -101,6 +112,7 @@ class ModelMachine:
 
         Raises:
             GuestFault: the personality has no right to hypercalls.
+            LocalProtocolError: the machine is closed, or the personality has no VMBus driver.
         """
         if self._guest is None:
             _ = self.host
@@ -121,7 +133,11 @@ class ModelMachine:
         Args:
             disk: what the parent has; the caller closes it.
             depth: how many requests the guest keeps under way in a batch.
+
+        Raises:
+            LocalProtocolError: the machine is closed, or the personality has no VMBus driver.
         """
+        self._check()
         vsp = StorageVsp({(0, 0): disk})
         self.host.offer(vsp.offer, on_open=vsp.open, on_close=vsp.close, name="storage")
         self._providers.append(vsp)
@@ -142,7 +158,9 @@ class ModelMachine:
 
         Raises:
             ValueError: the machine has its one controller already.
+            LocalProtocolError: the machine is closed.
         """
+        self._check()
         attach_ide(self.child, disk)
         return IdeDisk(self.child.vps[0], base=self._emulated)
 
@@ -159,6 +177,7 @@ class ModelMachine:
 
     def add_enlightened_network(self, port: Port, mac: bytes) -> NetworkVsc:
         """Attach a synthetic adapter: VSC → VMBus → VSP → switch; arguments as for `add_network`."""
+        self._check()
         self._ports.append(port)
         guest = self.guest
         known = {offer.key for offer in guest.offers}
@@ -177,8 +196,9 @@ class ModelMachine:
         """Attach an emulated DEC 21140, driven by machine code through intercepts; arguments as for `add_network`.
 
         Raises:
-            LocalProtocolError: the machine has its one such adapter already.
+            LocalProtocolError: the machine has its one such adapter already, or is closed.
         """
+        self._check()
         if self._emulated_network:
             raise LocalProtocolError("the machine has its emulated adapter already")
         self._emulated_network = True
@@ -186,8 +206,13 @@ class ModelMachine:
         TulipAdapter(self.child, attach_pci(self.child), port, mac)
         return TulipNic(self.child.vps[0], base=self._emulated + TULIP_OFFSET)
 
+    def _check(self) -> None:
+        if self._closed:
+            raise LocalProtocolError("the machine is closed")
+
     def close(self) -> None:
         """Close the guest's drivers, the bus and the partitions. The disks stay open, the switch stays."""
+        self._closed = True
         for nic in self._nics:
             nic.close()
         for port in self._ports:
@@ -207,3 +232,9 @@ class ModelMachine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _named(name: str) -> Personality:
+    if name not in PERSONALITIES:
+        raise LocalProtocolError(f"no personality {name!r}: one of {', '.join(PERSONALITIES)}")
+    return PERSONALITIES[name]

@@ -63,6 +63,10 @@ class NetworkAdapter:
         self._offer = Offer(INTERFACE_ID, instance_id or uuid4(), monitor_latency=monitor_latency)
         self._offered = host.offer(self._offer, self._open, self._close, name=self._name)
 
+    def __repr__(self) -> str:
+        use = "in use" if self.vsp is not None else "not opened"
+        return f"<NetworkAdapter {self.config.mac.hex(':')} on {self.port!r}: {use}>"
+
     @property
     def link_up(self) -> bool:
         """Whether the cable is connected."""

@@ -172,6 +172,10 @@ class Port:
         self._max_frame = max_frame
         self._update()
 
+    def __repr__(self) -> str:
+        state = "" if self.connected else ", not connected"
+        return f"<Port {self.name!r} of {self.switch.name!r}{state}>"
+
     @property
     def vlan(self) -> Vlan:
         """`Access` or `Trunk`."""
@@ -258,6 +262,9 @@ class Switch:
         self._mirrored = False
         self._last_ageing = clock()
         self._lock = threading.RLock()
+
+    def __repr__(self) -> str:
+        return f"<Switch {self.name!r}, {self.kind.value}: {len(self._ports)} ports>"
 
     @property
     def ports(self) -> list[Port]:

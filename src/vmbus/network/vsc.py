@@ -131,6 +131,10 @@ class NetworkVsc(Sending):
             protocol.alignment,
         )
 
+    def __repr__(self) -> str:
+        state = f"MTU {self.mtu}, link {'up' if self.link_up else 'down'}"
+        return f"<NetworkVsc {self.mac.hex(':')}: {state}>"
+
     # ---- the interface of a NIC
 
     @property

@@ -180,6 +180,11 @@ class Disk(ABC):
         if writing and self.read_only:
             raise DiskError("the disk is read-only", errno.EROFS)
 
+    def __repr__(self) -> str:
+        where = getattr(self, "name", None) or getattr(self, "path", "")
+        kind = type(self).__name__
+        return f"<{kind} {where}: {self.size:,} bytes{', read-only' if self.read_only else ''}>"
+
     def __enter__(self) -> Self:
         return self
 
@@ -298,9 +303,8 @@ class _FileDisk(Disk):
         self.close()
 
     def _error(self, what: str, offset: int, error: OSError) -> DiskError:
-        return DiskError(
-            f"{self.name}: {what} at byte {offset} failed: {error.strerror}", error.errno or errno.EIO
-        )
+        why = "the disk is closed" if self.fd < 0 else error.strerror
+        return DiskError(f"{self.name}: {what} at byte {offset} failed: {why}", error.errno or errno.EIO)
 
 
 class RawDisk(_FileDisk):
@@ -414,8 +418,9 @@ class MemoryDisk(_FileDisk):
         try:
             os.ftruncate(fd, size)
             _seal_size(fd)
-            self._open(fd, "memory disk", sector_size, physical_sector_size or sector_size, read_only)
             self._map = mmap.mmap(fd, size)
+            # Last: from here on the descriptor is the disk's, which closes it, also when it was never finished.
+            self._open(fd, "memory disk", sector_size, physical_sector_size or sector_size, read_only)
         except OSError as error:
             os.close(fd)
             raise DiskError(f"no memory disk of {size} bytes: {error.strerror}", error.errno or 0) from error

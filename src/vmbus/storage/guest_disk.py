@@ -64,6 +64,9 @@ class StorageDisk:
         self._check(bytes([Opcode.TEST_UNIT_READY]))
         self.refresh()
 
+    def __repr__(self) -> str:
+        return f"<StorageDisk at target {self.target}, LUN {self.lun}: {self.size:,} bytes>"
+
     def refresh(self) -> None:
         """Ask for the capacity again."""
         cdb = struct.pack(">BB8xIxx", Opcode.SERVICE_ACTION_IN_16, ServiceIn16.READ_CAPACITY_16, 32)

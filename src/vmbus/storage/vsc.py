@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Self
 
 from vmbus.bus.channel import Channel
 from vmbus.core.blockio import DONE, PROGRESS, RING, STRAY, BlockClient
@@ -150,6 +151,16 @@ class StorageVsc:
         self._rang = threading.Event()
         self._lock = threading.RLock()
         channel.on_signal = self._rang.set
+
+    def __repr__(self) -> str:
+        state = self._failed or ("connected" if self.negotiation.done else "not connected")
+        return f"<StorageVsc on {len(self.channels)} channels: {state}>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def connect(self) -> None:
         """Negotiate; afterwards requests may be sent.

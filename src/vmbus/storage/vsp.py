@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, Self, TypeAlias
 from uuid import UUID, uuid4, uuid5
 
 from vmbus.bus.channel import TURN, Channel
@@ -144,6 +144,16 @@ class StorageVsp:
         vsp._path = path
         return vsp
 
+    def __repr__(self) -> str:
+        spoken = f"version {self.version >> 8}.{self.version & 0xFF}" if self.version else "no client"
+        return f"<StorageVsp {self.offer.instance_id}: {len(self._units)} units, {spoken}>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+
     @property
     def units(self) -> dict[Address, LogicalUnit]:
         """The attached units by (target, lun)."""
@@ -170,7 +180,12 @@ class StorageVsp:
 
         Raises:
             LocalProtocolError: the address is taken or impossible.
+            TypeError: it is neither a disk nor a unit.
         """
+        if not isinstance(disk, Disk | LogicalUnit):
+            raise TypeError(
+                f"a storage controller has disks and units, not {disk!r}: open images with open_disk"
+            )
         target, lun = address
         if not (0 <= target < 256 and 0 <= lun < 256):
             raise LocalProtocolError(f"target {target}, LUN {lun}: each must be below 256")

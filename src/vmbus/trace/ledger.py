@@ -41,6 +41,11 @@ class Account:
     bytes_copied: int = 0
     backend_calls: int = 0
 
+    def __repr__(self) -> str:
+        """Only what is not zero."""
+        counts = [f"{f.name}={_shown(getattr(self, f.name))}" for f in fields(self) if getattr(self, f.name)]
+        return f"Account({', '.join(counts)})"
+
     def copy(self) -> "Account":
         """An independent snapshot."""
         return self + Account()
@@ -69,6 +74,12 @@ class Account:
         return result
 
 
+def _shown(value: Any) -> str:
+    if not isinstance(value, Counter):
+        return str(value)
+    return f"{{{', '.join(f'{_key(key)}: {count}' for key, count in value.items())}}}"
+
+
 def _key(key: int | str) -> str:
     return key if isinstance(key, str) else f"0x{key:x}"
 
@@ -78,6 +89,9 @@ class Ledger:
 
     def __init__(self) -> None:
         self._accounts: dict[tuple[str, str], Account] = {}
+
+    def __repr__(self) -> str:
+        return f"<Ledger of {len(self._accounts)} accounts: {', '.join(map(repr, self.to_dict()))}>"
 
     def account(self, partition: str, device: str = "") -> Account:
         """The account of one device, made on first use; device ``""`` is the partition's processors."""

@@ -46,6 +46,8 @@ def open_disk(
     Raises:
         DiskError: the image is missing, in use, damaged, or of another format; one sentence that names the file.
     """
+    if format not in (None, "raw", "vhd", "vhdx"):
+        raise DiskError(f"{path_or_uri}: {format!r} is no format; say 'raw', 'vhd' or 'vhdx'")
     account = Account() if account is None else account
     if isinstance(path_or_uri, str) and path_or_uri.startswith(("nbd:", "nbd+unix:")):
         if format not in (None, "raw"):
