@@ -26,7 +26,7 @@ from reference.storage_liar import Host, completion
 from vmbus.bus.channel import loopback
 from vmbus.core.memory import GuestMemory
 from vmbus.core.ring import Packet
-from vmbus.storage.disk import MemoryDisk
+from vmbus.storage.disk import Extent, MemoryDisk
 from vmbus.storage.scsi import CdromUnit
 from vmbus.storage.scsi.codes import AdditionalSense, SenseKey
 from vmbus.storage.scsi.sense import Sense
@@ -184,6 +184,19 @@ def test_a_notice_is_as_short_as_the_packets_of_an_old_guest(serve: Serve) -> No
     assert [len(notice) for notice in guest.notices] == [48]
 
 
+@pytest.mark.parametrize("version", [0x0402, 0x0602])
+def test_the_bsds_hear_of_a_removed_disk(serve: Serve, version: int) -> None:
+    """They look at the bus again after ENUMERATE_BUS (11), and do nothing about REMOVE_DEVICE (2)."""
+    vsp, guest = serve([(0, 0), (0, 1)])
+    guest.negotiate(version)
+    vsp.remove_disk((0, 1))
+    guest.collect()
+    assert [notice[0] for notice in guest.notices] == [11]
+    answer = guest.execute(bytes([0x12, 0, 0, 0, 36, 0]), 36, [(36, 0, [3])], lun=1)
+    assert status_of(answer) == (0, 1, 0)
+    assert guest.memory.read(3 << 12, 1) == b"\x7f"
+
+
 def test_hyper_v_says_overrun_of_an_answer_that_is_short() -> None:
     host = Host()
     host.client.connect()
@@ -225,6 +238,21 @@ def test_the_client_reads_units_that_know_no_commands_of_16_bytes() -> None:
     ]
     vsp.shutdown()
     guest.close()
+
+
+@pytest.mark.parametrize(
+    "code", [AdditionalSense.INVALID_OPERATION_CODE, AdditionalSense.INVALID_FIELD_IN_CDB]
+)
+def test_a_host_that_does_not_know_get_lba_status(code: AdditionalSense) -> None:
+    """SPC-4 wants INVALID FIELD IN CDB for an unknown service action; some hosts say INVALID OPERATION CODE."""
+    host = Host()
+    host.client.connect()
+    disk = host.client.disk()
+    disk.thin = True
+    unknown = completion(0xC0000185, 0x86, 2, payload=Sense(SenseKey.ILLEGAL_REQUEST, code).pack(), sense=18)
+    host.answer = lambda packet: [(packet.transaction_id, unknown)]
+    assert list(disk.extents(0, 8192)) == [Extent(0, 8192, True)]
+    host.guest.close()
 
 
 def test_the_client_writes_to_a_host_that_knows_no_commands_of_16_bytes() -> None:

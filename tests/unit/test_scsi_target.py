@@ -360,6 +360,12 @@ def test_naca_is_refused(unit: DiskUnit) -> None:
     assert refused(unit, [0x28] + [0] * 8 + [0x04], 512) == INVALID_FIELD
 
 
+def test_the_default_self_test_passes(unit: DiskUnit) -> None:
+    assert good(unit, [0x1D, 0x04, 0, 0, 0, 0]) == b""
+    assert refused(unit, [0x1D, 0x20, 0, 0, 0, 0]) == INVALID_FIELD  # the background short self-test
+    assert refused(unit, [0x1D, 0x10, 0, 0, 8, 0], 8) == INVALID_FIELD  # a diagnostic page
+
+
 # Start, stop, sense on request
 
 

@@ -165,7 +165,7 @@ class StorageDisk:
         try:
             data = self._check(cdb, data_in=PAGE_SIZE)
         except DeviceError as error:
-            if _sense_code(error) == AdditionalSense.INVALID_OPERATION_CODE:
+            if _sense_code(error) in _UNKNOWN:
                 return everything
             raise
         told = int.from_bytes(data[:4], "big") + 4

@@ -222,7 +222,8 @@ class StorageVsp:
             server.settle()
             server.wait_idle()
         unit.detach(self.offer.instance_id)
-        self._notify(Operation.REMOVE_DEVICE)
+        # Not REMOVE_DEVICE: the BSDs do nothing about it, and Linux looks for the same changes on both.
+        self._notify(Operation.ENUMERATE_BUS)
         return unit
 
     def open(self, channel: Channel) -> None:

@@ -264,7 +264,7 @@ class VersionRules:
     Attributes:
         request_size: bytes of the payload area. Windows guests refuse completions of any other size.
         multi_channel: sub-channels exist.
-        notifications: the host may send ENUMERATE_BUS and REMOVE_DEVICE (OpenVMM does from 4.2 on).
+        notifications: the host may send ENUMERATE_BUS (OpenVMM does from 4.2 on), of added and of removed disks.
         sense_size: usable bytes of sense data (18 before Windows 8, as Linux and FreeBSD knew those hosts).
     """
 

@@ -67,6 +67,7 @@ class LogicalUnit:
         self._nexuses: set[Hashable] = set()
         self._handlers: dict[int, Callable[[Task], int]] = {
             Opcode.REQUEST_SENSE: self._request_sense,
+            Opcode.SEND_DIAGNOSTIC: self._send_diagnostic,
             Opcode.MAINTENANCE_IN: self._maintenance_in,
         }
 
@@ -174,6 +175,14 @@ class LogicalUnit:
         if what is not None:
             sense = Sense(SenseKey.UNIT_ATTENTION, what)
         return task.reply(sense.pack(descriptor=bool(task.cdb[1] & 1)), allocation_length(task.cdb))
+
+    def _send_diagnostic(self, task: Task) -> int:
+        """The default self-test, which a virtual unit passes (SPC-4 6.41); mandatory for disks (SBC-3 table 10)."""
+        if task.cdb[1] & 0xE0:
+            raise invalid_field(1, 7)  # none of the longer tests
+        if allocation_length(task.cdb):
+            raise invalid_field(3)  # no diagnostic pages
+        return 0
 
     def _maintenance_in(self, task: Task) -> int:
         cdb = task.cdb
