@@ -222,14 +222,25 @@ cdef class GuestQueue:
         self.reader.release()
         return taken, reason, ring_publish(&self.writer.c) != 0
 
+    def complete(self, uint64_t transaction_id, bytes payload not None) -> bool:
+        """Take a completion that was read from the ring by other means; False if it is none of a packet of `send`."""
+        return self._finish(transaction_id, <const uint8_t *>PyBytes_AS_STRING(payload), PyBytes_GET_SIZE(payload))
+
     cdef bint _completed(self, const ring_packet_t *at) noexcept:
         """The host completed a packet of `send`; False if it is none, or says nothing."""
-        cdef uint32_t answer[2]
-        cdef uint32_t section = <uint32_t>at.transaction_id
-        if (at.transaction_id >> 32 == 0 or section >= self.pool.count or at.length - at.offset < sizeof(answer)
-                or self.pool.owner[section] != at.transaction_id):
+        if at.length - at.offset < 8:
             return False
-        memcpy(answer, at.start + at.offset, sizeof(answer))
+        return self._finish(at.transaction_id, at.start + at.offset, at.length - at.offset)
+
+    cdef bint _finish(self, uint64_t transaction_id, const uint8_t *payload, Py_ssize_t size) noexcept:
+        """Whatever the host says, the section is free again."""
+        cdef uint32_t answer[2]
+        cdef uint32_t section = <uint32_t>transaction_id
+        if transaction_id >> 32 == 0 or section >= self.pool.count or self.pool.owner[section] != transaction_id:
+            return False
+        answer[0] = answer[1] = 0
+        if size >= <Py_ssize_t>sizeof(answer):
+            memcpy(answer, payload, sizeof(answer))
         if answer[0] == NVSP_RNDIS_COMPLETE and answer[1] == NVSP_SUCCESS:
             self.sent_frames += self.pool.frames[section]
             self.sent_bytes += self.pool.octets[section]

@@ -6,7 +6,7 @@ import pytest
 from reference.netpair import Guest, frame, mac, make_guest
 from reference.network_attacker import RawHost, put
 
-from vmbus.core.ring import COMPLETION_REQUESTED, IN_BAND
+from vmbus.core.ring import COMPLETION, COMPLETION_REQUESTED, IN_BAND
 from vmbus.errors import DeviceError
 from vmbus.network import rndis
 from vmbus.network.oid import Offloads, Oid
@@ -122,3 +122,32 @@ def test_an_announcement_that_wants_a_completion_gets_one() -> None:
     host.drain()
     assert nic.protocol.vf_serial == 7
     assert tid in host.answers
+
+
+@pytest.mark.parametrize("in_band", [True, False])
+def test_completions_behind_a_control_message_free_their_sections(in_band: bool) -> None:
+    """What the compiled path leaves to Python must not keep the sections of what follows."""
+    guest = make_guest(Switch(), 1)
+    nic = guest.start()
+    assert nic._sections is not None
+    free = nic._sections.available
+    host = RawHost(guest.host_end)
+    sent = [frame(mac(2), mac(1), bytes([n]) * 60) for n in range(6)]
+    for data in sent:
+        assert nic.send_batch([data]) == 1
+    assert nic._sections.available == free - 6
+    ids = [packet.transaction_id for packet in host.channel.incoming.recv_packets(64)]
+    if in_band:
+        host.channel.outgoing.send(struct.pack("<3I", 128, 1, 7).ljust(40, b"\0"), 0, IN_BAND, 0)
+    else:
+        put(guest, 0, struct.pack("<5I", 7, 20, 0x40010018, 0, 0))
+        payload = struct.pack("<4I", 107, 1, 0xFFFFFFFF, 0).ljust(40, b"\0")
+        host.channel.outgoing.send_transfer_pages(payload, 0xCAFE, [(20, 0)], 3)
+    for tid in ids[:5]:
+        host.channel.outgoing.send(struct.pack("<2I", 108, 1 if tid != ids[1] else 2), tid, COMPLETION, 0)
+    host.channel.outgoing.send(b"", ids[5], COMPLETION, 0)
+    host.channel.signal()
+    nic.receive()
+    assert nic._sections.available == free
+    assert (nic.sent_frames, nic.failed_frames, nic.protocol.violations) == (4, 2, 0)
+    assert nic.send_batch(sent) == len(sent)

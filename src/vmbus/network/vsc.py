@@ -436,6 +436,10 @@ class NetworkVsc(Sending):
     def _completed(self, index: int, packet: Packet) -> None:
         sent = self._sent.pop((index, packet.transaction_id), None)
         if sent is None:
+            # One of the compiled path's that stood behind something else.
+            plain = self._plain if index == 0 else None
+            if plain is not None and plain.complete(packet.transaction_id, packet.payload):
+                return
             raise RemoteProtocolError(f"completion of unknown transaction {packet.transaction_id}")
         if sent.task:
             self.protocol.receive_completion(sent.task, packet.payload)
