@@ -314,12 +314,42 @@ def test_a_virtual_function_is_announced_with_a_completion_wanted(version: int) 
         assert flags & COMPLETION_REQUESTED
         if completed:
             driver.complete(tid, b"")
+        paths: list[bool] = []
+        driver.guest.vsp.on_data_path = paths.append
         for path in (1, 0):
             assert driver.nvsp(129, path) == b""
+        assert paths == [True, False]
         driver.guest.vsp.associate_vf(None)
         driver.poll()
         assert struct.unpack_from("<3I", driver.notes[-1][0]) == (128, 0, 123)
+        assert len(driver.notes) == 2
         assert driver.guest.vsp.statistics.violations == 0
+
+
+def test_a_virtual_function_that_goes_while_it_is_used() -> None:
+    driver = make_driver(OPENVMM)
+    driver.guest.vsp.associate_vf(123)
+    driver.negotiate([0x60001])
+    driver.configure(1514, 0x4, (6, 30))
+    driver.hand_over()
+    driver.initialize(0)
+    paths: list[bool] = []
+    driver.guest.vsp.on_data_path = paths.append
+    assert driver.nvsp(129, 1) == b""
+    driver.complete(driver.notes.pop()[2], b"")
+    driver.guest.vsp.associate_vf(None)
+    driver.poll()
+    back, gone = driver.notes
+    assert struct.unpack_from("<2I", back[0]) == (129, 0)
+    assert struct.unpack_from("<3I", gone[0]) == (128, 0, 123)
+    assert back[1] & gone[1] & COMPLETION_REQUESTED
+    for _, _, tid in (back, gone):
+        driver.complete(tid, b"")
+    assert driver.nvsp(129, 0) == b""
+    assert paths == [True, False]
+    assert driver.guest.vsp.statistics.violations == 0
+    driver.complete(back[2], b"")  # nothing is waited for any more
+    assert driver.guest.vsp.statistics.violations == 1
 
 
 def test_packets_that_are_wrong_complete_with_failure() -> None:

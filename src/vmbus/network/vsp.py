@@ -165,6 +165,8 @@ class NetworkVsp(Delivery):
                 return
         if needed:
             ring_peer(queue.channel)
+        if self._deferred:
+            self._run_deferred()
 
     # ---- from the guest
 

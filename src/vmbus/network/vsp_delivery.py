@@ -22,7 +22,7 @@ from vmbus.network.offload import check, coalesce
 from vmbus.network.rndis import Frame, PacketIdFlags
 from vmbus.network.switch import Port, strip_tag
 from vmbus.network.vsp_oid import AdapterStatistics
-from vmbus.network.vsp_protocol import CONTROL_SECTIONS, VF_ASSOCIATION_ID, HostProtocol
+from vmbus.network.vsp_protocol import CONTROL_SECTIONS, SWITCH_DATA_PATH_ID, VF_ASSOCIATION_ID, HostProtocol
 from vmbus.network.wire import MAX_RSC_RANGES, ChannelType
 
 __all__ = ["BATCH", "MAX_BACKLOG", "Delivery", "Queue", "ring_peer"]
@@ -315,7 +315,7 @@ class Delivery(ABC):
 
     def _release(self, queue: Queue, transaction_id: int) -> None:
         """The guest completed one of our packets; of others it is told nothing, they are counted."""
-        if transaction_id == VF_ASSOCIATION_ID and self._unanswered:
+        if transaction_id in (VF_ASSOCIATION_ID, SWITCH_DATA_PATH_ID) and self._unanswered:
             self._unanswered -= 1
         elif self._receive is None or not self._receive.release(transaction_id, queue.index):
             self.statistics.violations += 1

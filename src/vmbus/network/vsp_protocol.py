@@ -36,6 +36,7 @@ from vmbus.network.wire import (
 from vmbus.wire import Structure
 
 __all__ = [
+    "SWITCH_DATA_PATH_ID",
     "VF_ASSOCIATION_ID",
     "Action",
     "AdapterConfig",
@@ -59,7 +60,9 @@ PACKETS_PER_MESSAGE: Final = 8
 """`InitializeComplete.max_packets_per_message` of Hyper-V and OpenVMM."""
 PACKET_ALIGNMENT_FACTOR: Final = 3
 VF_ASSOCIATION_ID: Final = 1 << 63
-"""Transaction id of `SEND_VF_ASSOCIATION` (as OpenVMM's), out of the way of those of received packets."""
+SWITCH_DATA_PATH_ID: Final = 1 << 63 | 1
+"""Transaction ids of `SEND_VF_ASSOCIATION` and of our own `SWITCH_DATA_PATH` (as OpenVMM's), out of the way of those
+of received packets."""
 
 
 class HostState(IntEnum):
@@ -354,11 +357,18 @@ class HostProtocol:
         return [self._indication(NdisStatus.NETWORK_CHANGE)]
 
     def associate_vf(self, serial: int | None) -> list[Action]:
-        """A virtual function with this serial number came (or, None, went)."""
+        """A virtual function with this serial number came (or, None, went).
+
+        A guest that used it hears first that its data path is this adapter again (as from OpenVMM).
+        """
         self.vf_serial = serial
-        if serial is None:
+        actions: list[Action] = []
+        if serial is None and self.data_path == DataPath.VF:
             self.data_path = DataPath.SYNTHETIC
-        return self._announce_vf()
+            body = wire.SwitchDataPath(DataPath.SYNTHETIC)
+            message = self._pack(MessageType.SWITCH_DATA_PATH, body)
+            actions = [InBand(message, SWITCH_DATA_PATH_ID), DataPathSwitched(False)]
+        return actions + self._announce_vf()
 
     def _announce_vf(self) -> list[Action]:
         if (
