@@ -4,8 +4,10 @@ import json
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -170,6 +172,35 @@ def test_without_a_kernel_it_says_what_to_do(tmp_path: Path, monkeypatch, capsys
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert boot() == 2
     assert "vmbus guest prepare" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_the_terminal_as_it_was(kernel, number: signal.Signals) -> None:
+    parent, child = pty.openpty()
+    before = termios.tcgetattr(child)
+    command = [sys.executable, "-m", "vmbus", "boot", "--kernel", str(kernel("print '>'; cli; 1: jmp 1b"))]
+    process = subprocess.Popen([*command, "--memory", "16M"], stdin=child, stdout=child, stderr=child)
+    try:
+        seen = b""
+        while b">" not in seen:
+            seen += os.read(parent, 4096)
+        assert termios.tcgetattr(child) != before
+        process.send_signal(number)
+        assert process.wait(60) == 128 + number
+        assert termios.tcgetattr(child) == before
+    finally:
+        process.kill()
+        process.wait()
+        os.close(parent)
+        os.close(child)
+
+
+def test_words_that_are_no_utf_8(kernel, capfdbinary) -> None:
+    """What the shell passes reaches the guest, and is found in its output, byte by byte."""
+    path = kernel("mov $0xFF, %al; mov $UART, %dx; out %al, %dx; cli; hlt")
+    word = os.fsdecode(b"\xff")
+    assert boot("--kernel", path, "--append", word, "--until", word) == 0
+    assert capfdbinary.readouterr().out.startswith(b"\xff")
 
 
 def test_console_in_a_terminal_and_its_escape_key(kernel) -> None:

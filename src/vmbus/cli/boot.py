@@ -4,11 +4,14 @@ import argparse
 import json
 import os
 import select
+import signal
 import sys
 import termios
+import threading
 import time
 import tty
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -243,9 +246,13 @@ class _Keyboard:
         self._fd = sys.stdin.fileno() if _has_descriptor(sys.stdin) else -1
         self._interactive = self._fd >= 0 and os.isatty(self._fd)
         self._mode: list[Any] | None = None
+        self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> "_Keyboard":
         if self._interactive:
+            if threading.current_thread() is threading.main_thread():
+                for number in (signal.SIGTERM, signal.SIGHUP):
+                    self._handlers[number] = signal.signal(number, _leave)
             self._mode = termios.tcgetattr(self._fd)
             tty.setraw(self._fd)
             self._mode_output()
@@ -258,7 +265,10 @@ class _Keyboard:
 
     def __exit__(self, *_: object) -> None:
         if self._mode is not None:
-            termios.tcsetattr(self._fd, termios.TCSADRAIN, self._mode)
+            with suppress(termios.error):  # the terminal is gone
+                termios.tcsetattr(self._fd, termios.TCSADRAIN, self._mode)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
 
     def poll(self) -> None:
         """Pass on what was typed, without waiting."""
@@ -292,6 +302,11 @@ class _Keyboard:
             data = data[: data.index(ESCAPE)]
         self._machine.console.send(data)
         return True
+
+
+def _leave(number: int, _: object) -> None:
+    """End as the signal does by itself, but give the terminal and the disks back first."""
+    raise SystemExit(128 + number)
 
 
 def _has_descriptor(stream: Any) -> bool:

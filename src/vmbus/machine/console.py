@@ -11,6 +11,10 @@ LONGEST_MATCH = 1024
 Pattern = str | bytes | re.Pattern[bytes]
 
 
+def _bytes(text: str) -> bytes:
+    return text.encode(errors="surrogateescape")  # what a shell passes need not be UTF-8
+
+
 class Console:
     """A transcript of the guest's output that can be searched, and a way to type.
 
@@ -38,7 +42,7 @@ class Console:
 
     def send(self, data: str | bytes) -> None:
         """Type `data`; the guest reads it when it runs."""
-        self._deliver(data.encode() if isinstance(data, str) else data)
+        self._deliver(_bytes(data) if isinstance(data, str) else data)
 
     def feed(self, data: bytes | bytearray) -> None:
         """Take output of the guest."""
@@ -56,7 +60,7 @@ class Console:
         match must not be longer than `LONGEST_MATCH`.
         """
         if isinstance(pattern, str):
-            pattern = pattern.encode()
+            pattern = _bytes(pattern)
         self._awaited = re.compile(re.escape(pattern)) if isinstance(pattern, bytes) else pattern
         self._searched = self._seen
         self._on_match = on_match

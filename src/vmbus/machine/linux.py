@@ -229,7 +229,9 @@ def load_linux(
         raise SizeError(
             f"the kernel needs {-(-kernel.end >> 20)} MiB of memory, there are {memory.size >> 20} MiB"
         )
-    arguments = command_line.encode()
+    arguments = command_line.encode(
+        errors="surrogateescape"
+    )  # bytes of a shell's command line that are no UTF-8
     if len(arguments) > kernel.command_line_size:
         raise SizeError(
             f"the command line has {len(arguments)} bytes, the kernel takes {kernel.command_line_size}"
