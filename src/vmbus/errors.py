@@ -6,6 +6,21 @@ these at the edge.
 
 from typing import Any
 
+__all__ = [
+    "DeviceError",
+    "EngineError",
+    "GuestMemoryError",
+    "HypercallError",
+    "LocalProtocolError",
+    "ProtocolError",
+    "RemoteProtocolError",
+    "RingCorrupt",
+    "RingEmpty",
+    "RingError",
+    "RingFull",
+    "VmbusError",
+]
+
 
 class VmbusError(Exception):
     """Base of all errors of this package. All of them can be pickled, so they cross process boundaries."""

@@ -20,7 +20,6 @@ class PageAllocator:
     def __init__(self, first: int, end: int) -> None:
         self._next = first
         self._end = end
-        self._first = first
         self._free: list[int] = []
         self._used: set[int] = set()
         self._lock = threading.Lock()

@@ -18,6 +18,8 @@ from vmbus.machine.comparison import PATHS, Comparison, compare
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+__all__ = ["ROWS", "add_parser", "plot", "report", "run"]
+
 ROWS = (
     ("exits", "exits to the hypervisor"),
     ("exits.io_port", "  port accesses"),

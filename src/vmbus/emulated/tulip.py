@@ -16,7 +16,7 @@ from vmbus.emulated.srom import LINK_PIN, SerialRom, tulip_rom
 from vmbus.errors import GuestMemoryError, LocalProtocolError
 from vmbus.trace.ledger import Account
 
-__all__ = ["DEVICE_ID", "REGISTERS_SIZE", "VENDOR_ID", "Tulip"]
+__all__ = ["DEVICE_ID", "REGISTERS_SIZE", "VENDOR_ID", "Csr", "Descriptor", "Mode", "Status", "Tulip"]
 
 VENDOR_ID = 0x1011
 DEVICE_ID = 0x0009

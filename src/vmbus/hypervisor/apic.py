@@ -22,6 +22,7 @@ __all__ = [
     "DeliveryMode",
     "Ipi",
     "LocalApic",
+    "Register",
     "x2apic_id",
 ]
 

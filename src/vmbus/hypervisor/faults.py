@@ -8,7 +8,14 @@ from typing import ClassVar, Final
 
 from vmbus.errors import VmbusError
 
-__all__ = ["GeneralProtectionFault", "GuestFault", "PageFault", "UndefinedOpcodeFault", "VpSuspended"]
+__all__ = [
+    "GeneralProtectionFault",
+    "GuestFault",
+    "PageFault",
+    "UndefinedOpcodeFault",
+    "VpStalled",
+    "VpSuspended",
+]
 
 
 class GuestFault(VmbusError):

@@ -24,7 +24,7 @@ from vmbus.hypervisor.wire import ReferenceTscPage
 if TYPE_CHECKING:
     from vmbus.hypervisor.hypervisor import Hypervisor
 
-__all__ = ["Partition", "PartitionEvent"]
+__all__ = ["CrashReport", "Partition", "PartitionEvent"]
 
 log = logging.getLogger(__name__)
 
@@ -238,11 +238,6 @@ class Partition:
         gone.append((self, gpa))
 
     # Partition-wide registers
-
-    @property
-    def hypercall_page_gpa(self) -> int | None:
-        """Where the guest has placed its hypercall page; None while it is disabled."""
-        return self._hypercall_page.gpa
 
     def set_guest_os_id(self, value: int) -> None:
         """HV_X64_MSR_GUEST_OS_ID: identifies the guest; zero takes the hypercall page away (TLFS, hypercall page)."""

@@ -11,7 +11,7 @@ from vmbus.hypervisor.tlfs import HV_PAGE_SIZE, Status
 if TYPE_CHECKING:
     from vmbus.hypervisor.partition import Partition
 
-__all__ = ["VP_PAGES", "MemoryPool"]
+__all__ = ["VP_PAGES", "Deposit", "MemoryPool"]
 
 VP_PAGES: Final = 4
 """Deposited pages that a processor uses (a cost of this model; real ones vary by version)."""

@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Final, Self, TypeAlias
 from uuid import UUID, uuid5
 
-from vmbus.bus import Offered, VmbusHost
+from vmbus.bus import Offered, Version, VmbusHost
 from vmbus.emulated.ioapic import IoApic
 from vmbus.emulated.pci import PciBus, host_bridge
 from vmbus.emulated.piix import MOST_DISKS, PiixIde
@@ -214,11 +214,8 @@ class Machine:
             self.storage: StorageVsp | None = None
             self.ide: PiixIde | None = None
             if enlightenments:
-                self.bus = (
-                    VmbusHost(self.hypervisor, self.partition)
-                    if versions is None
-                    else VmbusHost(self.hypervisor, self.partition, versions=versions)
-                )
+                spoken = frozenset(Version) if versions is None else versions
+                self.bus = VmbusHost(self.hypervisor, self.partition, versions=spoken)
                 self._add_storage(opened)
             else:
                 self._pci = PciBus(self.partition.devices)
@@ -226,23 +223,7 @@ class Machine:
                 if opened:
                     self._add_ide(opened)
             self.network = GuestNetwork(self.bus, None if enlightenments else self._plug_nic)
-            entry = load_linux(
-                self.partition.memory,
-                image,
-                command_line=append,
-                initrd=initial,
-                acpi=build_tables(
-                    ACPI_ADDRESS,
-                    processors=processors,
-                    com1=(COM1_PORT, COM1_IRQ),
-                    vmbus=(0xF800_0000, 0x0400_0000) if enlightenments else None,
-                    io_apic=True,
-                    pci=None if enlightenments else {IDE_SLOT: IDE_LINE, **NIC_LINES},
-                ),
-            )
-            self.engine.cpu.enter_long_mode(
-                entry.rip, entry.rsi, entry.rsp, entry.cr3, entry.gdt, entry.code, entry.data
-            )
+            self._load(image, initial, append)
             for description in networks:
                 self.network.add(description)
         except BaseException:
@@ -252,6 +233,27 @@ class Machine:
             raise
 
     # Assembly
+
+    def _load(self, image: Kernel, initrd: bytes, command_line: str) -> None:
+        """Put the kernel into memory, and the boot processor where it begins."""
+        enlightened = self.bus is not None
+        entry = load_linux(
+            self.partition.memory,
+            image,
+            command_line=command_line,
+            initrd=initrd,
+            acpi=build_tables(
+                ACPI_ADDRESS,
+                processors=len(self.partition.vps),
+                com1=(COM1_PORT, COM1_IRQ),
+                vmbus=(0xF800_0000, 0x0400_0000) if enlightened else None,
+                io_apic=True,
+                pci=None if enlightened else {IDE_SLOT: IDE_LINE, **NIC_LINES},
+            ),
+        )
+        self.engine.cpu.enter_long_mode(
+            entry.rip, entry.rsi, entry.rsp, entry.cr3, entry.gdt, entry.code, entry.data
+        )
 
     def _open(self, disk: Medium) -> Disk | LogicalUnit:
         if isinstance(disk, Disk | LogicalUnit):

@@ -20,7 +20,7 @@ from typing import Final
 from vmbus.machine.initramfs import RECIPE, build_initramfs, resolve_modules
 from vmbus.machine.linux import BootError, parse_kernel
 
-__all__ = ["Guest", "default_cache", "load_guest", "make_root_disk", "prepare_guest"]
+__all__ = ["Guest", "default_cache", "describe", "load_guest", "make_root_disk", "prepare_guest"]
 
 KERNEL_PACKAGES: Final = ("linux-image-cloud-amd64", "linux-image-amd64", "linux-image-virtual")
 """Meta packages that depend on the newest kernel, best first: Debian's cloud kernel is small."""

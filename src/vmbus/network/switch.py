@@ -27,6 +27,8 @@ __all__ = [
     "SwitchKind",
     "Trunk",
     "Vlan",
+    "strip_tag",
+    "tag_frame",
 ]
 
 BROADCAST: Final = b"\xff" * 6

@@ -33,6 +33,7 @@ __all__ = [
     "ScsiRequest",
     "SrbFlags",
     "SrbStatus",
+    "SubChannelCount",
     "Version",
     "VersionRules",
     "ide_instance",

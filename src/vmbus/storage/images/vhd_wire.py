@@ -17,8 +17,10 @@ __all__ = [
     "DynamicHeader",
     "Footer",
     "ParentLocator",
+    "Platform",
     "checksum",
     "geometry",
+    "new_footer",
     "sealed",
     "timestamp",
 ]

@@ -11,7 +11,7 @@ from vmbus.storage.scsi.codes import DeviceType
 from vmbus.storage.scsi.sense import invalid_field
 from vmbus.storage.scsi.task import Task
 
-__all__ = ["Identity", "Limits", "absent_inquiry", "inquiry"]
+__all__ = ["Identity", "Limits", "absent_inquiry", "cdrom_pages", "disk_pages", "inquiry"]
 
 _SPC4 = 0x06
 _RESPONSE_FORMAT = 0x02

@@ -15,6 +15,8 @@ __all__ = [
     "disk_failure",
     "invalid_field",
     "invalid_parameter",
+    "parameter_list_length_error",
+    "sense_key",
 ]
 
 _FIXED = 0x70
