@@ -108,6 +108,8 @@ cdef bint message_post(uint8_t *slot, uint32_t type, uint64_t sender, const void
 cdef class EventFlags:
     """EventFlags(memory, page_gpa, sint)\n--\n\nThe 2048 event flags of one SINT, in a guest's event flags page (TLFS 11.10).
 
+    While the page cannot be written - it was taken from the guest, or made read-only - no flag is set or found.
+
     Args:
         memory: the guest's memory.
         page_gpa: guest physical address of the page (SIEFP MSR).
@@ -122,12 +124,17 @@ cdef class EventFlags:
         if not 0 <= sint < 16 or page_gpa % 4096:
             raise ValueError(f"SINT {sint} of an event flags page at {page_gpa:#x}")
         self.words = <uint64_t *>(memory.pointer(page_gpa, 4096, ACCESS_READ | ACCESS_WRITE) + sint * EVENT_FLAGS_BYTES)
+        self.pfn = page_gpa >> 12
         self.memory = memory
         memory.exports += 1
 
     def __dealloc__(self):
         if self.memory is not None:
             self.memory.exports -= 1
+
+    cdef bint _reachable(self) noexcept:
+        cdef uint32_t access = self.memory.c.pages[self.pfn].access
+        return access & ACCESS_READ and access & ACCESS_WRITE
 
     def set(self, int flag) -> bool:
         """Set a flag, atomically.
@@ -140,7 +147,7 @@ cdef class EventFlags:
         """
         if not 0 <= flag < FLAGS_PER_SINT:
             raise ValueError(f"event flag {flag}: there are {FLAGS_PER_SINT}")
-        return event_flag_set(self.words, flag)
+        return self._reachable() and event_flag_set(self.words, flag)
 
     def clear(self, int flag) -> bool:
         """Clear a flag, atomically.
@@ -153,12 +160,12 @@ cdef class EventFlags:
         """
         if not 0 <= flag < FLAGS_PER_SINT:
             raise ValueError(f"event flag {flag}: there are {FLAGS_PER_SINT}")
-        return event_flag_clear(self.words, flag)
+        return self._reachable() and event_flag_clear(self.words, flag)
 
     def take(self) -> list:
         """Clear all flags, each word atomically, and return the numbers of those that were set."""
         cdef uint32_t found[FLAGS_PER_SINT]
-        cdef int index, count = event_flags_take(self.words, found)
+        cdef int index, count = event_flags_take(self.words, found) if self._reachable() else 0
         return [found[index] for index in range(count)]
 
 

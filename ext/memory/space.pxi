@@ -1,5 +1,20 @@
 # Guest physical address spaces. Included by memory.pyx.
 
+cdef class _Backing:
+    """A memfd; closed when the last space that has pages of it is gone."""
+
+    cdef int fd
+
+    def __dealloc__(self):
+        close_fd(self.fd)
+
+
+cdef _Backing _backing(int fd):
+    cdef _Backing backing = _Backing.__new__(_Backing)
+    backing.fd = fd
+    return backing
+
+
 cdef class GuestMemory:
     """GuestMemory(size, *, mapped=True, fd=-1)\n--\n\nOne guest physical address space, from address 0 up.
 
@@ -16,7 +31,7 @@ cdef class GuestMemory:
 
     def __cinit__(self, size, *, bint mapped=True, int fd=-1):
         self.fd = -1
-        self.sources = {}
+        self.sources = set()
         if not 0 < size < MOST_MEMORY or size % PAGE_BYTES:
             raise ValueError(f"guest memory of {size} bytes: not a positive multiple of {PAGE_BYTES} below 2**46")
         cdef uint64_t length = size, page
@@ -25,11 +40,15 @@ cdef class GuestMemory:
             if os.fstat(fd).st_size < size or not fcntl_module.fcntl(fd, fcntl_module.F_GET_SEALS) & F_SEAL_SHRINK:
                 raise ValueError("guest memory in a file that is too small or not sealed against shrinking")
             self.fd = fcntl_module.fcntl(fd, fcntl_module.F_DUPFD_CLOEXEC, 0)
+            self.backs = _backing(self.fd)
             mapped = True
             flags = MAP_SHARED
         elif mapped:
             self.fd = memfd_create("vmbus-guest", MFD_CLOEXEC | MFD_ALLOW_SEALING)
-            if self.fd < 0 or ftruncate(self.fd, length) < 0:
+            if self.fd < 0:
+                raise _os_error("guest memory")
+            self.backs = _backing(self.fd)
+            if ftruncate(self.fd, length) < 0:
                 raise _os_error("guest memory")
             # A peer that holds the descriptor must not be able to shrink it under us: that would be SIGBUS.
             fcntl(self.fd, F_ADD_SEALS, <int>(F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL))
@@ -52,8 +71,6 @@ cdef class GuestMemory:
     def __dealloc__(self):
         if self.c.base != NULL:
             _give_back(self.c.base, self.c.size)
-        if self.fd >= 0:
-            close_fd(self.fd)
         free(self.c.pages)
 
     def __repr__(self):
@@ -181,8 +198,10 @@ cdef class GuestMemory:
                 ours[run] = backing[run]
                 ours[run].access = access
         if source is not self:
-            # The descriptors behind our pages must stay open as long as windows may be made of them.
-            self.sources[id(source)] = source
+            # The descriptors behind our pages must stay open as long as windows may be made of them, also when the
+            # source is closed: the number would soon be another file's.
+            if source.backs is not None:
+                self.sources.add(source.backs)
             self.sources.update(source.sources)
 
     def unmap(self, uint64_t gpa, uint64_t length) -> None:
@@ -199,10 +218,10 @@ cdef class GuestMemory:
         for page in range(gpa >> 12, (gpa + length) >> 12):
             self.c.pages[page].access = 0
             self.c.pages[page].fd = -1
-        # Harmless anonymous pages instead of a hole: code that runs without the GIL may still be copying.
-        if mmap(self.c.base + gpa, length, PROT_READ | PROT_WRITE,
-                MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0) == MAP_FAILED:
-            raise _os_error("unmapping guest pages")
+        # Harmless anonymous pages instead of a hole: code that runs without the GIL may still be copying. Should the
+        # host refuse (too many mappings), the pages are out of reach all the same: every access looks at the rights.
+        mmap(self.c.base + gpa, length, PROT_READ | PROT_WRITE,
+             MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0)
 
     def protect(self, uint64_t gpa, uint64_t length, uint32_t access) -> None:
         """Change the access rights of mapped pages.
@@ -264,7 +283,6 @@ cdef class GuestMemory:
             _give_back(self.c.base, self.c.size)
             self.c.base = NULL
             self.c.size = 0
-        if self.fd >= 0:
-            close_fd(self.fd)
-            self.fd = -1
+        self.fd = -1
+        self.backs = None
         self.sources.clear()

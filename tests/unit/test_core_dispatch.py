@@ -4,7 +4,7 @@ import time
 import pytest
 
 from vmbus.core.dispatch import EVENT_FLAGS, Dispatcher, Doorbell, EventFlags, MessageSlot
-from vmbus.core.memory import READ, GuestMemory, Window
+from vmbus.core.memory import READ, WRITE, GuestMemory, Window
 from vmbus.core.ring import Packet, RingReader, RingWriter
 from vmbus.errors import GuestMemoryError, RingCorrupt
 
@@ -214,3 +214,17 @@ def test_signals_wake_a_sleeping_dispatcher() -> None:
         dispatcher.poll()
     thread.join()
     assert [p.transaction_id for p in got] == list(range(total))
+
+
+@pytest.mark.parametrize("access", [0, READ])
+def test_event_flags_on_a_page_that_was_taken(memory: GuestMemory, access: int) -> None:
+    """The host's view of a guest's page - an interrupt or monitor page - writes no more than the guest may."""
+    flags = EventFlags(memory, 0x2000, 1)
+    assert flags.set(5)
+    assert flags.set(9)
+    memory.protect(0x2000, 4096, access)
+    assert not flags.set(6)
+    assert not flags.clear(5)
+    assert flags.take() == []
+    memory.protect(0x2000, 4096, READ | WRITE)
+    assert flags.take() == [5, 9]

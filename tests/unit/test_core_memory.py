@@ -289,3 +289,24 @@ def test_equal_backing_is_the_same_memory(memory: GuestMemory) -> None:
     for nowhere in (0x3000, 1 << 16, 1 << 60):
         with pytest.raises(GuestMemoryError):
             child.backing(nowhere)
+
+
+def test_a_source_that_closes_first_leaves_its_pages_to_whoever_has_them() -> None:
+    """A window is made through the number of the memfd, which must not be another file's by then."""
+    before = open_descriptors()
+    source, borrower = GuestMemory(1 << 14), GuestMemory(1 << 14, mapped=False)
+    again = GuestMemory(1 << 14, mapped=False)
+    borrower.map(0x1000, source, 0x2000, PAGE_SIZE, READ | WRITE)
+    again.map(0x3000, borrower, 0x1000, PAGE_SIZE, READ | WRITE)
+    source.write(0x2000, b"still here")
+    source.close()
+    others = [GuestMemory(1 << 14) for _ in range(8)]
+    for other in others:
+        other.write(0x2000, b"not theirs")
+    assert bytes(borrower.window([1], mirrored=False).view()[:10]) == b"still here"
+    borrower.close()
+    assert bytes(again.window([3], mirrored=False).view()[:10]) == b"still here"
+    again.close()
+    for other in others:
+        other.close()
+    assert open_descriptors() == before

@@ -21,7 +21,9 @@ cdef bint message_post(uint8_t *slot, uint32_t type, uint64_t sender, const void
 
 cdef class EventFlags:
     cdef uint64_t *words
+    cdef uint64_t pfn
     cdef GuestMemory memory
+    cdef bint _reachable(self) noexcept
 
 cdef class MessageSlot:
     cdef uint8_t *slot

@@ -94,7 +94,8 @@ cdef class GuestMemory:
     cdef guest_memory_t c
     cdef readonly int fd
     cdef Py_ssize_t exports
-    cdef object sources
+    cdef object backs       # the memfd of its own
+    cdef object sources     # those of others whose pages it has
     cdef uint8_t *pointer(self, uint64_t gpa, uint64_t length, uint32_t access) except NULL
     cdef int _check_extent(self, uint64_t gpa, uint64_t length) except -1
 
