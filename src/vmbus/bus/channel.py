@@ -196,7 +196,7 @@ class Channel:
         self._on_signal = callback
         if callback is not None and self._missed:
             self._missed = False
-            callback()
+            self.again()  # by the bus, which never runs it twice at the same time
 
     def wait(self, condition: Callable[[], bool], timeout: float = 10.0) -> bool:
         """Let the peer work until `condition` holds: how a synchronous client waits for its answer in any hosting.
@@ -272,6 +272,8 @@ class Channel:
         callback = self._on_signal
         if callback is None:
             self._missed = True
+            if self._on_signal is not None:  # just now, by a thread that saw nothing missed yet
+                self.again()
         elif self._open:
             callback()
 

@@ -359,7 +359,11 @@ class Threads(Hosting):
         # Two threads may both see it not queued: it then runs twice, which a doorbell allows.
         task.queued = True
         home.queue.append(task)
-        home.doorbell.ring()
+        try:
+            home.doorbell.ring()
+        except OSError:
+            if not self._closed:  # else the worker has just ended, and its eventfd is closed
+                raise
 
     def progressed(self) -> None:
         """Have waiters look at their conditions again."""
@@ -425,6 +429,7 @@ class Processes(Threads):
 
 
 _HOSTINGS: "WeakKeyDictionary[Hypervisor, Hosting]" = WeakKeyDictionary()
+_HOSTINGS_LOCK: Final = threading.Lock()
 
 
 def hosting_of(hypervisor: "Hypervisor", hosting: "Hosting | str | None" = None) -> Hosting:
@@ -437,6 +442,11 @@ def hosting_of(hypervisor: "Hypervisor", hosting: "Hosting | str | None" = None)
     Raises:
         ValueError: no such hosting, or the instance has another one.
     """
+    with _HOSTINGS_LOCK:
+        return _hosting_of(hypervisor, hosting)
+
+
+def _hosting_of(hypervisor: "Hypervisor", hosting: "Hosting | str | None") -> Hosting:
     present = _HOSTINGS.get(hypervisor)
     if isinstance(hosting, str):
         if present is not None and present.kind == hosting:

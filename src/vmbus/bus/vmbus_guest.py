@@ -110,6 +110,10 @@ class VmbusGuest:
         self._answers: dict[tuple[str, int], int] = {}
         self._refused: str | None = None
         self._unfinished: deque[Channel] = deque()
+        self._busy: dict[
+            Channel, bool
+        ] = {}  # channels whose drivers run now, and whether they were rung meanwhile
+        self._gate = threading.Lock()
         self._calls: deque[Callable[[], None]] = deque()
         self._calling = threading.Lock()
         self._driver_pages = self.pages.allocate(5)
@@ -401,7 +405,8 @@ class VmbusGuest:
     def again(self, channel: Channel) -> None:
         """Call the channel's driver once more, as if another interrupt had come."""
         self._unfinished.append(channel)
-        if (task := self._ports[0].task) is not None:
+        task = next((port.task for port in self._ports), None)  # none once the guest is abandoned
+        if task is not None:
             self.hosting.ring(task)
 
     def wait(self, channel: Channel, condition: Callable[[], bool], timeout: float) -> bool:
@@ -476,7 +481,11 @@ class VmbusGuest:
     def _on_interrupt(self, port: ProcessorPort) -> None:
         """The interrupt handler: messages, then event flags, until no interrupt waits."""
         for _ in range(len(self._unfinished)):
-            self._deliver(self._unfinished.popleft())
+            try:
+                channel = self._unfinished.popleft()
+            except IndexError:
+                break  # another processor's handler was faster
+            self._deliver(channel)
         while (vector := port.vp.pop_interrupt()) is not None:
             if not (port.auto_eoi and vector == VECTOR):
                 port.vp.wrmsr(Msr.EOI, 0)
@@ -511,11 +520,31 @@ class VmbusGuest:
                 self._deliver(channel)
 
     def _deliver(self, channel: Channel) -> None:
-        try:
-            channel.deliver_signal()
-        except RingCorrupt as error:
-            log.warning("channel %d is closed: %s", channel.channel_id, error)
-            self._calls.append(channel.close)
+        """Run the channel's driver, on one processor at a time; while it runs on another, that one goes round again.
+
+        A channel that moves to another processor, or whose turn was too long, is rung on two of them at once.
+        """
+        with self._gate:
+            if channel in self._busy:
+                self._busy[channel] = True
+                return
+            self._busy[channel] = False
+        more = True
+        while more:
+            try:
+                channel.deliver_signal()
+            except RingCorrupt as error:
+                log.warning("channel %d is closed: %s", channel.channel_id, error)
+                self._calls.append(channel.close)
+            except BaseException:
+                del self._busy[channel]
+                raise
+            with self._gate:
+                more = self._busy[channel]
+                if more:
+                    self._busy[channel] = False
+                else:
+                    del self._busy[channel]
 
     def _take(self, event: act.GuestEvent) -> None:
         match event:
