@@ -309,6 +309,31 @@ class TestLocalTimer:
         hv.clock.advance(1_000_000)
         assert vp.pop_interrupt() is None
 
+    def test_a_change_between_one_shot_and_periodic_keeps_the_count(self, hv, guest):
+        vp = guest.vp
+        vp.mmio_write(APIC_BASE + 0x3E0, 4, 0xB)
+        self.lvt(vp, 0x40)
+        vp.mmio_write(APIC_BASE + 0x380, 4, 20_000)  # 100 µs
+        hv.clock.advance(70_000)
+        self.lvt(vp, 0x40 | 1 << 17)
+        assert vp.mmio_read(APIC_BASE + 0x390, 4) == 6_000
+        hv.clock.advance(30_000)
+        assert guest.take_interrupts() == [0x40]
+        hv.clock.advance(40_000)
+        assert vp.mmio_read(APIC_BASE + 0x390, 4) == 12_000
+        self.lvt(vp, 0x40)  # the period under way is the last one
+        hv.clock.advance(60_000)
+        assert guest.take_interrupts() == [0x40]
+        assert vp.mmio_read(APIC_BASE + 0x390, 4) == 0
+        hv.clock.advance(1_000_000)
+        assert guest.take_interrupts() == []
+        self.lvt(vp, 0x40 | 1 << 17)
+        assert vp.mmio_read(APIC_BASE + 0x390, 4) == 0, "a timer that has ended does not start by that"
+        vp.mmio_write(APIC_BASE + 0x380, 4, 20_000)
+        self.lvt(vp, 0x40 | 2 << 17)  # the deadline is another timer
+        hv.clock.advance(1_000_000)
+        assert guest.take_interrupts() == []
+
     def test_periodic_with_a_divisor(self, hv, guest):
         vp = guest.vp
         vp.mmio_write(APIC_BASE + 0x3E0, 4, 0x3)  # divide by 16

@@ -122,6 +122,15 @@ def test_ways_between_the_modes():
     assert vp.apic.mode is ApicMode.XAPIC
 
 
+def test_cpuid_has_no_local_apic_while_it_is_disabled():
+    one, other = processors(count=2)
+    for base, present in ((XAPIC & ~0x800, 0), (XAPIC, 1), (X2APIC, 1)):
+        one.wrmsr(Msr.IA32_APIC_BASE, base | 0x100)
+        assert one.cpuid(1)[3] >> 9 & 1 == present
+        assert other.cpuid(1)[3] >> 9 & 1, "each has its own"
+    one.partition.hypervisor.root.destroy()
+
+
 def test_physical_destinations_have_32_bits(vps):
     vps[0].wrmsr(ICR, 17 << 32 | 0x61)
     assert receivers(vps) == [17]

@@ -353,8 +353,9 @@ class LocalApic:
         elif offset == Register.ESR:
             self._registers[offset] = 0
         elif offset == Register.LVT_TIMER:
-            mode = value >> 17 & 3
-            if mode != self._registers[offset] >> 17 & 3:
+            # Between one-shot and periodic the count goes on; the deadline is another timer (SDM 11.5.4, 11.5.4.1).
+            before = self._registers[offset] >> 17 & 3
+            if value >> 17 & 3 != before and TimerMode.TSC_DEADLINE in (value >> 17 & 3, before):
                 self._deadline = 0
                 self._stop_timer()
             self._registers[offset] = value & 0x0007_00FF

@@ -45,6 +45,8 @@ __all__ = ["VirtualProcessor"]
 DEFAULT_PAT: Final = 0x0007_0406_0007_0406
 """IA32_PAT at reset (SDM 12.12.4)."""
 APIC_MODE_SHIFT: Final = 10
+CPUID_APIC: Final = 1 << 9
+"""CPUID 1 EDX: there is a local APIC, and it is not disabled."""
 APIC_BASE_BSP: Final = 1 << 8
 """Bits of IA32_APIC_BASE: the mode (`ApicMode`), and that this is the boot processor (SDM 11.4.4)."""
 _MASK64: Final = 0xFFFF_FFFF_FFFF_FFFF
@@ -242,6 +244,8 @@ class VirtualProcessor:
             self._leaves = leaves(partition.personality, shown[0], self.index, shown[1], frequency)
             self._shown = shown
         result = self._leaves.get(leaf, (0, 0, 0, 0))
+        if leaf == 1 and self.apic.mode == ApicMode.DISABLED:
+            result = (*result[:3], result[3] & ~CPUID_APIC)  # SDM 11.4.3
         if leaf == TOPOLOGY_LEAF and partition.personality.x2apic:
             result = topology(subleaf, self.index, shown[1])
         elif leaf == FEATURES_LEAF and subleaf:
