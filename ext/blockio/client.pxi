@@ -76,7 +76,7 @@ cdef class BlockClient:
         self.template.request.target_id = target
         self.template.request.lun = lun
         self.template.request.cdb_length = 16
-        self.template.request.sense_info_length = 20
+        self.template.request.sense_info_length = 20 if packet_size == HEADER + REQUEST_MOST else 18
         self.template.time_out_value = 60
 
     def __dealloc__(self):

@@ -197,6 +197,22 @@ def test_the_bsds_hear_of_a_removed_disk(serve: Serve, version: int) -> None:
     assert guest.memory.read(3 << 12, 1) == b"\x7f"
 
 
+@pytest.mark.parametrize(("version", "sense"), [(0x0200, 18), (0x0402, 18), (0x0501, 20), (0x0602, 20)])
+def test_old_hosts_are_asked_for_as_much_sense_data_as_they_have_room_for(version: int, sense: int) -> None:
+    """18 bytes before Windows 8, as FreeBSD, OpenBSD and Linux ask for."""
+    host = Host()
+    client = StorageVsc(host.guest, range(64, 320), versions=[version], timeout=0.3)
+    client.connect()
+    host.taken.clear()
+    client.execute(0, 0, bytes(6))
+    disk = client.disk()
+    disk.read_batch([0, 4096], 512)
+    requests = [packet.payload for packet in host.taken if packet.payload[0] == 3]
+    assert len(requests) >= 5
+    assert {request[12 + 9] for request in requests} == {sense}
+    host.guest.close()
+
+
 def test_hyper_v_says_overrun_of_an_answer_that_is_short() -> None:
     host = Host()
     host.client.connect()

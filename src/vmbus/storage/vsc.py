@@ -34,6 +34,7 @@ from vmbus.storage.wire import (
     SrbFlags,
     SrbStatus,
     Version,
+    VersionRules,
     parse_scsi_request,
 )
 
@@ -383,10 +384,14 @@ class StorageVsc:
     @property
     def packet_size(self) -> int:
         """Bytes of a packet in the negotiated version."""
+        return self._rules.packet_size
+
+    @property
+    def _rules(self) -> VersionRules:
         rules = self.negotiation.rules
         if rules is None:
             raise LocalProtocolError("not connected")
-        return rules.packet_size
+        return rules
 
     def _tell(self) -> None:
         if self._changed:
@@ -432,7 +437,7 @@ class StorageVsc:
             target_id=address[0],
             lun=address[1],
             cdb_length=len(cdb),
-            sense_info_length=SENSE_SIZE,
+            sense_info_length=self._rules.sense_size,
             data_in=direction,
             data_transfer_length=length,
             payload=cdb,
