@@ -68,15 +68,33 @@ def test_pages_of_another_space_can_be_mapped_with_fewer_rights(memory: GuestMem
         child.protect(0x8000, 0x1000, READ)
 
 
-def test_a_mapping_outlives_the_space_it_came_from() -> None:
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_mapping_outlives_the_space_it_came_from(closed: bool) -> None:
+    first = GuestMemory(1 << 16)
     source = GuestMemory(1 << 16)
     source.write(0, b"kept")
+    source.map(4096, first, 0, 4096, READ | WRITE | EXECUTE)
     child = GuestMemory(1 << 16, mapped=False)
     child.map(0, source, 0, 1 << 16, READ | WRITE | EXECUTE)
-    del source
+    descriptors = [first.fd, source.fd]
+    if closed:
+        first.close()
+        source.close()
+    del source, first
     gc.collect()
-    window = child.window([0, 3, 2])
-    assert bytes(window.view()[:4]) == b"kept"
+    other = os.memfd_create("something else")  # would get the number of a descriptor that was closed
+    try:
+        os.ftruncate(other, 1 << 16)
+        assert other not in descriptors
+        window = child.window([0, 3, 2])
+        assert bytes(window.view()[:4]) == b"kept"
+        assert child.backing(4096)[0] == descriptors[0]
+    finally:
+        os.close(other)
+    child.close()
+    for number in descriptors:
+        with pytest.raises(OSError, match="Bad file"):
+            os.fstat(number)
 
 
 def test_map_checks_both_sides(memory: GuestMemory) -> None:
