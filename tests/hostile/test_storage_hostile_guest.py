@@ -256,8 +256,9 @@ def test_a_guest_that_never_reads_its_completions_costs_bounded_memory(workers: 
 @pytest.mark.parametrize("word", [0, 4, 8, 12, 64])
 def test_control_words_of_any_value(word: int) -> None:
     numbers = random.Random(word)
+    disk = MemoryDisk(MIB, content=CONTENT)
     for _ in range(60):
-        room = Room(MemoryDisk(MIB, content=CONTENT))
+        room = Room(disk)
         attacker = room.attacker
         value = numbers.choice(
             [1, 4, 7, 65535, 65536, 65544, 0x7FFFFFFF, 0xFFFFFFF8, numbers.getrandbits(32)]
@@ -271,6 +272,10 @@ def test_control_words_of_any_value(word: int) -> None:
             attacker.ring.write(GPA_DIRECT, 1, 5, gpa_header([(512, 0, [3])]), srb(read10(0, 1), 512))
             attacker.knock()
         room.close()
+        assert disk.read(0, MIB) == CONTENT
+    room = Room(disk)
+    assert room.attacker.works(), "the disk still serves a guest that means well"
+    room.close()
 
 
 def test_a_channel_closed_in_the_middle_of_requests() -> None:
