@@ -62,6 +62,7 @@ def objects(tmp_path: Path) -> Iterator[dict[str, object]]:
             *(machine, machine.hypervisor, machine.root, machine.root.vps[0], machine.hypervisor.clock),
             *(machine.host, machine.guest, machine.host.channels[0], machine.guest.offers[0]),
             *(disk, image, raw, seen, seen.vsc, machine.add_emulated_disk(raw), vmbus.StorageVsp()),
+            machine.add_emulated_network(switch.connect("old"), MAC),
             *(switch, port, nic, machine.ledger, machine.ledger.total(), machine.child.personality),
             *(vmbus.VirtualClock(), vmbus.NetworkAdapter(machine.host, switch.connect("b"), _config())),
         ]
@@ -210,7 +211,7 @@ def test_objects_that_own_memory_are_not_copied_by_accident(objects: dict[str, o
 def test_a_closed_machine_says_so() -> None:
     disk, lan = MemoryDisk(4096), vmbus.Switch()
     machine = ModelMachine()
-    old = machine.add_emulated_disk(disk)
+    old, nic = machine.add_emulated_disk(disk), machine.add_emulated_network(lan.connect("c"), MAC)
     machine.close()
     machine.close()
     assert repr(machine) == "<ModelMachine of 'linux', closed>"
@@ -222,6 +223,7 @@ def test_a_closed_machine_says_so() -> None:
         lambda: machine.host,
         lambda: machine.guest,
         lambda: old.read(0, 512),
+        lambda: nic.send(bytes(60)),
     ):
         with pytest.raises(LocalProtocolError, match="the machine is closed"):
             use()

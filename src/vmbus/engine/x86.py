@@ -19,7 +19,9 @@ from vmbus.engine import (
     Rdmsr,
     Wrmsr,
 )
+from vmbus.errors import LocalProtocolError
 from vmbus.hypervisor import GuestFault, VirtualProcessor, VpSuspended
+from vmbus.hypervisor.tlfs import PartitionState
 
 __all__ = ["SLICE", "X86Engine"]
 
@@ -122,9 +124,12 @@ class X86Engine:
 
         Raises:
             EngineError: the guest's code cannot be executed.
+            LocalProtocolError: the partition has been torn down.
             VpSuspended: the processor is suspended; executed again when it runs, it goes on where it was.
         """
         cpu, vp = self.cpu, self.vp
+        if vp.partition.state is PartitionState.DELETED:
+            raise LocalProtocolError(f"the machine is closed: {vp.partition!r}")
         account = vp.account
         before = cpu.instructions
         end = before + limit

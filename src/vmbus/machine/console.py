@@ -35,6 +35,9 @@ class Console:
         self._awaited: re.Pattern[bytes] | None = None
         self._on_match: Callable[[], None] | None = None
 
+    def __repr__(self) -> str:
+        return f"<Console: {len(self.output):,} bytes, last {bytes(self.output[-40:])!r}>"
+
     @property
     def text(self) -> str:
         """The transcript with plain line ends; bytes that are not UTF-8 are shown as replacement characters."""

@@ -16,7 +16,6 @@ from vmbus.engine import Halt
 from vmbus.engine.x86 import X86Engine
 from vmbus.errors import DeviceError, LocalProtocolError
 from vmbus.hypervisor import VirtualProcessor
-from vmbus.hypervisor.tlfs import PartitionState
 
 __all__ = ["IdeDisk"]
 
@@ -83,7 +82,6 @@ class IdeDisk:
             raise LocalProtocolError("the driver wants whole pages and a buffer of a multiple of 128 KiB")
         if not 1 <= multiple <= 128 or multiple & (multiple - 1):
             raise LocalProtocolError(f"a block has 1, 2, 4 … 128 sectors, not {multiple}")
-        self._partition = vp.partition
         self._memory = vp.partition.memory
         self._stack, self._idt, self._requests = base + 2 * PAGE, base + 2 * PAGE, base + 3 * PAGE
         self._buffer, self._buffer_size = base + 4 * PAGE, buffer_size
@@ -243,8 +241,6 @@ class IdeDisk:
     def _run(self, requests: Sequence[Request]) -> None:
         """Have the driver execute requests, and raise for the first that failed."""
         memory, cpu = self._memory, self.engine.cpu
-        if self._partition.state is PartitionState.DELETED:
-            raise LocalProtocolError("the machine is closed")
         memory.write(self._requests, b"".join(request.pack() for request in requests))
         cpu.rip = self._code + ata_pio.START
         cpu.set_register(RDI, self._requests)

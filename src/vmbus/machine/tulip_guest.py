@@ -85,6 +85,9 @@ class TulipNic:
         self.engine.cpu.idt = (self._idt, PAGE - 1)
         self._start()
 
+    def __repr__(self) -> str:
+        return f"<TulipNic {self.mac.hex(':')}>"
+
     # frames
 
     def send(self, frame: bytes) -> bool:
