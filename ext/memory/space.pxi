@@ -283,6 +283,8 @@ cdef class GuestMemory:
             _give_back(self.c.base, self.c.size)
             self.c.base = NULL
             self.c.size = 0
+            free(self.c.pages)
+            self.c.pages = NULL
         self.fd = -1
         self.backs = None
         self.sources.clear()

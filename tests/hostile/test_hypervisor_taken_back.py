@@ -1,6 +1,8 @@
 """What a partition is taken - pages, privileges, processors - is gone for everybody who had it through that one."""
 
+import gc
 import struct
+import weakref
 
 import pytest
 from reference.raw_guest import HYPERCALL_GPA, RawGuest
@@ -16,11 +18,12 @@ from vmbus.hypervisor.tlfs import (
     MapFlags,
     Msr,
     PartitionProperty,
+    PortType,
     Privilege,
     RegisterName,
     Status,
 )
-from vmbus.hypervisor.wire import CreateVp, MapGpaPages, VpReference
+from vmbus.hypervisor.wire import ConnectPort, CreatePort, CreateVp, MapGpaPages, VpReference
 
 SIZE = 1 << 18
 ALL = READ | WRITE | EXECUTE
@@ -255,3 +258,29 @@ def test_registers_of_a_processor_that_is_gone(hv, root):
     assert root.rep(CallCode.GET_VP_REGISTERS, header, [name], output=16)[0] == Status.INVALID_VP_INDEX
     with pytest.raises(GeneralProtectionFault):
         guest.vp.wrmsr(0x1234_5678, 0)  # the other one goes on
+
+
+@pytest.mark.parametrize("gone", ["receiver", "sender"])
+def test_nothing_of_a_partition_is_kept_by_who_was_connected_to_it(hv, root, gone):
+    """A parent that makes and deletes children around one that stays must not fill its host's memory with the dead."""
+    receiver, sender = child_of(hv, root, "receiver"), child_of(hv, root, "sender")
+    pair = {"receiver": receiver.vp.partition, "sender": sender.vp.partition}
+    to, by = pair["receiver"].id, pair["sender"].id
+    port = CreatePort(to, 7, 0, 0, 0, by, PortType.MESSAGE, 0, 2, 0, 0).pack()
+    assert root.call(CallCode.CREATE_PORT, port)[0] == Status.SUCCESS
+    connect = ConnectPort(by, 9, 0, 0, 0, to, 7, 0, PortType.MESSAGE, 0, b"", 0).pack()
+    assert root.call(CallCode.CONNECT_PORT, connect)[0] == Status.SUCCESS
+    for text in (b"first", b"it waits"):
+        assert sender.post(9, 1, text) == Status.SUCCESS
+    dead = weakref.ref(pair[gone])
+    pair.pop(gone).destroy()
+    if gone == "receiver":
+        assert sender.post(9, 1, b"nowhere") == Status.INVALID_PORT_ID
+        assert list(pair["sender"].connections) == [9]
+        del receiver
+    else:
+        assert not pair["receiver"].ports
+        assert pair["receiver"].vps[0].synic.queued_messages == 0
+        del sender
+    gc.collect()
+    assert dead() is None

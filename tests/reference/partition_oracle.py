@@ -86,7 +86,8 @@ class Node:
         self.ports.clear()
         self.connections.clear()
         if self.parent is not None:
-            self.parent.ports = {k: p for k, p in self.parent.ports.items() if p["for"] is not self}
+            for owner in (self.parent, *self.parent.children.values()):
+                owner.ports = {k: p for k, p in owner.ports.items() if p["for"] is not self}
 
     def delete(self):
         self.finalize()

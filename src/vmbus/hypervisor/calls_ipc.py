@@ -181,6 +181,10 @@ def delete_port(port: Port) -> None:
     """Delete a port with the messages that wait in it. Connections to it stay, and lead nowhere."""
     port.deleted = True
     port.owner.ports.pop(port.port_id, None)
+    sender = port.connection_partition
+    for connection in list(port.connections):  # they must not keep an owner that may be gone soon
+        connection.port = Port(sender, port.port_id, port.kind, 0, 0, sender, deleted=True)
+    port.connections.clear()
     if port.waiting:
         for vp in port.owner.vps:
             vp.synic.drop(port)
@@ -215,14 +219,20 @@ def connect(sender: "Partition", connection_id: int, port: Port | None, kind: in
         raise HypercallError(Status.INVALID_PARAMETER)
     if len(sender.connections) >= MAX_PORTS:
         raise HypercallError(Status.INSUFFICIENT_MEMORY)
-    sender.connections[connection_id] = Connection(connection_id, port)
+    connection = Connection(connection_id, port)
+    port.connections.add(connection)
+    sender.connections[connection_id] = connection
+    if port.deleted:  # by another thread, which did not see this one
+        delete_port(port)
 
 
 def _disconnect_port(vp: "VirtualProcessor", data: bytes) -> None:
     call = PortReference.unpack(data)
     sender = vp.partition.hypervisor.controlled(vp.partition, call.partition_id)
-    if sender.connections.pop(call.id, None) is None:
+    connection = sender.connections.pop(call.id, None)
+    if connection is None:
         raise HypercallError(Status.INVALID_CONNECTION_ID)
+    connection.port.connections.discard(connection)
 
 
 CALLS: Final = (

@@ -341,9 +341,14 @@ class Partition:
         self.state = PartitionState.FINALIZED
         for port in list(self.ports.values()):
             delete_port(port)
-        if self.parent is not None:  # ports that the parent opened for this partition serve nobody any more
-            for port in [p for p in self.parent.ports.values() if p.connection_partition is self]:
-                delete_port(port)
+        if (
+            self.parent is not None
+        ):  # ports of its parent and siblings for this partition serve nobody any more
+            for owner in (self.parent, *list(self.parent.children.values())):
+                for port in [p for p in list(owner.ports.values()) if p.connection_partition is self]:
+                    delete_port(port)
+        for connection in list(self.connections.values()):
+            connection.port.connections.discard(connection)
         self.connections.clear()
         self.intercepts.clear()
         for vp in self.vps:

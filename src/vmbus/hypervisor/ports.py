@@ -5,7 +5,7 @@ Identifiers are per partition: nobody can name another partition's connection or
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
 from vmbus.hypervisor.tlfs import PortType
@@ -40,6 +40,7 @@ class Port:
         waiting: messages through this port that wait for their slot.
         posts: messages that have been posted to it since it was made.
         deleted: the port is gone; connections to it stay until their owner disconnects them.
+        connections: the connections to it.
     """
 
     owner: "Partition"
@@ -56,6 +57,7 @@ class Port:
     waiting: int = 0
     posts: int = 0
     deleted: bool = False
+    connections: "set[Connection]" = field(default_factory=set)
 
 
 @dataclass(slots=True, eq=False)
