@@ -141,11 +141,13 @@ def test_dpdk() -> None:
     send_all(other, [frame(mac(1), mac(2), bytes([n]) * 60) for n in range(40)])
     driver.poll()
     assert len(driver.messages) == seen + 40
-    assert driver.nvsp(129, 1, wanted=False) is None
+    assert driver.guest.vsp.statistics.violations == 0
     # It takes its buffers back first and halts RNDIS then, on a channel that it closes next.
     driver.revoke()
     driver.rid += 1
-    assert driver.transfer([struct.pack("<3I", HALT, 12, driver.rid)], channel=1) != 0
+    assert driver.transfer([struct.pack("<3I", HALT, 12, driver.rid)], channel=1) == SUCCESS
+    assert driver.transfer([packet(bytes(60))]) == FAILURE
+    assert driver.guest.vsp.statistics.violations == 1
     driver.channel.close()
     assert not driver.guest.vsp.is_open
 

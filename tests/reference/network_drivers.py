@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 
 from reference.netpair import Guest, make_guest
 
-from vmbus.core.memory import GpaRanges
+from vmbus.bus.channel import Channel
+from vmbus.core.memory import GpaRanges, GuestMemory
 from vmbus.core.ring import COMPLETION, COMPLETION_REQUESTED, IN_BAND, TRANSFER_PAGES
 from vmbus.network.switch import Switch
 
@@ -78,10 +79,18 @@ class Message:
 
 
 @dataclass
+class Attached:
+    """A guest's end of a channel of a real bus."""
+
+    memory: GuestMemory
+    guest_end: Channel
+
+
+@dataclass
 class Driver:
     """A driver on a guest's end of a channel that has no client."""
 
-    guest: Guest
+    guest: "Guest | Attached"
     rules: Rules
     sections: int = 0
     section_size: int = 0
@@ -89,7 +98,9 @@ class Driver:
     messages: list[Message] = field(default_factory=list)
     notes: list[tuple[bytes, int, int]] = field(default_factory=list)
     answers: dict[int, bytes] = field(default_factory=dict)
+    gpadls: list[int] = field(default_factory=list)
     acknowledge: bool = True
+    first_page: int = 0
     rid: int = 0x10000
     tid: int = 1 << 40
 
@@ -118,7 +129,7 @@ class Driver:
         assert packet.transfer_set_id == self.rules.receive_id  # type: ignore[attr-defined]
         if self.rules.indexed_by_id and transaction_id > self.sections:
             return  # DPDK logs it and completes nothing
-        base = RECEIVE_PAGE * PAGE
+        base = (self.first_page + RECEIVE_PAGE) * PAGE
         for length, offset in packet.transfer_ranges:  # type: ignore[attr-defined]
             assert length > 0
             assert offset + length <= self.rules.receive_pages * PAGE
@@ -147,6 +158,7 @@ class Driver:
     def transfer(self, parts: Sequence[bytes], *, channel: int = 0, pages: int = DATA_PAGE) -> int:
         """An RNDIS message in guest pages, each part in a page of its own; the NVSP status."""
         ranges = []
+        pages += self.first_page
         for number, part in enumerate(parts):
             self.guest.memory.write((pages + number) * PAGE, part)
             ranges.append((len(part), 0, [pages + number + n for n in range(-(-len(part) // PAGE))]))
@@ -159,7 +171,7 @@ class Driver:
 
     def in_section(self, section: int, data: bytes, *, channel: int = 0) -> int:
         """An RNDIS message in a section of the send buffer; the NVSP status."""
-        self.guest.memory.write(SEND_PAGE * PAGE + section * self.send_section, data)
+        self.guest.memory.write((self.first_page + SEND_PAGE) * PAGE + section * self.send_section, data)
         answer = self.nvsp(107, channel, section, len(data))
         assert answer is not None
         self.answers[self.tid] = answer
@@ -223,7 +235,7 @@ class Driver:
 
     def hand_over(self) -> None:
         rules = self.rules
-        gpadl = self.channel.create_gpadl(range(RECEIVE_PAGE, RECEIVE_PAGE + rules.receive_pages))
+        gpadl = self._gpadl(RECEIVE_PAGE, rules.receive_pages)
         answer = self.nvsp(101, gpadl, rules.receive_id)
         assert answer is not None
         kind, status, number, offset, size, count, end = struct.unpack_from("<7I", answer)
@@ -231,7 +243,7 @@ class Driver:
         assert size * count <= rules.receive_pages * PAGE
         self.sections, self.section_size = count, size
         if rules.send_pages:
-            gpadl = self.channel.create_gpadl(range(SEND_PAGE, SEND_PAGE + rules.send_pages))
+            gpadl = self._gpadl(SEND_PAGE, rules.send_pages)
             answer = self.nvsp(104, gpadl, 0xFACE)
             assert answer is not None
             kind, status, section = struct.unpack_from("<3I", answer)
@@ -239,6 +251,11 @@ class Driver:
             assert section > 0
             assert section % 4 == 0
             self.send_section = section
+
+    def _gpadl(self, start: int, count: int) -> int:
+        first = self.first_page + start
+        self.gpadls.append(self.channel.create_gpadl(range(first, first + count)))
+        return self.gpadls[-1]
 
     def initialize(self, transfer_size: int = 2048) -> tuple[int, ...]:
         reply = self.control(INITIALIZE, 1, 0, transfer_size)

@@ -257,9 +257,14 @@ class NetworkVsp(Delivery):
     def _receive_rndis(self, index: int, packet: Packet, frames: list[bytes]) -> int:
         """The NVSP status of a `SEND_RNDIS_PACKET`; frames that are fit to be sent are added to `frames`."""
         try:
-            if self.protocol.state != HostState.READY:
-                raise RemoteProtocolError(f"RNDIS message in state {self.protocol.state.name}")
+            state = self.protocol.state
+            if state not in (HostState.READY, HostState.REVOKED):
+                raise RemoteProtocolError(f"RNDIS message in state {state.name}")
             message = self._rndis_message(packet)
+            if (
+                state == HostState.REVOKED and message[:4] != _HALT_MESSAGE
+            ):  # DPDK halts after it took its buffers
+                raise RemoteProtocolError("RNDIS message after a buffer was revoked")
             if message[:4] != _PACKET_MESSAGE:
                 if index:
                     raise RemoteProtocolError("RNDIS control message on a sub-channel")
@@ -469,3 +474,4 @@ def _discard(frames: list[bytes]) -> None:
 
 _RNDIS_PACKET: Final = int(MessageType.SEND_RNDIS_PACKET).to_bytes(4, "little")
 _PACKET_MESSAGE: Final = int(RndisType.PACKET).to_bytes(4, "little")
+_HALT_MESSAGE: Final = int(RndisType.HALT).to_bytes(4, "little")
