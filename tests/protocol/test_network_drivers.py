@@ -424,6 +424,36 @@ def test_statistics_are_as_long_as_there_is_room() -> None:
         assert driver.query(oid, bytes(4)) == struct.pack("<I", 1)
 
 
+def keyword(name: str, value: str) -> bytes:
+    """A string parameter of `OID_GEN_RNDIS_CONFIG_PARAMETER`."""
+    label, text = name.encode("utf-16-le"), value.encode("utf-16-le")
+    return struct.pack("<5I", 20, len(label), 2, 20 + len(label), len(text)) + label + text
+
+
+def test_offloads_by_keyword() -> None:
+    """Windows passes the settings of an adapter's properties on like this."""
+    driver = started()
+    driver.initialize(0)
+    names = ("*IPChecksumOffloadIPv4", "*TCPChecksumOffloadIPv4", "*TCPChecksumOffloadIPv6")
+    for name in (*names, "*UDPChecksumOffloadIPv4", "*UDPChecksumOffloadIPv6", "*LsoV2IPv4", "*LsoV2IPv6"):
+        assert driver.set(0x1021B, keyword(name, "3")) == 0
+    now = struct.unpack_from("<28I", driver.query(0xFC01020B))
+    assert (now[2], now[4], now[6], now[8]) == (0x155, 0x155, 0x55, 0x55)
+    assert now[20] == now[23] == 2
+    for name, value in (
+        ("*TCPChecksumOffloadIPv4", "1"),
+        ("*UDPChecksumOffloadIPv6", "2"),
+        ("*LsoV2IPv6", "0"),
+    ):
+        assert driver.set(0x1021B, keyword(name, value)) == 0
+    now = struct.unpack_from("<28I", driver.query(0xFC01020B))
+    assert (now[2] & 0x10, now[4] & 0x10, now[6] & 0x40, now[8] & 0x40) == (0x10, 0, 0, 0x40)
+    assert (now[20], now[23]) == (2, 0)
+    for wrong in ("", "x", "\u0663"):
+        assert driver.set(0x1021B, keyword("*LsoV2IPv4", wrong)) == 0xC0010015
+    assert driver.set(0x1021B, keyword("*Unheard", "x")) == 0
+
+
 def test_sixteen_keepalives_without_reading() -> None:
     driver = started()
     driver.initialize(0)

@@ -4,8 +4,9 @@ Every request gets a status; nothing here raises for what a guest sends.
 """
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Final
 
 from vmbus.errors import RemoteProtocolError
@@ -46,6 +47,17 @@ _ALL_MULTICAST: Final = int(PacketFilter.ALL_MULTICAST)
 _MULTICAST: Final = int(PacketFilter.MULTICAST)
 MAX_MULTICAST: Final = 64
 MAX_NAME: Final = 255
+CHECKSUM_KEYWORDS: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "*IPChecksumOffloadIPv4": "ipv4_header",
+        "*TCPChecksumOffloadIPv4": "tcp4",
+        "*TCPChecksumOffloadIPv6": "tcp6",
+        "*UDPChecksumOffloadIPv4": "udp4",
+        "*UDPChecksumOffloadIPv6": "udp6",
+    }
+)
+SWITCH_KEYWORDS: Final[Mapping[str, str]] = MappingProxyType({"*LsoV2IPv4": "lso4", "*LsoV2IPv6": "lso6"})
+"""NDIS's names of offloads, with which Windows passes on the settings of an adapter's properties (OpenVMM)."""
 SUPPORTED_HASHES: Final = (
     HashTypes.TOEPLITZ
     | HashTypes.IPV4
@@ -420,7 +432,23 @@ class OidServer:
             if len(mac) != 6 or mac[0] & 1 or not any(mac):
                 raise _OidError(NdisStatus.INVALID_DATA)
             self.current_mac = mac
+        elif name in CHECKSUM_KEYWORDS or name in SWITCH_KEYWORDS:
+            self._set_keyword(name, value)
         return []
+
+    def _set_keyword(self, name: str, value: str) -> None:
+        """An offload by its keyword: 0 off, else bit 0 is transmit and bit 1 receive, or the whole of it."""
+        if value[:1] not in tuple("0123456789"):
+            raise _OidError(NdisStatus.INVALID_DATA)
+        number, new, able = int(value[:1]), self.offloads.copy(), self.capabilities
+        if name in SWITCH_KEYWORDS:
+            field_name = SWITCH_KEYWORDS[name]
+            setattr(new, field_name, number != 0 and getattr(able, field_name))
+        else:
+            field_name = CHECKSUM_KEYWORDS[name]
+            setattr(new.transmit, field_name, bool(number & 1) and getattr(able.transmit, field_name))
+            setattr(new.receive, field_name, bool(number & 2) and getattr(able.receive, field_name))
+        self.offloads = new
 
     def _set_rss(self, data: bytes) -> list[Indication]:
         # Linux and DPDK give the size of the structure in the header, others that of the whole; it is not looked at.
