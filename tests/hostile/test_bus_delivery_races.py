@@ -6,9 +6,11 @@ from uuid import UUID
 import pytest
 
 from vmbus.bus import Channel, Offer, Threads, VmbusGuest, VmbusHost
+from vmbus.bus.guest_processor import VECTOR
 from vmbus.bus.hosting import hosting_of
 from vmbus.core.memory import GuestMemory, Window
 from vmbus.core.ring import RingReader, RingWriter
+from vmbus.errors import ProtocolError
 from vmbus.hypervisor import Hypervisor
 
 KIND = UUID("ba6163d9-04a1-4d29-b605-72e2ffb1dc7f")
@@ -62,17 +64,22 @@ def test_a_missed_doorbell_is_delivered_where_all_others_are():
 
 
 @pytest.fixture
-def world():
+def pair():
     hv = Hypervisor()
     child = hv.create_child(hv.create_root(), "c", memory_size=4 << 20, vps=2)
     hosting = Threads(workers=2)
     host = VmbusHost(hv, child, hosting=hosting)
-    host.offer(Offer(KIND, UUID(int=1)))
+    offered = host.offer(Offer(KIND, UUID(int=1)))
     guest = VmbusGuest(child.vps[0], hosting=hosting)
     guest.connect()
-    yield guest
+    yield guest, offered
     hosting.close()
     hv.root.destroy()
+
+
+@pytest.fixture
+def world(pair):
+    return pair[0]
 
 
 def test_a_channels_driver_runs_on_one_processor_at_a_time(world):
@@ -128,6 +135,59 @@ def test_a_guest_that_was_abandoned_is_not_asked_again(world):
     channel = world.open(world.offers[0], 2, 2)
     world.abandon()
     world.again(channel)
+
+
+def test_a_channel_that_is_rescinded_as_it_is_closed(world):
+    channel, lock = world.open(world.offers[0], 2, 2), world._lock
+
+    class Late:
+        """The guest's lock, which the handler of the rescind gets first."""
+
+        def __enter__(self):
+            lock.acquire()
+            if world._channels.pop(channel.channel_id, None) is not None:
+                world._by_flag.pop(channel.channel_id)
+
+        def __exit__(self, *exception):
+            lock.release()
+
+    world._lock = Late()
+    channel.close()
+    world._lock = lock
+    assert not channel.is_open
+
+
+def test_a_channel_that_is_rescinded_as_it_is_opened(pair):
+    guest, offered = pair
+    offer = guest.offers[0]
+
+    class Late(dict):
+        """The guest's rings; the host takes the offer back just as one is entered."""
+
+        def __setitem__(self, channel_id, ring):
+            super().__setitem__(channel_id, ring)
+            offered.rescind()
+            assert guest.hosting.wait_for(lambda: guest.machine.channel(channel_id) is None, 30)
+
+    guest._rings = Late()
+    in_use = guest.pages.in_use
+    with pytest.raises(ProtocolError):
+        guest.open(offer, 2, 2)
+    assert guest.pages.in_use == in_use
+    assert not guest._rings
+
+
+def test_an_interrupt_handler_whose_guest_is_reset_in_the_middle(world, caplog):
+    def reset():
+        world._partition.reset()
+        world._partition.vps[0].hypercall(0, 0, 0)
+
+    world._take_messages = lambda port: reset()
+    world._ports[0].vp.request_interrupt(VECTOR)
+    assert world.hosting.wait_for(lambda: world.lost, 30)
+    world._handle = lambda port: reset()
+    world._on_interrupt(world._ports[0])
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 def test_rings_that_meet_the_end_of_the_hosting():

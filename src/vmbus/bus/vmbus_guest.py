@@ -27,7 +27,7 @@ from vmbus.core.dispatch import EventFlags
 from vmbus.core.memory import PAGE_SIZE, GpaRanges, GuestMemory, Window
 from vmbus.core.ring import RingReader, RingWriter
 from vmbus.errors import HypercallError, LocalProtocolError, RemoteProtocolError, RingCorrupt
-from vmbus.hypervisor import VirtualProcessor
+from vmbus.hypervisor import GuestFault, VirtualProcessor, VpSuspended
 from vmbus.hypervisor.tlfs import LINUX_GUEST_OS_ID, CallCode, Msr, Status
 from vmbus.trace.ledger import Account
 
@@ -294,7 +294,6 @@ class VmbusGuest:
         for pfn in (pfns[0], pfns[up_count]):
             self.memory.write(pfn * PAGE_SIZE, bytes(PAGE_SIZE))
         up, down = self.memory.window(pfns[:up_count]), self.memory.window(pfns[up_count:])
-        self._rings[channel_id] = (pfns, up, down)
         channel = Channel(
             self,
             offer,
@@ -306,6 +305,7 @@ class VmbusGuest:
             user_data=user_data,
             target_vp=target_vp,
         )
+        self._rings[channel_id] = (pfns, up, down)  # from now on the host's rescinding it frees them
         try:
             gpadl_id = self._make_gpadl(channel_id, GpaRanges([(len(pfns) * PAGE_SIZE, 0, pfns)]))
             with self._lock:
@@ -391,16 +391,21 @@ class VmbusGuest:
         """Ring the host: by a bit in the monitor page if the channel has one, else by HvSignalEvent."""
         offer = channel.offer
         if offer.monitor_id is not None and self.machine.monitor_pages is not None:
-            self._monitor.set(pending_bit(offer.monitor_id))
+            if (monitor := self._monitor) is not None:
+                monitor.set(pending_bit(offer.monitor_id))
             channel.account.hypercalls_saved += 1
             return
         known = self.machine.channel(channel.channel_id)
         connection_id = known.connection_id if known is not None else offer.connection_id
         if self.version < Version.V1_1 or not offer.is_dedicated:
-            self._from_guest.set(channel.channel_id)
+            flags = self._from_guest
+            if flags is not None:
+                flags.set(channel.channel_id)
             connection_id = wire.EVENT_CONNECTION_ID
-        with self.hosting.held():
-            self._ports[0].vp.hypercall(SIGNAL_EVENT, connection_id, 0)
+        port = next(iter(self._ports), None)  # none once the guest is abandoned, in another thread
+        if port is not None:
+            with self.hosting.held():
+                port.vp.hypercall(SIGNAL_EVENT, connection_id, 0)
 
     def again(self, channel: Channel) -> None:
         """Call the channel's driver once more, as if another interrupt had come."""
@@ -416,11 +421,11 @@ class VmbusGuest:
     def close_channel(self, channel: Channel) -> None:
         """Close, tear every GPADL down, free the ring."""
         channel_id = channel.channel_id
-        if self._channels.get(channel_id) is not channel:
-            return
-        known = self.machine.channel(channel_id)
         with self._lock:
-            self._channels.pop(channel_id)
+            if self._channels.get(channel_id) is not channel:
+                return  # rescinded, perhaps just now
+            known = self.machine.channel(channel_id)
+            del self._channels[channel_id]
             self._by_flag.pop(channel_id, None)
             if known is not None and known.state is ChannelState.OPEN:
                 self._post(self.machine.close(channel_id))
@@ -480,6 +485,13 @@ class VmbusGuest:
 
     def _on_interrupt(self, port: ProcessorPort) -> None:
         """The interrupt handler: messages, then event flags, until no interrupt waits."""
+        try:
+            self._handle(port)
+        except (GuestFault, VpSuspended):
+            if not self.lost:  # else it was reset or destroyed in the middle: there is nobody to handle it
+                raise
+
+    def _handle(self, port: ProcessorPort) -> None:
         for _ in range(len(self._unfinished)):
             try:
                 channel = self._unfinished.popleft()
