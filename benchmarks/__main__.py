@@ -43,6 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all rows there as well")
     arguments = parser.parse_args(argv)
+    if arguments.json is not None:
+        try:
+            arguments.json.open("a").close()  # said now, not after some minutes of work
+        except OSError as error:
+            parser.error(f"{arguments.json}: {error.strerror}")
 
     about = environment()
     results: dict[str, list[Row]] = {}
