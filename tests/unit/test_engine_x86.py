@@ -200,6 +200,25 @@ def test_the_limit_ends_endless_code(child: Partition) -> None:
     assert child.account.instructions == 3_000_000
 
 
+@pytest.mark.parametrize(
+    "code",
+    ["f3 6c", "f3 6e", "f3 aa", "f3 a4"],
+    ids=["rep insb", "rep outsb", "rep stosb where no memory is", "rep movsb where no memory is"],
+)
+def test_the_limit_ends_an_endless_instruction(child: Partition, code: str) -> None:
+    child.devices.add_ports(0x80, 1, Recorder())
+    engine = start(child, code, string_elements=1)
+    for register, value in ((RCX, 2**64 - 1), (RDX, 0x80), (RDI, 0x8000_0000), (RSI, 0x9000_0000)):
+        engine.cpu.set_register(register, value)
+    assert isinstance(engine.execute(1000), Limit)
+    exits = child.account.exits
+    assert 900 <= exits["io_port"] + exits["mmio"] <= 1000
+    assert engine.cpu.rip == CODE
+    assert engine.cpu.register(RCX) > 2**63
+    engine.execute(1000)  # it goes on where it was
+    assert exits["io_port"] + exits["mmio"] >= 1900
+
+
 def test_the_plain_engine_names_its_exits(child: Partition) -> None:
     engine = start(
         child,

@@ -119,6 +119,9 @@ class X86Engine:
     def execute(self, limit: int = 1 << 40) -> Halt | Limit:
         """Run until the guest halts with no interrupt to wake it, or `limit` instructions are used up.
 
+        An exit that ends no instruction, such as one element of a repeated one, is taken from the limit as well: there
+        may be 2**64 of them in one instruction.
+
         Every exit is answered by `vp`, which counts it; interrupts that `vp` has pending are delivered
         as soon as the guest takes them.
 
@@ -133,6 +136,7 @@ class X86Engine:
         account = vp.account
         before = cpu.instructions
         end = before + limit
+        last = -1
         previous = vp.on_interrupt
         vp.on_interrupt = self._wake
         self._wanted = True
@@ -144,9 +148,12 @@ class X86Engine:
                     )
                 if self._wanted:
                     self._deliver()
-                left = end - cpu.instructions
+                if cpu.instructions == last:
+                    end -= 1
+                last = cpu.instructions
+                left = end - last
                 if left <= 0:
-                    return Limit(limit)
+                    return Limit(last - before)
                 reason = cpu.run(left if left < SLICE else SLICE)
                 if reason == x86.IO:
                     self._port()
