@@ -284,3 +284,27 @@ def test_nothing_of_a_partition_is_kept_by_who_was_connected_to_it(hv, root, gon
         del sender
     gc.collect()
     assert dead() is None
+
+
+@pytest.mark.parametrize("call", ["create", "delete", "initialize"])
+def test_a_partition_that_is_being_finalized_gets_nothing_new(hv, root, call):
+    """Another of its parent's processors asks in the middle: a processor added then would outlive its partition."""
+    guest = child_of(hv, root, "guest")
+    partition, asked = guest.vp.partition, []
+    reset = partition.reset
+
+    def ask():
+        reset()
+        if call == "create":
+            asked.append(root.call(CallCode.CREATE_VP, CreateVp(partition.id, 2, b"", 0, 0, 0, 0).pack())[0])
+        elif call == "delete":
+            asked.append(root.call(CallCode.DELETE_VP, VpReference(partition.id, 1, 0, b"").pack())[0])
+        else:
+            asked.append(root.fast(CallCode.INITIALIZE_PARTITION, q(partition.id))[0])
+
+    partition.reset = ask
+    assert root.fast(CallCode.FINALIZE_PARTITION, q(partition.id))[0] == Status.SUCCESS
+    expected = Status.INVALID_VP_INDEX if call == "delete" else Status.INVALID_PARTITION_STATE
+    assert asked == [expected]
+    assert partition.vps == []
+    assert root.fast(CallCode.DELETE_PARTITION, q(partition.id))[0] == Status.SUCCESS

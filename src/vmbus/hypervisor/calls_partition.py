@@ -54,11 +54,7 @@ def _create(vp: "VirtualProcessor", data: bytes) -> bytes:
 
 
 def _initialize(vp: "VirtualProcessor", data: bytes) -> None:
-    child = _child(vp, data)
-    if child.state is not PartitionState.CREATED:
-        raise HypercallError(Status.INVALID_PARTITION_STATE)
-    child.pool.take(INITIALIZE_PAGES)
-    child.state = PartitionState.ACTIVE
+    vp.partition.hypervisor.initialize(_child(vp, data), INITIALIZE_PAGES)
 
 
 def _finalize(vp: "VirtualProcessor", data: bytes) -> None:

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Final
 from vmbus.errors import GuestMemoryError, HypercallError
 from vmbus.hypervisor.abi import Call, RepCall, RepStep
 from vmbus.hypervisor.apic import FIRST_VALID_VECTOR, DeliveryMode
-from vmbus.hypervisor.pool import VP_PAGES
 from vmbus.hypervisor.registers import paging_state, read_register, start_with, write_register
 from vmbus.hypervisor.tlfs import (
     HV_PAGE_SIZE,
@@ -79,20 +78,13 @@ def _create_vp(vp: "VirtualProcessor", data: bytes) -> None:
         raise HypercallError(Status.INVALID_PARTITION_STATE)
     if any(call.reserved) or call.flags:
         raise HypercallError(Status.INVALID_PARAMETER)
-    # Processors are numbered without holes here: only the next index can be created, only the last one deleted.
-    if call.vp_index != len(child.vps) or call.vp_index >= MAX_VPS:
-        raise HypercallError(Status.INVALID_VP_INDEX)
-    child.add_vp()
+    vp.partition.hypervisor.create_vp(child, call.vp_index)
 
 
 def _delete_vp(vp: "VirtualProcessor", data: bytes) -> None:
     call = VpReference.unpack(data)
     child = vp.partition.hypervisor.child(vp.partition, call.partition_id)
-    if not child.vps or call.vp_index != len(child.vps) - 1:
-        raise HypercallError(Status.INVALID_VP_INDEX)
-    gone = child.vps.pop()
-    gone.delete()
-    child.pool.give(VP_PAGES)
+    vp.partition.hypervisor.delete_vp(child, call.vp_index)
 
 
 def _start_vp(vp: "VirtualProcessor", data: bytes) -> None:

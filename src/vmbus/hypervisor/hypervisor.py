@@ -11,7 +11,7 @@ from vmbus.hypervisor.calls_ipc import connect, delete_port
 from vmbus.hypervisor.clock import Clock, HostClock
 from vmbus.hypervisor.partition import Partition
 from vmbus.hypervisor.personality import CHILD_PRIVILEGES, ROOT_PRIVILEGES, SERVER_2022, Personality
-from vmbus.hypervisor.pool import MemoryPool
+from vmbus.hypervisor.pool import VP_PAGES, MemoryPool
 from vmbus.hypervisor.ports import EventHandler, MessageHandler, Port
 from vmbus.hypervisor.tlfs import (
     EVENT_FLAGS_PER_SINT,
@@ -195,6 +195,44 @@ class Hypervisor:
         memory = GuestMemory(GPA_SPACE, mapped=False)
         privileges = CHILD_PRIVILEGES & parent.privileges
         return self._create(parent, "", memory, 0, SERVER_2022, privileges, pool=MemoryPool(limited=True))
+
+    def initialize(self, partition: Partition, pages: int) -> None:
+        """HvCallInitializePartition: `partition` may run, for `pages` of its deposited pages.
+
+        Raises:
+            HypercallError: INVALID_PARTITION_STATE, INSUFFICIENT_MEMORY.
+        """
+        with self._lock:
+            if partition.ending or partition.state is not PartitionState.CREATED:
+                raise HypercallError(Status.INVALID_PARTITION_STATE)
+            partition.pool.take(pages)
+            partition.state = PartitionState.ACTIVE
+
+    def create_vp(self, partition: Partition, index: int) -> None:
+        """HvCallCreateVp: processors are numbered without holes here, so only the next index can be created.
+
+        Raises:
+            HypercallError: INVALID_PARTITION_STATE, INVALID_VP_INDEX, INSUFFICIENT_MEMORY.
+        """
+        with self._lock:
+            if partition.ending or partition.state is not PartitionState.ACTIVE:
+                raise HypercallError(Status.INVALID_PARTITION_STATE)
+            if index != len(partition.vps) or index >= MAX_VPS:
+                raise HypercallError(Status.INVALID_VP_INDEX)
+            partition.add_vp()
+
+    def delete_vp(self, partition: Partition, index: int) -> None:
+        """HvCallDeleteVp: only the last processor can be deleted.
+
+        Raises:
+            HypercallError: INVALID_VP_INDEX.
+        """
+        with self._lock:
+            if partition.ending or not partition.vps or index != len(partition.vps) - 1:
+                raise HypercallError(Status.INVALID_VP_INDEX)
+            gone = partition.vps.pop()
+            partition.pool.give(VP_PAGES)
+        gone.delete()
 
     def finalize(self, partition: Partition) -> bool:
         """Stop `partition` for good, its children first (HvCallFinalizePartition); False if that was done already."""
