@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
 import pytest
@@ -258,12 +259,20 @@ def test_a_closed_disk_says_so() -> None:
 def test_a_memory_disk_that_there_is_no_room_for_closes_its_descriptor_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    made: list[int] = []
     closed: list[int] = []
-    close = os.close
+    create, close = os.memfd_create, os.close
+
+    def memfd(*arguments: Any) -> int:
+        made.append(create(*arguments))
+        closed.clear()  # what garbage of other tests closed before may have had the same number
+        return made[-1]
+
+    monkeypatch.setattr(os, "memfd_create", memfd)
     monkeypatch.setattr(os, "close", lambda fd: (closed.append(fd), close(fd)))
     with pytest.raises(DeviceError, match="no memory disk of"):
         MemoryDisk(1 << 62)
-    assert len(closed) == 1
+    assert closed.count(made[0]) == 1
 
 
 def test_nothing_is_said_at_exit_about_what_was_left_open(tmp_path: Path) -> None:
