@@ -8,6 +8,7 @@ import time
 
 import pytest
 from reference.descriptors import open_descriptors
+from reference.eventually import eventually
 from reference.process_guests import REPORT
 from reference.raw_guest import RawGuest
 
@@ -40,15 +41,6 @@ def child(hv):
 
 def q(*values):
     return struct.pack(f"<{len(values)}Q", *values)
-
-
-def eventually(condition, seconds=30.0):
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.002)
-    return True
 
 
 def counted(child, processor):

@@ -5,6 +5,7 @@ import time
 
 import pytest
 from reference.descriptors import open_descriptors
+from reference.eventually import eventually
 from reference.process_guests import ECHO, REPORT
 
 from vmbus.bus import Offer, VmbusHost
@@ -39,15 +40,6 @@ def run(child, name, *, timeout=30, **arguments):
 
 def report(child):
     return child.memory.read(REPORT, 1024).rstrip(b"\0").decode()
-
-
-def eventually(condition, seconds=10.0):
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.002)
-    return True
 
 
 def state_of(pid):
