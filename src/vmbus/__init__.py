@@ -4,7 +4,8 @@ The parts from the bottom up; each room of the package has more:
 
 * the compiled core: `GuestMemory`, `GpaRanges`, `Window`, `RingWriter`, `RingReader`, `Packet`,
   `Dispatcher`, `Doorbell`
-* the hypervisor: `Hypervisor`, `Partition`, `VirtualProcessor`, `HostClock`, `VirtualClock`, `PERSONALITIES`
+* the hypervisor: `Hypervisor`, `Partition`, `VirtualProcessor`, `HostClock`, `VirtualClock`, `PERSONALITIES`;
+  `ChildProcess`, a child in a process of its own, and its `Sandbox`
 * VMBus: `VmbusHost` in the parent, `VmbusGuest` in the child, `Offer`, `Channel`, `loopback`
 * storage: `RawDisk`, `MemoryDisk`, `open_disk` for images and NBD, `RedirectDisk`, `StorageVsp`, `StorageVsc`
 * networking: `Switch`, `NetworkAdapter` in the parent with its `AdapterConfig`, `NetworkVsc` in the child with its
@@ -40,9 +41,11 @@ if TYPE_CHECKING:
     )
     from vmbus.hypervisor import (
         PERSONALITIES,
+        ChildProcess,
         HostClock,
         Hypervisor,
         Partition,
+        Sandbox,
         VirtualClock,
         VirtualProcessor,
     )
@@ -96,9 +99,11 @@ _ROOMS = {
     ),
     "vmbus.hypervisor": (
         "PERSONALITIES",
+        "ChildProcess",
         "HostClock",
         "Hypervisor",
         "Partition",
+        "Sandbox",
         "VirtualClock",
         "VirtualProcessor",
     ),
@@ -148,6 +153,7 @@ __all__ = [
     "Account",
     "AdapterConfig",
     "Channel",
+    "ChildProcess",
     "Comparison",
     "DeviceError",
     "Disk",
@@ -183,6 +189,7 @@ __all__ = [
     "RingFull",
     "RingReader",
     "RingWriter",
+    "Sandbox",
     "StorageDisk",
     "StorageVsc",
     "StorageVsp",

@@ -13,6 +13,7 @@ from vmbus.hypervisor.partition import CrashReport, Partition, PartitionEvent
 from vmbus.hypervisor.personality import PERSONALITIES, Personality
 from vmbus.hypervisor.process import ChildProcess
 from vmbus.hypervisor.remote import RemotePartition, RemoteProcessor
+from vmbus.hypervisor.sandbox import Sandbox
 from vmbus.hypervisor.vp import VirtualProcessor
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "Personality",
     "RemotePartition",
     "RemoteProcessor",
+    "Sandbox",
     "UndefinedOpcodeFault",
     "VirtualClock",
     "VirtualProcessor",

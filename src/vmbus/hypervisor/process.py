@@ -8,14 +8,11 @@ interrupts are sent without blocking, and eventfds are watched edge-triggered an
 
 import array
 import contextlib
-import json
 import logging
 import os
 import select
 import signal
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -26,9 +23,11 @@ from typing import Any, Final
 from vmbus.errors import HypercallError, LocalProtocolError, RemoteProtocolError, VmbusError
 from vmbus.hypervisor.abi import FAST
 from vmbus.hypervisor.calls_ipc import signal_event
+from vmbus.hypervisor.confined import ConfinedProcess, printable
 from vmbus.hypervisor.faults import GuestFault, VpStalled, VpSuspended
 from vmbus.hypervisor.partition import Partition
 from vmbus.hypervisor.remote_wire import MAX_DATAGRAM, POSTED, Answer, Operation, Reply, Request
+from vmbus.hypervisor.sandbox import Sandbox
 from vmbus.hypervisor.tlfs import CallCode, PartitionState, Status
 from vmbus.hypervisor.vp import VirtualProcessor
 
@@ -47,6 +46,9 @@ OUTPUT_READ: Final = 4096
 LAST_READS: Final = 32
 MAX_HELD: Final = 64
 """Posted requests of suspended processors that are kept; what has no answer is an EOI or EOM, one an interrupt."""
+MAX_AT_ONCE: Final = 4096
+"""Requests that are answered before anything else of the process is looked at, its end included."""
+_DEFAULT_SANDBOX: Final = Sandbox()
 _FAST_SIGNAL: Final = CallCode.SIGNAL_EVENT | FAST
 _MASK64: Final = 0xFFFF_FFFF_FFFF_FFFF
 _PORT_SIZES: Final = frozenset({1, 2, 4})
@@ -67,10 +69,11 @@ class ChildProcess:
         on_stopped: called once, from the serving thread, with the exit status.
         spin: seconds that each side polls for the other's datagram before it sleeps. It pays where both have a
             processor to themselves (20 µs is what a wake-up across processors costs), and costs a lot where not.
+        sandbox: what the process may reach and use; None: all that this one may, with its environment.
 
     Raises:
         LocalProtocolError: the partition is not running, or has no memory of its own.
-        OSError: the process cannot be started.
+        OSError: the process cannot be started, or not be confined as `sandbox` requires it.
     """
 
     def __init__(
@@ -81,6 +84,7 @@ class ChildProcess:
         *,
         on_stopped: Callable[[int], None] | None = None,
         spin: float = 0.0,
+        sandbox: Sandbox | None = _DEFAULT_SANDBOX,
     ) -> None:
         if (
             partition.state is not PartitionState.ACTIVE
@@ -98,12 +102,13 @@ class ChildProcess:
         self._held: list[Request] = []
         self._spin = spin
         self._output = bytearray()
+        self._status: int | None = None
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         lines = [socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM) for _ in partition.vps]
         self._socket = ours
         self._lines = [mine for mine, _ in lines]
         line_fds = [other.fileno() for _, other in lines]
-        task: dict[str, Any] = {
+        task = {
             "target": target,
             "arguments": dict(arguments or {}),
             "memory": [partition.memory.fd, partition.memory.size],
@@ -111,13 +116,11 @@ class ChildProcess:
             "lines": line_fds,
             "spin": spin,
         }
-        command = [sys.executable, "-m", "vmbus.hypervisor.child_main", json.dumps(task)]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         self._poll = select.epoll()
         launched: SimpleQueue[BaseException | None] = SimpleQueue()
         self._server = threading.Thread(
             target=self._run,
-            args=(command, environment, [partition.memory.fd, theirs.fileno(), *line_fds], launched),
+            args=(sandbox, task, [partition.memory.fd, theirs.fileno(), *line_fds], launched),
             name=f"{partition.name}-hypercalls",
             daemon=True,
         )
@@ -132,8 +135,18 @@ class ChildProcess:
 
     @property
     def pid(self) -> int:
-        """The process's id."""
+        """The id of the process that runs the guest."""
         return self._process.pid
+
+    @property
+    def confinement(self) -> frozenset[str]:
+        """What of its sandbox the kernel has put in force.
+
+        Of namespaces of its own: ``"users"``, ``"processes"`` (what it starts ends with it), ``"network"``, ``"ipc"``,
+        ``"files"`` (it sees what it imports from, read-only); of bounds: ``"limits"``, ``"privileges"`` (none, nor any
+        to be gained), ``"system calls"`` (filtered; with the ``sandbox`` extra).
+        """
+        return self._process.confinement
 
     @property
     def output(self) -> bytes:
@@ -150,51 +163,42 @@ class ChildProcess:
             self._server.join(timeout)
             if self._server.is_alive():
                 return None
-        return self._process.returncode
+        return self._status
 
     def kill(self, timeout: float | None = None) -> None:
         """End the process at once (SIGKILL) and wait, at most `timeout` seconds, until all of it is cleaned up."""
         self._stopping = True
-        self._process.kill()
+        self._process.signal(signal.SIGKILL)
         self.wait(timeout)
 
     # The serving thread
 
     def _run(
         self,
-        command: list[str],
-        environment: dict[str, str],
+        sandbox: Sandbox | None,
+        task: Mapping[str, Any],
         descriptors: list[int],
         launched: "SimpleQueue[BaseException | None]",
     ) -> None:
-        # Launched from here, because the process is ended with the thread that made it (PR_SET_PDEATHSIG), which
-        # for any other thread could be long before its parent process ends.
+        # Started from here, because it is ended with the thread that starts it, which for any other thread could be
+        # long before this process ends.
         partition = self.partition
         try:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                bufsize=0,
-                env=environment,
-                pass_fds=descriptors,
-            )
+            self._process = ConfinedProcess(sandbox, task["target"].partition(":")[0], task, descriptors)
         except BaseException as error:
             self._close()
             launched.put(error)
             return
-        assert self._process.stdout is not None
-        self._printed = self._process.stdout.fileno()
-        os.set_blocking(self._printed, False)
         self._poll.register(self._socket, select.EPOLLIN)
-        self._poll.register(self._printed, select.EPOLLIN)
+        self._poll.register(self._process.pidfd, select.EPOLLIN)
+        self._poll.register(self._process.output, select.EPOLLIN)
         for vp, line in zip(partition.vps, self._lines, strict=False):
             vp.on_interrupt = partial(_interrupt, line)
         partition.stop = partial(self.kill, STOP_TIMEOUT)
         partition.on_suspension = self._suspension
         if partition.suspended:
-            self._process.send_signal(signal.SIGSTOP)
+            self._process.signal(signal.SIGSTOP)
+        self._process.go()
         launched.put(None)
         self._serve()
 
@@ -212,11 +216,13 @@ class ChildProcess:
             self._ended()
 
     def _serve_round(self) -> bool:
-        requests = False
+        requests = ended = False
         for fd, _ in self._poll.poll():
             bell = self._bells.get(fd)
-            if fd == self._printed:
+            if fd == self._process.output:
                 self._take_output()
+            elif fd == self._process.pidfd:
+                ended = True  # whoever else holds its socket: nobody but the guest is served
             elif bell is None:
                 requests = True  # after the bells: what was rung before a request is heard before it
             if bell is None:
@@ -227,16 +233,16 @@ class ChildProcess:
             vp.account.exits["doorbell"] += 1
             with contextlib.suppress(HypercallError):  # the connection is gone; the guest was told so
                 signal_event(vp, connection_id, flag, 0)
-        return not requests or self._serve_requests()
+        return (not requests or self._serve_requests()) and not ended
 
     def _take_output(self) -> bool:
         """Read once from what the process prints, and keep the end; whether there was something."""
         try:
-            data = os.read(self._printed, OUTPUT_READ)
+            data = os.read(self._process.output, OUTPUT_READ)
         except BlockingIOError:
             return False
         if not data:  # it has closed both streams
-            self._poll.unregister(self._printed)
+            self._poll.unregister(self._process.output)
             return False
         self._output += data
         if len(self._output) > 2 * MAX_OUTPUT:
@@ -244,9 +250,9 @@ class ChildProcess:
         return True
 
     def _serve_requests(self) -> bool:
-        """Answer requests until none comes for `spin` seconds; False when the process has hung up."""
+        """Answer requests until none comes for `spin` seconds, or many came; False when the process has hung up."""
         receive, end = self._socket.recv, 0.0
-        while True:
+        for _ in range(MAX_AT_ONCE):
             try:
                 data = receive(MAX_DATAGRAM + 1, socket.MSG_DONTWAIT)
             except BlockingIOError:
@@ -257,6 +263,7 @@ class ChildProcess:
                 return False
             self._answer(data)
             end = perf_counter() + self._spin
+        return True
 
     def _answer(self, data: bytes) -> None:
         if len(data) != Request.SIZE:
@@ -334,9 +341,9 @@ class ChildProcess:
     def _suspension(self, vp: VirtualProcessor) -> None:
         """A processor was suspended or resumed: with the last one, the operating system stops the whole process."""
         if all(each.suspended for each in self.partition.vps):
-            self._process.send_signal(signal.SIGSTOP)
+            self._process.signal(signal.SIGSTOP)
             return
-        self._process.send_signal(signal.SIGCONT)
+        self._process.signal(signal.SIGCONT)
         if vp.suspended or vp.index >= len(self._lines):  # one that was added when the process ran already
             return
         for fd, (owner, _, _) in list(self._bells.items()):
@@ -401,9 +408,9 @@ class ChildProcess:
         return fd
 
     def _ended(self) -> None:
-        if self._process.poll() is None:
-            self._process.kill()  # it closed its socket, or broke the protocol, and still runs
-        status = self._process.wait()
+        status = self._status = (
+            self._process.end()
+        )  # it may have closed its socket, or broken the protocol, and live
         with contextlib.suppress(OSError, ValueError):
             for _ in range(LAST_READS):  # a process that it left behind must not keep us here by printing on
                 if not self._take_output():
@@ -432,19 +439,13 @@ class ChildProcess:
         for line in self._lines:
             line.close()
         process = getattr(self, "_process", None)
-        if process is not None and process.stdout is not None:
-            process.stdout.close()
+        if process is not None:
+            process.close()
         for fd in self._bells:
             os.close(fd)
         self._bells.clear()
         self._doorbells.clear()
         self._poll.close()
-
-
-def printable(output: bytes) -> str:
-    """What a child printed, for a log: no control character of its reaches a terminal."""
-    text = output.decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 def _done(value: int) -> Reply:
