@@ -14,6 +14,7 @@ from vmbus.storage.images.blocks import ImageDisk
 from vmbus.storage.images.chain import PARENTS, Parents
 from vmbus.storage.images.create import Variant, create_vhd, create_vhdx
 from vmbus.storage.images.nbd import NbdDisk
+from vmbus.storage.images.nbd_uri import is_nbd_uri
 from vmbus.storage.images.opening import open_image, open_image_or_none
 from vmbus.trace.ledger import Account
 
@@ -38,8 +39,8 @@ def open_disk(
     ``format="raw"`` for raw images that an untrusted guest has had.
 
     Args:
-        path_or_uri: a file or block device, or ``nbd://host[:port]/[export]`` or
-            ``nbd+unix:///[export]?socket=path``.
+        path_or_uri: a file or block device, or an NBD URI: ``nbd://host[:port]/[export]``,
+            ``nbd+unix:///[export]?socket=path``, or with TLS ``nbds:`` and ``nbds+unix:`` (see `NbdDisk`).
         read_only: never change the image, not even by replaying a log that a crash left.
         format: refuse anything else; by default found out.
         sector_size: logical sector of a raw image, bytes; the other formats know theirs.
@@ -58,7 +59,7 @@ def open_disk(
             f"{path_or_uri}: {parents!r} is no rule for parents; say {', '.join(map(repr, PARENTS))}"
         )
     account = Account() if account is None else account
-    if isinstance(path_or_uri, str) and path_or_uri.startswith(("nbd:", "nbd+unix:")):
+    if isinstance(path_or_uri, str) and is_nbd_uri(path_or_uri):
         if format not in (None, "raw"):
             raise DiskError(f"{path_or_uri}: what an NBD server shows is a raw disk, not {format}")
         return NbdDisk(path_or_uri, read_only=read_only, account=account)
