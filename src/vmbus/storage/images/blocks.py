@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vmbus.storage.disk import Disk, DiskError, Extent
+from vmbus.storage.images.chain import Chain
 from vmbus.storage.images.hostfile import Buffer, HostFile, SharedLock
 from vmbus.storage.images.space import SpaceMap
 from vmbus.trace.ledger import Account
@@ -74,8 +75,8 @@ class ImageDisk(Disk):
             self.parent.close()
 
 
-OpenParent = Callable[[Path, frozenset[tuple[int, int]], Account], ImageDisk]
-"""Opens the parent of an image read-only: its path, the files of the chain below, the account."""
+OpenParent = Callable[[Path, Chain, Account], ImageDisk]
+"""Opens the parent of an image read-only: its path, the way to it, the account."""
 
 
 class BlockImage(ImageDisk):

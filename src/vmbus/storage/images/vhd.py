@@ -8,8 +8,10 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from vmbus.errors import printable
 from vmbus.storage.disk import DiskError, Extent
 from vmbus.storage.images.blocks import BlockImage, BlockState, ImageDisk, OpenParent
+from vmbus.storage.images.chain import Chain
 from vmbus.storage.images.hostfile import Buffer, HostFile, bad_image
 from vmbus.storage.images.parents import open_parent
 from vmbus.storage.images.space import SectorBits, SpaceMap
@@ -61,16 +63,14 @@ def find_footer(host: HostFile) -> Footer | None:
             damaged = "the file is cut short: a fixed image ends with its footer"
         else:
             if offset == 0 and footer.disk_type != DiskType.FIXED:
-                _log.info("%s: no footer at the end, using the copy at the start", host.path)
+                _log.info("%s: no footer at the end, using the copy at the start", printable(str(host.path)))
             return footer
     if damaged:
         raise bad_image(host.path, damaged)
     return None
 
 
-def open_vhd(
-    host: HostFile, footer: Footer, opener: OpenParent, chain: frozenset[tuple[int, int]]
-) -> "FixedVhd | DynamicVhd":
+def open_vhd(host: HostFile, footer: Footer, opener: OpenParent, chain: Chain) -> "FixedVhd | DynamicVhd":
     """The image in an open file whose footer was found.
 
     Raises:
@@ -164,9 +164,7 @@ class DynamicVhd(BlockImage):
     sector_size = SECTOR
     physical_sector_size = SECTOR
 
-    def __init__(
-        self, host: HostFile, footer: Footer, opener: OpenParent, chain: frozenset[tuple[int, int]]
-    ) -> None:
+    def __init__(self, host: HostFile, footer: Footer, opener: OpenParent, chain: Chain) -> None:
         super().__init__()
         self.host = host
         self.account = host.account
@@ -273,6 +271,8 @@ class DynamicVhd(BlockImage):
         order = (Platform.W2RU, Platform.W2KU, Platform.MACX)
         locators = [one for one in self._header.locators() if one.platform in order]
         for locator in sorted(locators, key=lambda one: order.index(Platform(one.platform))):
+            if not locator.data_length:
+                continue
             if locator.data_length > _MAX_LOCATOR:
                 raise bad_image(self.host.path, f"a parent locator of {locator.data_length} bytes is absurd")
             raw = self.host.read(locator.data_offset, locator.data_length)
