@@ -228,6 +228,14 @@ def vhdx_header(offset: int, layout: str, value: int) -> Callable[[bytearray], N
     return change
 
 
+def vhdx_header_of(slot: int, offset: int, layout: str, value: int) -> Callable[[bytearray], None]:
+    def change(raw: bytearray) -> None:
+        struct.pack_into(layout, raw, KIB64 * (1 + slot) + offset, value)
+        vhdx_sum(raw, KIB64 * (1 + slot), 4096)
+
+    return change
+
+
 def vhdx_at(offset: int, layout: str, value: int) -> Callable[[bytearray], None]:
     return lambda raw: struct.pack_into(layout, raw, offset, value)
 
@@ -269,12 +277,78 @@ METADATA, BAT = 2 * MIB, 3 * MIB  # where our own images have them
         (vhdx_at(BAT, "<Q", 7 | 4 * MIB), "impossible state 7"),
         (vhdx_at(BAT, "<Q", 6 | METADATA), "overlap"),
         (vhdx_at(BAT, "<Q", 6 | 1 << 60), "entry 0 reaches past the end"),
+        (vhdx_at(BAT + 24, "<Q", 6 | (1 << 64) - MIB), "entry 3 reaches past the end"),  # the sum wraps to 0
+        (vhdx_at(BAT + 24, "<Q", 6 | (1 << 63)), "entry 3 reaches past the end"),
         (lambda raw: raw.__setitem__(slice(BAT, BAT + 8), raw[BAT + 16 : BAT + 24]), "two blocks overlap"),
     ],
 )
 def test_broken_vhdxs(dynamic_vhdx: Path, change: Callable[[bytearray], None], sentence: str) -> None:
     edit(dynamic_vhdx, change)
     refused(dynamic_vhdx, sentence)
+
+
+@pytest.mark.parametrize("number", [1 << 63, (1 << 64) - 1])
+def test_a_header_whose_number_has_no_successor_is_only_read(dynamic_vhdx: Path, number: int) -> None:
+    edit(dynamic_vhdx, vhdx_header_of(0, 8, "<Q", number))
+    before = dynamic_vhdx.read_bytes()
+    with pytest.raises(DiskError, match=rf"sequence number {number} leaves no room"):
+        open_disk(dynamic_vhdx)
+    with open_disk(dynamic_vhdx, read_only=True) as disk:
+        assert disk.read(2 * MIB, 512) == b"x" * 512
+    assert dynamic_vhdx.read_bytes() == before
+
+
+def test_a_log_of_an_image_that_cannot_be_changed_is_not_replayed(dynamic_vhdx: Path) -> None:
+    log_image(dynamic_vhdx, {BAT: dynamic_vhdx.read_bytes()[BAT : BAT + 4096]}, lambda raw: None)
+    edit(dynamic_vhdx, vhdx_header_of(0, 8, "<Q", (1 << 64) - 1))
+    before = dynamic_vhdx.read_bytes()
+    with pytest.raises(DiskError, match="leaves no room"):
+        open_disk(dynamic_vhdx)
+    assert dynamic_vhdx.read_bytes() == before
+
+
+def test_what_older_qemu_left_in_the_entry_of_a_sector_bitmap_means_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In an image without a parent; QEMU up to 7.2.1 moves the first page of the table by one entry."""
+    path, ratio = tmp_path / "image.vhdx", 128  # 32 MiB blocks
+    with create_vhdx(path, 10 << 30) as disk:
+        disk.write(0, b"a" * 4096)
+        disk.write(5 << 30, b"b" * 4096)
+    for foreign in (2, 3, 7 | 1 << 40, 6 | (1 << 64) - MIB, 6 | METADATA, 4):
+        with path.open("r+b") as file:
+            file.seek(BAT + 8 * ratio)
+            file.write(struct.pack("<Q", foreign))
+        caplog.clear()
+        with open_disk(path, read_only=True) as disk:
+            assert disk.read(0, 8192) == b"a" * 4096 + bytes(4096)
+            assert disk.read(5 << 30, 4096) == b"b" * 4096
+        # What lies there unnoticed in whole images is not worth a word.
+        assert [record.levelname for record in caplog.records] == ["WARNING"] * (foreign & 7 != 6)
+    with open_disk(path) as disk:
+        disk.write(4 << 30, b"c" * 4096)
+        disk.write((4 << 30) - (32 << 20), b"d" * 4096)
+    with open_disk(path, read_only=True) as disk:
+        assert disk.read(4 << 30, 4096) == b"c" * 4096
+        assert disk.read((4 << 30) - (32 << 20), 4096) == b"d" * 4096
+    with path.open("rb") as file:
+        file.seek(BAT + 8 * ratio)
+        assert file.read(8) == bytes(8), "a page of the table that is written is right"
+
+
+def test_a_parent_locator_in_an_image_without_a_parent_is_not_looked_at(tmp_path: Path) -> None:
+    base, child = tmp_path / "base.vhdx", tmp_path / "child.vhdx"
+    create_vhdx(base, 4 * MIB).close()
+    create_vhdx(child, parent=base).close()
+
+    def change(raw: bytearray) -> None:
+        struct.pack_into("<I", raw, METADATA + KIB64 + 4, 0)  # no parent
+        struct.pack_into("<II", raw, METADATA + 32 + 32 * 5 + 16, 0, 1 << 31)  # the locator is nowhere
+
+    edit(child, change)
+    base.unlink()
+    with open_disk(child) as disk:
+        assert disk.read(0, 512) == bytes(512)
 
 
 @pytest.mark.parametrize("suffix", ["vhd", "vhdx"])

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Self, TypeAlias
 from uuid import UUID
 
-from vmbus.errors import DeviceError
+from vmbus.errors import DeviceError, printable
 
 if TYPE_CHECKING:
     from vmbus.core.blockio import Requests
@@ -33,11 +33,14 @@ SECTOR_SIZES = (512, 2048, 4096)
 
 _PUNCH_HOLE = 0x02 | 0x01  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE (linux/falloc.h)
 _ZERO_CHUNK = 1 << 20
+_LONGEST_MESSAGE = 1000
 _NO_HOLES = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
 class DiskError(DeviceError):
     """A disk could not do a read, write, flush or unmap.
+
+    The message is one line that a terminal may show, whatever path or sentence of a stranger it quotes.
 
     Attributes:
         errno: the host's error number (``errno.ENOSPC`` …), or 0 if no system call was involved.
@@ -45,7 +48,7 @@ class DiskError(DeviceError):
     """
 
     def __init__(self, message: str, number: int = 0) -> None:
-        super().__init__(message)
+        super().__init__(printable(message, _LONGEST_MESSAGE))
         self.errno = number
 
 

@@ -11,12 +11,14 @@ from typing import Literal, TypeAlias
 
 from vmbus.storage.disk import Disk, DiskError, RawDisk
 from vmbus.storage.images.blocks import ImageDisk
+from vmbus.storage.images.chain import PARENTS, Parents
 from vmbus.storage.images.create import Variant, create_vhd, create_vhdx
 from vmbus.storage.images.nbd import NbdDisk
+from vmbus.storage.images.nbd_uri import is_nbd_uri
 from vmbus.storage.images.opening import open_image, open_image_or_none
 from vmbus.trace.ledger import Account
 
-__all__ = ["Format", "ImageDisk", "NbdDisk", "Variant", "create_vhd", "create_vhdx", "open_disk"]
+__all__ = ["Format", "ImageDisk", "NbdDisk", "Parents", "Variant", "create_vhd", "create_vhdx", "open_disk"]
 
 Format: TypeAlias = Literal["raw", "vhd", "vhdx"]
 
@@ -27,6 +29,7 @@ def open_disk(
     read_only: bool = False,
     format: Format | None = None,
     sector_size: int = 512,
+    parents: Parents = "allow",
     account: Account | None = None,
 ) -> Disk:
     """Open a disk image.
@@ -36,11 +39,14 @@ def open_disk(
     ``format="raw"`` for raw images that an untrusted guest has had.
 
     Args:
-        path_or_uri: a file or block device, or ``nbd://host[:port]/[export]`` or
-            ``nbd+unix:///[export]?socket=path``.
+        path_or_uri: a file or block device, or an NBD URI: ``nbd://host[:port]/[export]``,
+            ``nbd+unix:///[export]?socket=path``, or with TLS ``nbds:`` and ``nbds+unix:`` (see `NbdDisk`).
         read_only: never change the image, not even by replaying a log that a crash left.
         format: refuse anything else; by default found out.
         sector_size: logical sector of a raw image, bytes; the other formats know theirs.
+        parents: what a differencing image may have as its parent, and that as its own: ``"allow"`` takes the file that
+            the image names, ``"same-folder"`` only one in the image's own folder, ``"deny"`` none. Whoever made
+            the image chose the path; in any case it must be a regular file with the right identity.
         account: counts the calls into the host's files.
 
     Raises:
@@ -48,13 +54,21 @@ def open_disk(
     """
     if format not in (None, "raw", "vhd", "vhdx"):
         raise DiskError(f"{path_or_uri}: {format!r} is no format; say 'raw', 'vhd' or 'vhdx'")
+    if parents not in PARENTS:
+        raise DiskError(
+            f"{path_or_uri}: {parents!r} is no rule for parents; say {', '.join(map(repr, PARENTS))}"
+        )
     account = Account() if account is None else account
-    if isinstance(path_or_uri, str) and path_or_uri.startswith(("nbd:", "nbd+unix:")):
+    if isinstance(path_or_uri, str) and is_nbd_uri(path_or_uri):
         if format not in (None, "raw"):
             raise DiskError(f"{path_or_uri}: what an NBD server shows is a raw disk, not {format}")
         return NbdDisk(path_or_uri, read_only=read_only, account=account)
     path = Path(path_or_uri)
     if format in ("vhd", "vhdx"):
-        return open_image(path, read_only=read_only, account=account, format=format)
-    image = None if format == "raw" else open_image_or_none(path, read_only=read_only, account=account)
+        return open_image(path, read_only=read_only, account=account, format=format, parents=parents)
+    image = (
+        None
+        if format == "raw"
+        else open_image_or_none(path, read_only=read_only, account=account, parents=parents)
+    )
     return image or RawDisk(path, read_only=read_only, sector_size=sector_size)

@@ -10,17 +10,36 @@ from pathlib import Path
 from types import TracebackType
 
 from vmbus.storage.disk import _NO_HOLES, _PUNCH_HOLE, Buffer, DiskError, _fallocate
+from vmbus.storage.images.overlay import Overlay
 from vmbus.trace.ledger import Account
 
 __all__ = ["Buffer", "HostFile", "SharedLock", "bad_image"]
 
-PAGE = 4096
 _ZEROS = bytes(1 << 20)
 
 
 def bad_image(path: Path, sentence: str) -> DiskError:
     """The error for an image whose content cannot be right."""
     return DiskError(f"{path}: {sentence}", errno.EINVAL)
+
+
+def _open(path: Path, flags: int) -> int:
+    """Open a regular file or a block device. Of anything else nothing but its kind is looked at.
+
+    To open a FIFO or a device is to do something to it, and to whoever waits at its other end.
+
+    Raises:
+        DiskError: it is something else.
+        OSError: it is not there, or may not be opened.
+    """
+    place = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        mode = os.fstat(place).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+            raise DiskError(f"{path}: neither a file nor a block device")
+        return os.open(f"/proc/self/fd/{place}", flags)  # the same file, whatever the path means by now
+    finally:
+        os.close(place)
 
 
 class HostFile:
@@ -35,9 +54,8 @@ class HostFile:
         account: where backend calls are counted.
 
     Attributes:
-        overlay: pages of `PAGE` bytes by file offset that reads see in place of the file's own: how a read-only
-            image looks as if its log had been replayed.
-        overlay_size: the file's size, at least, with the overlay.
+        overlay: what reads see in place of the file's own content: how a read-only image looks as if its log had
+            been replayed.
         sync_failed: a `sync` failed: what was written before may be lost for good.
 
     Raises:
@@ -48,18 +66,14 @@ class HostFile:
         self.path = path
         self.read_only = read_only
         self.account = account
-        self.overlay: dict[int, bytes] = {}
-        self.overlay_size = 0
+        self.overlay = Overlay()
         self.sync_failed = False
         try:
             flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK
-            self.fd = os.open(path, flags)
+            self.fd = _open(path, flags)
         except OSError as error:
             raise DiskError(f"{path}: cannot open the image: {error.strerror}", error.errno or 0) from error
         try:
-            mode = os.fstat(self.fd).st_mode
-            if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
-                raise DiskError(f"{path}: neither a file nor a block device")
             fcntl.flock(self.fd, (fcntl.LOCK_SH if read_only else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except OSError as error:
             self.close()
@@ -69,14 +83,11 @@ class HostFile:
                 else f"cannot lock: {error.strerror}"
             )
             raise DiskError(f"{path}: {what}", error.errno or 0) from error
-        except DiskError:
-            self.close()
-            raise
 
     @property
     def size(self) -> int:
         """Bytes in the file now."""
-        return max(os.lseek(self.fd, 0, os.SEEK_END), self.overlay_size)
+        return max(os.lseek(self.fd, 0, os.SEEK_END), self.overlay.size)
 
     @property
     def identity(self) -> tuple[int, int]:
@@ -96,6 +107,8 @@ class HostFile:
                 data = os.pread(self.fd, length, offset)
             except OSError as error:
                 raise self._failed("read", offset, error) from error
+            except OverflowError as error:
+                raise DiskError(f"{self.path}: no file has a byte {offset}", errno.EINVAL) from error
             if len(data) == length:
                 return data
         out = bytearray(length)
@@ -121,20 +134,9 @@ class HostFile:
         except OSError as error:
             raise self._failed("read", at, error) from error
         if self.overlay:
-            if end > max(real_end, self.overlay_size):
+            if end > max(real_end, self.overlay.size):
                 raise DiskError(f"{self.path}: the file ends before byte {end}", errno.EIO)
-            self._lay_over(offset, out)
-
-    def _lay_over(self, offset: int, out: memoryview) -> None:
-        first, end = offset - offset % PAGE, offset + len(out)
-        pages: Iterator[int] = iter(range(first, end, PAGE))
-        if (end - first) // PAGE > len(self.overlay):
-            pages = iter([page for page in self.overlay if first <= page < end])
-        for page in pages:
-            content = self.overlay.get(page)
-            if content is not None:
-                start, stop = max(page, offset), min(page + PAGE, end)
-                out[start - offset : stop - offset] = content[start - page : stop - page]
+            self.overlay.lay_over(offset, out)
 
     def write(self, offset: int, data: Buffer) -> None:
         """Write all of `data` at `offset`.

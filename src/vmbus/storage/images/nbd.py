@@ -2,14 +2,14 @@
 
 import errno
 import logging
-import socket
 import threading
 from collections.abc import Iterator, Sequence
-from urllib.parse import parse_qs, unquote, urlsplit
 
-from vmbus.errors import DeviceError, RemoteProtocolError
+from vmbus.errors import DeviceError, RemoteProtocolError, printable
 from vmbus.storage.disk import Buffer, Disk, DiskError, Extent
+from vmbus.storage.images.nbd_link import LEAST_RATE, Link, connect, reason
 from vmbus.storage.images.nbd_protocol import NbdClient, Reply, describe
+from vmbus.storage.images.nbd_uri import TlsOptions, parse_uri
 from vmbus.storage.images.nbd_wire import Command, CommandFlags, StatusFlags, TransmissionFlags
 from vmbus.trace.ledger import Account
 
@@ -17,48 +17,39 @@ __all__ = ["NbdDisk"]
 
 _log = logging.getLogger(__name__)
 
-DEFAULT_PORT = 10809
 _PART = 1 << 20
-"""Larger reads and writes are split into requests of this size, all in flight together."""
+"""Larger reads and writes are split into requests of this size."""
+_WINDOW = 16 * _PART
+"""Bytes of one read or write that are in flight, and copied, at a time."""
+_MAX_STATUS_REQUESTS = 1 << 16
+_OVERTAKEN = 10
+"""Time limits that a request may be overtaken by later ones."""
 _ZERO_PART = 1 << 30
 
-_Address = tuple[str, int] | str
 _Part = tuple[Command, int, int, bytes, int]
 """A request: command, offset, length, data, flags."""
-
-
-def parse_uri(uri: str) -> tuple[_Address, str]:
-    """Where an NBD URI leads: a (host, port) pair or a socket's path, and the export's name.
-
-    Raises:
-        DiskError: it is no NBD URI that is supported.
-    """
-    try:
-        parts = urlsplit(uri)
-        export = unquote(parts.path.removeprefix("/"))
-        if parts.scheme == "nbd+unix":
-            paths = parse_qs(parts.query).get("socket", [])
-            if len(paths) == 1 and paths[0]:
-                return paths[0], export
-        elif parts.scheme == "nbd" and parts.hostname:
-            return (parts.hostname, parts.port or DEFAULT_PORT), export
-    except ValueError:
-        pass
-    raise DiskError(
-        f"{uri}: expected nbd://host[:port]/[export] or nbd+unix:///[export]?socket=path", errno.EINVAL
-    )
 
 
 class NbdDisk(Disk):
     """A disk served by an NBD server.
 
     Requests from several threads are in flight together on the one connection. When the connection fails or the
-    server is silent for `timeout` seconds, this and every later request ends with an error.
+    server uses up its time, this and every later request ends with an error. The server is given up
+
+    * when it is silent for `timeout` seconds: it neither sends anything nor takes anything of what is sent to it. A
+      server behind a slow link is not silent.
+    * when it finishes no request and for `timeout` seconds more is slower than 4096 bytes a second: n bytes take at
+      most `timeout` + n / 4096 seconds, however they are spread;
+    * when connecting and the handshake take more than four times `timeout`;
+    * when it answers later requests and lets one wait for more than ten times `timeout` and the time that everything
+      in flight takes at 4096 bytes a second.
 
     Args:
-        uri: ``nbd://host[:port]/[export]`` or ``nbd+unix:///[export]?socket=path``.
+        uri: ``nbd://host[:port]/[export]`` or ``nbd+unix:///[export]?socket=path``; with TLS ``nbds://`` and
+            ``nbds+unix://``, which take the parameters ``tls-certificates`` (a folder with ``ca-cert.pem``,
+            ``client-cert.pem`` and ``client-key.pem``), ``tls-hostname`` and ``tls-verify-peer``.
         read_only: never send a request that changes the disk.
-        timeout: seconds to wait for the server.
+        timeout: seconds to wait for the server, see above.
         account: counts requests as backend calls.
 
     Raises:
@@ -68,47 +59,39 @@ class NbdDisk(Disk):
     def __init__(
         self, uri: str, *, read_only: bool = False, timeout: float = 30.0, account: Account | None = None
     ) -> None:
-        address, name = parse_uri(uri)
-        self.name = uri
+        address = parse_uri(uri)
+        self.name = printable(uri)
         self.account = Account() if account is None else account
-        self._protocol = NbdClient(name)
+        self._timeout = timeout
+        self._protocol = NbdClient(address.export, tls=address.tls is not None)
         self._send_lock = threading.Lock()
         self._state = threading.Condition()
         self._someone_reads = False
+        self._in_flight = 0  # bytes of all requests that were submitted and not answered
         self._broken: DiskError | None = None
         try:
-            self._socket = self._connect(address, timeout)
+            self._link = Link(connect(address.endpoint, timeout), timeout)
         except OSError as error:
-            raise self._lost(f"cannot connect: {error.strerror or error}") from error
+            raise self._lost(f"cannot connect: {reason(error)}") from error
         try:
-            self._handshake()
+            self._handshake(address.tls)
             self._become_a_disk(read_only)
         except BaseException:
-            self._socket.close()
+            self._link.close()
             raise
 
-    @staticmethod
-    def _connect(address: _Address, timeout: float) -> socket.socket:
-        if isinstance(address, str):
-            connection = socket.socket(socket.AF_UNIX)
-            connection.settimeout(timeout)
-            try:
-                connection.connect(address)
-            except BaseException:
-                connection.close()
-                raise
-            return connection
-        connection = socket.create_connection(address, timeout)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return connection
-
-    def _handshake(self) -> None:
+    def _handshake(self, tls: TlsOptions | None) -> None:
         try:
             while not self._protocol.ready:
                 self._send()
-                self._protocol.feed(self._receive(self._protocol.needs))
+                self._protocol.feed(self._link.receive(self._protocol.needs))
+                self._link.answered()
+                if self._protocol.wants_tls and tls is not None:
+                    self._protocol.wants_tls = False
+                    self._link.start_tls(tls)
+            self._link.shaken()
         except OSError as error:
-            raise self._lost(f"the handshake failed: {error.strerror or error}") from error
+            raise self._lost(f"the handshake failed: {reason(error)}") from error
         except RemoteProtocolError as error:
             raise self._lost(str(error)) from error
         except DeviceError as error:
@@ -139,17 +122,7 @@ class NbdDisk(Disk):
     def _send(self) -> None:
         data, self._protocol.outgoing = self._protocol.outgoing, bytearray()
         if data:
-            self._socket.sendall(data)
-
-    def _receive(self, length: int) -> bytes:
-        data = bytearray(length)
-        view, done = memoryview(data), 0
-        while done < length:
-            got = self._socket.recv_into(view[done:])
-            if not got:
-                raise ConnectionResetError(errno.ECONNRESET, "the server closed the connection")
-            done += got
-        return bytes(data)
+            self._link.send(data)
 
     def _lost(self, why: str) -> DiskError:
         return DiskError(f"{self.name}: {why}", errno.ENOTCONN)
@@ -160,22 +133,37 @@ class NbdDisk(Disk):
         Raises:
             DiskError: the connection is broken, or the server failed one of them.
         """
-        protocol = self._protocol
+        protocol, link = self._protocol, self._link
+        size = sum(length if command == Command.READ else len(data) for command, _, length, data, _ in parts)
         with self._send_lock:
             if self._broken is not None:
                 raise self._broken
             self.account.backend_calls += len(parts)
+            with self._state:
+                if not self._in_flight:
+                    link.answered()  # nothing was asked for before this
+                self._in_flight += size + 1
+                starved = link.waited + _OVERTAKEN * self._timeout + self._in_flight / LEAST_RATE
             cookies = [protocol.submit(*part) for part in parts]
             try:
                 self._send()
             except OSError as error:
-                self._break(self._lost(f"the connection failed: {error.strerror or error}"))
+                self._break(self._lost(f"the connection failed: {reason(error)}"))
+            except BaseException:  # nobody knows how much of it went out
+                self._break(self._lost("a request was interrupted while it was sent"))
+                raise
         with self._state:
-            while self._broken is None and not all(protocol.is_done(cookie) for cookie in cookies):
-                if self._someone_reads:
-                    self._state.wait()
-                else:
-                    self._read_once()
+            try:
+                while self._broken is None and not all(protocol.is_done(cookie) for cookie in cookies):
+                    if link.waited > starved:
+                        self._broken = self._lost("the server answers other requests, but not this one")
+                        self._state.notify_all()
+                    elif self._someone_reads:
+                        self._state.wait()
+                    else:
+                        self._read_once()
+            finally:
+                self._in_flight -= size + 1
             if self._broken is not None:
                 raise self._broken
             replies = [protocol.take(cookie) for cookie in cookies]
@@ -194,22 +182,25 @@ class NbdDisk(Disk):
         self._state.release()
         failure, data = None, b""
         try:
-            data = self._receive(needs)
-        except TimeoutError:
-            failure = self._lost("the server does not answer")
+            data = self._link.receive(needs)
+        except TimeoutError as error:
+            failure = self._lost(reason(error))
         except OSError as error:
-            failure = self._lost(f"the connection failed: {error.strerror or error}")
+            failure = self._lost(f"the connection failed: {reason(error)}")
+        except BaseException:  # nobody knows how much of a reply was read
+            self._broken = self._broken or self._lost("a request was interrupted while it waited")
+            raise
         finally:
             self._state.acquire()
             self._someone_reads = False
+            self._state.notify_all()
         try:
-            if failure is None:
-                self._protocol.feed(data)
+            if failure is None and self._protocol.feed(data):
+                self._link.answered()
         except RemoteProtocolError as error:
             failure = self._lost(str(error))
         if failure is not None:
             self._broken = self._broken or failure
-        self._state.notify_all()
 
     def _break(self, failure: DiskError) -> None:
         with self._state:
@@ -228,10 +219,13 @@ class NbdDisk(Disk):
     def read(self, offset: int, length: int) -> bytes:
         """See `Disk.read`."""
         self.check(offset, length)
-        replies = self._transact(
-            [(Command.READ, at, part, b"", 0) for at, _, part in self._parts(offset, length)]
-        )
-        return bytes(replies[0].data) if len(replies) == 1 else b"".join(reply.data for reply in replies)
+        pieces: list[bytes | bytearray] = []
+        for start in range(offset, offset + length, _WINDOW):
+            parts = self._parts(start, min(_WINDOW, offset + length - start))
+            pieces += [
+                reply.data for reply in self._transact([(Command.READ, at, n, b"", 0) for at, _, n in parts])
+            ]
+        return bytes(pieces[0]) if len(pieces) == 1 else b"".join(pieces)
 
     def write(self, offset: int, data: Buffer) -> None:
         """See `Disk.write`."""
@@ -247,9 +241,8 @@ class NbdDisk(Disk):
     def _write(self, offset: int, data: Buffer, flags: int) -> None:
         view = memoryview(data).cast("B")
         self.check(offset, len(view), writing=True)
-        window = 16 * _PART  # what is copied and in flight at a time
-        for start in range(0, len(view), window):
-            rest = view[start : start + window]
+        for start in range(0, len(view), _WINDOW):
+            rest = view[start : start + _WINDOW]
             self._transact(
                 [
                     (Command.WRITE, at, part, bytes(rest[inside : inside + part]), flags)
@@ -302,7 +295,9 @@ class NbdDisk(Disk):
             yield length, 0
             return
         end, sector = offset + length, self.sector_size
-        while offset < end:
+        for _ in range(_MAX_STATUS_REQUESTS):
+            if offset == end:
+                return
             part = min(_ZERO_PART, end - offset)
             (reply,) = self._transact([(Command.BLOCK_STATUS, offset, part, b"", 0)])
             at = begun = offset
@@ -316,6 +311,8 @@ class NbdDisk(Disk):
             if offset == begun:  # less than a sector was told
                 yield sector, 0
                 offset += sector
+        if offset < end:
+            yield end - offset, 0  # a server that tells so little at a time could be asked for ever
 
     def close(self) -> None:
         """Say goodbye and close the connection. Closing twice is allowed."""
@@ -327,4 +324,4 @@ class NbdDisk(Disk):
                 except OSError:
                     _log.debug("%s: the connection was gone before it was closed", self.name)
         self._break(self._lost("the disk is closed"))
-        self._socket.close()
+        self._link.close()

@@ -11,7 +11,7 @@ import struct
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 
-from vmbus.errors import DeviceError, LocalProtocolError, RemoteProtocolError
+from vmbus.errors import DeviceError, LocalProtocolError, RemoteProtocolError, printable
 from vmbus.storage.images.nbd_wire import (
     CLIENT_FLAGS,
     NBD_MAGIC,
@@ -48,15 +48,15 @@ DEFAULT_MAXIMUM = 32 << 20
 """Bytes of the largest request where the server says nothing, as the protocol recommends."""
 _MAX_OPTION_REPLY = 64 << 10
 _MAX_STATUS_REPLY = 8 << 20
-_MAX_ERROR_REPLY = 64 << 10
-_MAX_CHUNKS = 1 << 16
+_MAX_ERROR_REPLY = 64 << 10  # of all error chunks of one reply
+_MAX_ANSWERS = 16
 
 Steps = Generator[int, bytes, None]
 """Part of the protocol: yields how many bytes it needs next, is sent exactly these."""
 
 _REFUSALS = {
     OptionReply.ERR_UNKNOWN: "there is no such export",
-    OptionReply.ERR_TLS_REQD: "it wants TLS, which is not supported",
+    OptionReply.ERR_TLS_REQD: "it wants TLS (nbds:// or nbds+unix://)",
     OptionReply.ERR_POLICY: "its policy forbids it",
     OptionReply.ERR_SHUTDOWN: "it is shutting down",
     OptionReply.ERR_BLOCK_SIZE_REQD: "it wants block sizes that were not agreed on",
@@ -105,6 +105,8 @@ class Reply:
     status: list[tuple[int, int]] = field(default_factory=list)
     done: bool = False
     covered: list[tuple[int, int]] = field(default_factory=list)
+    missing: int = 0
+    error_bytes: int = 0
 
 
 class NbdClient:
@@ -114,16 +116,20 @@ class NbdClient:
 
     Args:
         name: the export; the empty name is the server's default.
+        tls: encrypt the connection, or give it up.
 
     Attributes:
         outgoing: bytes to be sent; take them away.
         needs: how many bytes have to be fed next.
+        wants_tls: everything from here on, `outgoing` first of all, has to be encrypted; take the mark away.
         ready: the handshake is over, requests may be submitted.
         export: what the server offers, complete when `ready`.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, tls: bool = False) -> None:
         self.outgoing = bytearray()
+        self.wants_tls = False
+        self._tls = tls
         self.ready = False
         self.export = Export()
         self._name = name.encode()
@@ -131,11 +137,15 @@ class NbdClient:
             raise LocalProtocolError("the name of an NBD export has at most 4096 bytes")
         self._replies: dict[int, Reply] = {}
         self._next_cookie = 1
+        self._completed = 0
         self._steps = self._run()
         self.needs = next(self._steps)
 
-    def feed(self, data: bytes) -> None:
+    def feed(self, data: bytes) -> bool:
         """Take the next `needs` bytes from the server.
+
+        Returns:
+            Whether they completed the reply to a request.
 
         Raises:
             RemoteProtocolError: the server broke the protocol; the connection is of no use any more.
@@ -143,7 +153,9 @@ class NbdClient:
         """
         if len(data) != self.needs:
             raise LocalProtocolError(f"{len(data)} bytes fed, {self.needs} needed")
+        before = self._completed
         self.needs = self._steps.send(data)
+        return self._completed > before
 
     def submit(self, command: Command, offset: int, length: int, data: bytes = b"", flags: int = 0) -> int:
         """Queue a request in `outgoing` and return its cookie.
@@ -155,7 +167,7 @@ class NbdClient:
             raise LocalProtocolError("NBD requests come after the handshake")
         cookie = self._next_cookie
         self._next_cookie += 1
-        reply = Reply(command, offset, length)
+        reply = Reply(command, offset, length, missing=length)
         self._replies[cookie] = reply
         self.outgoing += Request(REQUEST_MAGIC, flags, command, cookie, offset, length).pack() + data
         return cookie
@@ -198,6 +210,8 @@ class NbdClient:
         no_zeroes = greeting.flags & HandshakeFlags.NO_ZEROES
         flags = CLIENT_FLAGS if no_zeroes else HandshakeFlags.FIXED_NEWSTYLE
         self.outgoing += struct.pack(">I", flags)
+        if self._tls:
+            yield from self._encrypt()
         yield from self._negotiate_structured_replies()
         name = struct.pack(">I", len(self._name)) + self._name
         self.outgoing += self._option(OptionType.GO, name + struct.pack(">HH", 1, InfoType.BLOCK_SIZE))
@@ -210,11 +224,21 @@ class NbdClient:
                 yield 124
             self.export.size, self.export.flags = info.size, info.flags
         elif refused:
-            reason = _REFUSALS.get(OptionReply(refused)) if refused in _REFUSALS else f"error 0x{refused:x}"
-            raise DeviceError(f"the NBD server refuses the export {self._name.decode()!r}: {reason}")
+            raise DeviceError(
+                f"the NBD server refuses the export {self._name.decode()!r}: {_reason(refused)}"
+            )
         export = self.export
         if not 0 <= export.size < 1 << 63:
             raise RemoteProtocolError("the NBD server did not say how large the export is")
+
+    def _encrypt(self) -> Generator[int, bytes, None]:
+        """Before anything is said: what was said in the clear would have to be said again."""
+        self.outgoing += self._option(OptionType.START_TLS, b"")
+        refused = yield from self._answers(OptionType.START_TLS, None)
+        if refused:
+            reason = "it has no TLS" if refused == OptionReply.ERR_UNSUP else _reason(refused)
+            raise DeviceError(f"the NBD server refuses to encrypt the connection: {reason}")
+        self.wants_tls = True
 
     def _negotiate_structured_replies(self) -> Generator[int, bytes, None]:
         self.outgoing += self._option(OptionType.STRUCTURED_REPLY, b"")
@@ -231,7 +255,7 @@ class NbdClient:
         self, option: OptionType, take: Callable[[int, bytes], None] | None
     ) -> Generator[int, bytes, int]:
         """All answers to an option: 0, or the type of the error that ended them."""
-        for _ in range(64):
+        for _ in range(_MAX_ANSWERS):
             reply = OptionReplyHeader.unpack((yield OptionReplyHeader.SIZE))
             if reply.magic != OPTION_REPLY_MAGIC or reply.option != option:
                 raise RemoteProtocolError("the NBD server's answer is to another option")
@@ -278,6 +302,7 @@ class NbdClient:
             if reply.command == Command.READ and not simple.error:
                 reply.data = bytearray((yield reply.length))
             reply.done = True
+            self._completed += 1
         elif magic == STRUCTURED_MAGIC and self.export.structured:
             yield from self._chunk()
         else:
@@ -295,6 +320,9 @@ class NbdClient:
         if chunk.type & ChunkType.ERROR_BIT:
             if not 6 <= chunk.length <= _MAX_ERROR_REPLY:
                 raise RemoteProtocolError(f"an NBD error of {chunk.length} bytes is not possible")
+            reply.error_bytes += chunk.length
+            if reply.error_bytes > _MAX_ERROR_REPLY:
+                raise RemoteProtocolError("the NBD server reports errors without an end")
             data = yield chunk.length
             error, length = struct.unpack_from(">IH", data)
             reply.error = reply.error or _error(error or errno.EIO)
@@ -328,10 +356,11 @@ class NbdClient:
 
     @staticmethod
     def _cover(reply: Reply, offset: int, length: int) -> None:
-        """Note a stretch of a read's data."""
+        """Note a stretch of a read's data; together they are never more than was asked for."""
         inside = reply.offset <= offset and offset + length <= reply.offset + reply.length
-        if not inside or not length or len(reply.covered) >= _MAX_CHUNKS:
+        if not inside or not 0 < length <= reply.missing:
             raise RemoteProtocolError("the NBD server sends data that were not asked for")
+        reply.missing -= length
         reply.covered.append((offset, length))
 
     def _status_chunk(self, reply: Reply, chunk: StructuredReply) -> Steps:
@@ -348,9 +377,9 @@ class NbdClient:
                 raise RemoteProtocolError("an NBD block status covers nothing")
             reply.status.append((entry.length, entry.flags))
 
-    @staticmethod
-    def _complete(reply: Reply) -> None:
+    def _complete(self, reply: Reply) -> None:
         reply.done = True
+        self._completed += 1
         if reply.error:
             return
         if reply.command == Command.READ:
@@ -359,11 +388,16 @@ class NbdClient:
                 if offset != at:
                     break
                 at += length
-            if at != reply.offset + reply.length or sum(n for _, n in reply.covered) != reply.length:
+            if at != reply.offset + reply.length or reply.missing:
                 raise RemoteProtocolError("the NBD server's data leave a gap or overlap")
             reply.covered.clear()
         elif reply.command == Command.BLOCK_STATUS and not reply.status:
             raise RemoteProtocolError("an NBD block status was not sent")
+
+
+def _reason(refused: int) -> str:
+    """Why an option was refused, in words."""
+    return _REFUSALS[OptionReply(refused)] if refused in _REFUSALS else f"error 0x{refused:x}"
 
 
 def _error(number: int) -> int:
@@ -373,4 +407,4 @@ def _error(number: int) -> int:
 
 def describe(reply: Reply) -> str:
     """The error of a reply in words."""
-    return reply.message or os.strerror(reply.error)
+    return printable(reply.message, 200) or os.strerror(reply.error)

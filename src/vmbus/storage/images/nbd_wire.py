@@ -57,6 +57,7 @@ class OptionType(IntEnum):
 
     EXPORT_NAME = 1
     ABORT = 2
+    START_TLS = 5
     GO = 7
     STRUCTURED_REPLY = 8
     SET_META_CONTEXT = 10

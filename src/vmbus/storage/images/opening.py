@@ -5,6 +5,7 @@ from pathlib import Path
 from vmbus.errors import DeviceError
 from vmbus.storage.disk import DiskError
 from vmbus.storage.images.blocks import ImageDisk
+from vmbus.storage.images.chain import Chain, Parents
 from vmbus.storage.images.hostfile import HostFile
 from vmbus.storage.images.vhd import find_footer, open_vhd
 from vmbus.storage.images.vhdx import Vhdx
@@ -14,13 +15,15 @@ from vmbus.trace.ledger import Account
 __all__ = ["open_image", "open_image_or_none"]
 
 
-def open_image(path: Path, *, read_only: bool, account: Account, format: str) -> ImageDisk:
+def open_image(
+    path: Path, *, read_only: bool, account: Account, format: str, parents: Parents = "allow"
+) -> ImageDisk:
     """Open a file that must be an image of the format.
 
     Raises:
         DiskError: it is something else, damaged, in use, or cannot be opened.
     """
-    image = _open(path, read_only, account, frozenset())
+    image = _open(path, read_only, account, Chain(parents))
     if image is None or image.format != format:
         found = "no image of a known format" if image is None else f"a {image.format} image"
         if image is not None:
@@ -29,18 +32,18 @@ def open_image(path: Path, *, read_only: bool, account: Account, format: str) ->
     return image
 
 
-def open_image_or_none(path: Path, *, read_only: bool, account: Account) -> ImageDisk | None:
+def open_image_or_none(
+    path: Path, *, read_only: bool, account: Account, parents: Parents = "allow"
+) -> ImageDisk | None:
     """Open an image, or None if the file is of no known format.
 
     Raises:
         DiskError: it is damaged, in use, or cannot be opened.
     """
-    return _open(path, read_only, account, frozenset())
+    return _open(path, read_only, account, Chain(parents))
 
 
-def _open(
-    path: Path, read_only: bool, account: Account, chain: frozenset[tuple[int, int]]
-) -> ImageDisk | None:
+def _open(path: Path, read_only: bool, account: Account, chain: Chain) -> ImageDisk | None:
     host = HostFile(path, read_only=read_only, account=account)
     try:
         if host.size >= len(FILE_SIGNATURE) and host.read(0, len(FILE_SIGNATURE)) == FILE_SIGNATURE:
@@ -61,7 +64,7 @@ def _open(
     return None
 
 
-def _open_parent(path: Path, chain: frozenset[tuple[int, int]], account: Account) -> ImageDisk:
+def _open_parent(path: Path, chain: Chain, account: Account) -> ImageDisk:
     image = _open(path, True, account, chain)
     if image is None:
         raise DiskError(f"{path}: the parent is no image of a known format")

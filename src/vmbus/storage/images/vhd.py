@@ -8,21 +8,26 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from vmbus.errors import printable
 from vmbus.storage.disk import DiskError, Extent
 from vmbus.storage.images.blocks import BlockImage, BlockState, ImageDisk, OpenParent
+from vmbus.storage.images.chain import Chain
 from vmbus.storage.images.hostfile import Buffer, HostFile, bad_image
 from vmbus.storage.images.parents import open_parent
 from vmbus.storage.images.space import SectorBits, SpaceMap
 from vmbus.storage.images.vhd_wire import (
     DISK_TYPES,
+    MAX_FIXED_SIZE,
     MAX_SIZE,
     SECTOR,
     UNUSED,
+    BatmapHeader,
     DiskType,
     DynamicHeader,
     Footer,
     Platform,
     checksum,
+    file_url_paths,
 )
 
 __all__ = ["DynamicVhd", "FixedVhd", "find_footer", "open_vhd"]
@@ -58,16 +63,14 @@ def find_footer(host: HostFile) -> Footer | None:
             damaged = "the file is cut short: a fixed image ends with its footer"
         else:
             if offset == 0 and footer.disk_type != DiskType.FIXED:
-                _log.info("%s: no footer at the end, using the copy at the start", host.path)
+                _log.info("%s: no footer at the end, using the copy at the start", printable(str(host.path)))
             return footer
     if damaged:
         raise bad_image(host.path, damaged)
     return None
 
 
-def open_vhd(
-    host: HostFile, footer: Footer, opener: OpenParent, chain: frozenset[tuple[int, int]]
-) -> "FixedVhd | DynamicVhd":
+def open_vhd(host: HostFile, footer: Footer, opener: OpenParent, chain: Chain) -> "FixedVhd | DynamicVhd":
     """The image in an open file whose footer was found.
 
     Raises:
@@ -78,7 +81,8 @@ def open_vhd(
         raise bad_image(path, f"VHD version {footer.format_version >> 16} is not known")
     if footer.disk_type not in DISK_TYPES:
         raise bad_image(path, f"VHD disk type {footer.disk_type} is not known")
-    if not 0 < footer.current_size <= MAX_SIZE or footer.current_size % SECTOR:
+    most = MAX_FIXED_SIZE if footer.disk_type == DiskType.FIXED else MAX_SIZE
+    if not 0 < footer.current_size <= most or footer.current_size % SECTOR:
         raise bad_image(path, f"a disk of {footer.current_size} bytes is not possible in a VHD")
     if footer.disk_type == DiskType.FIXED:
         return FixedVhd(host, footer)
@@ -147,6 +151,10 @@ class FixedVhd(ImageDisk):
 class DynamicVhd(BlockImage):
     """A dynamic or differencing VHD: a table of blocks, each with a bitmap of its sectors in front.
 
+    A sector whose bit is clear was never written: it reads as zeros, or as the parent has it, whatever the file holds
+    in its place (specification, "Block Allocation Table and Data Blocks"). A write sets the bits of its sectors. Blocks
+    that are added here have all bits set in dynamic images; other writers add them with a few.
+
     There is no log. New blocks are made durable before the table refers to them, and both the table and the bitmaps
     change in units of one sector, which a disk writes whole or not at all. While blocks are being added the copy of
     the footer at the file's start is the only one, as it is after a crash; every commit puts one at the end again.
@@ -156,9 +164,7 @@ class DynamicVhd(BlockImage):
     sector_size = SECTOR
     physical_sector_size = SECTOR
 
-    def __init__(
-        self, host: HostFile, footer: Footer, opener: OpenParent, chain: frozenset[tuple[int, int]]
-    ) -> None:
+    def __init__(self, host: HostFile, footer: Footer, opener: OpenParent, chain: Chain) -> None:
         super().__init__()
         self.host = host
         self.account = host.account
@@ -174,6 +180,9 @@ class DynamicVhd(BlockImage):
         self._table = np.frombuffer(self._read_table(), dtype=">u4").astype(np.uint32)
         self._space = self._map_space()
         self._bits = SectorBits(host, SECTOR, most_significant_first=True)
+        # By block: 0 = its bitmap was not looked at yet, else 1 + its sectors that are not in this file. Memory is
+        # only taken for the blocks that are used.
+        self._gaps = np.zeros(len(self._table), np.uint32)
         self._dirty_table: set[int] = set()
         self._fresh: set[int] = set()  # file offsets of blocks that the table on disk does not have yet
         self._grown = False
@@ -242,17 +251,35 @@ class DynamicVhd(BlockImage):
             raise bad_image(self.host.path, f"block {block} reaches past the end of the file at {file_size}")
         if end - self._table_size > file_size:
             raise bad_image(self.host.path, "a structure lies outside the file")
+        for offset, size in self._foreign_tables():
+            if not ((rows[:, 0] < offset + size) & (rows[:, 0] + rows[:, 1] > offset)).any():
+                rows = np.concatenate([rows, np.array([(offset, size)], np.uint64)])
+                end = max(end, offset + size)
         return SpaceMap(self.host.path, rows, end, alignment=4096, lead=self._bitmap_size)
+
+    def _foreign_tables(self) -> Iterator[tuple[int, int]]:
+        """The places (offset, length) of XenServer's map and its header, if the file has them."""
+        at, file_size = self._header.table_offset + self._table_size, self.host.size
+        if at + SECTOR <= file_size:
+            head = BatmapHeader.unpack(self.host.read(at, BatmapHeader.SIZE))
+            if head.cookie == BatmapHeader.COOKIE:
+                yield at, SECTOR
+                if 0 < head.sectors * SECTOR <= file_size - head.data_offset:
+                    yield head.data_offset, head.sectors * SECTOR
 
     def _parent_names(self) -> Iterator[str]:
         order = (Platform.W2RU, Platform.W2KU, Platform.MACX)
         locators = [one for one in self._header.locators() if one.platform in order]
         for locator in sorted(locators, key=lambda one: order.index(Platform(one.platform))):
+            if not locator.data_length:
+                continue
             if locator.data_length > _MAX_LOCATOR:
                 raise bad_image(self.host.path, f"a parent locator of {locator.data_length} bytes is absurd")
             raw = self.host.read(locator.data_offset, locator.data_length)
-            encoding = "utf-8" if locator.platform == Platform.MACX else "utf-16-le"
-            yield raw.decode(encoding, errors="replace").rstrip("\0")
+            if locator.platform == Platform.MACX:
+                yield from file_url_paths(raw.decode("utf-8", errors="replace").rstrip("\0"))
+            else:
+                yield raw.decode("utf-16-le", errors="replace").rstrip("\0")
         yield self._header.parent_name.decode("utf-16-be", errors="replace").split("\0")[0]
 
     def _check_parent(self, parent: ImageDisk) -> None:
@@ -271,24 +298,44 @@ class DynamicVhd(BlockImage):
         sector = self._table.item(block)
         if sector == UNUSED:
             return BlockState.ABSENT, 0
-        state = BlockState.FULL if self.parent is None else BlockState.PARTIAL
-        return state, sector * SECTOR + self._bitmap_size
+        gaps = self._gaps.item(block) or self._find_gaps(block)
+        return (BlockState.FULL if gaps == 1 else BlockState.PARTIAL), sector * SECTOR + self._bitmap_size
 
     def _locate_full(self, blocks: NDArray[np.uint64]) -> tuple[NDArray[np.bool_], NDArray[np.uint64]]:
         sectors = self._table[blocks]
         offsets = sectors.astype(np.uint64) * np.uint64(SECTOR) + np.uint64(self._bitmap_size)
-        full = sectors != UNUSED if self.parent is None else np.zeros(len(blocks), np.bool_)
-        return full, offsets
+        present = sectors != UNUSED
+        gaps = self._gaps[blocks]
+        unknown = present & (gaps == 0)
+        if unknown.any():
+            for block in set(blocks[unknown].tolist()):
+                self._find_gaps(block)
+            gaps = self._gaps[blocks]
+        return present & (gaps == 1), offsets
 
-    def _absent_run(self, block: int, end: int) -> int:
-        present = np.flatnonzero(self._table[block:end] != UNUSED)
-        return int(present[0]) if len(present) else end - block
+    def _find_gaps(self, block: int) -> int:
+        """Look at the bitmap of a block that is in the file; the new entry of `_gaps`."""
+        sectors = self._sectors(block)
+        gaps = 1 + sectors - self._bits.count(int(self._table[block]) * SECTOR, sectors)
+        self._gaps[block] = gaps
+        return gaps
+
+    def _sectors(self, block: int) -> int:
+        """Sectors of the disk in a block: the last one may reach past the disk's end, where its bits mean nothing."""
+        per_block = self.block_size // SECTOR
+        return min(per_block, self.sector_count - block * per_block)
+
+    def _like(self, block: int, end: int) -> int:
+        present = self._table[block:end] != UNUSED
+        other = np.flatnonzero(present != present[0])
+        return int(other[0]) if len(other) else end - block
 
     def _runs(self, block: int, first: int, count: int) -> Iterator[tuple[int, int, bool]]:
         return self._bits.runs(int(self._table[block]) * SECTOR, first, count)
 
     def _mark(self, block: int, first: int, count: int) -> None:
-        self._bits.fill(int(self._table[block]) * SECTOR, first, count, True)
+        gaps = self._gaps.item(block) or self._find_gaps(block)
+        self._gaps[block] = gaps - self._bits.fill(int(self._table[block]) * SECTOR, first, count, True)
 
     def _new_space(self) -> int:
         offset, behind = self._space.allocate(self._bitmap_size + self.block_size)
@@ -317,9 +364,13 @@ class DynamicVhd(BlockImage):
 
     def _record(self, block: int, state: BlockState, offset: int) -> None:
         start = offset - self._bitmap_size
+        gaps = self._sectors(block)
         if state == BlockState.FULL:
             # Readers may go by the bitmap in dynamic images too: every sector of the block is in the file.
             self.host.write(start, b"\xff" * (self.block_size // SECTOR // 8))
+            gaps = 0
+        self._bits.forget(start, self._bitmap_size)  # of a block that was here before
+        self._gaps[block] = 1 + gaps
         self._table[block] = start // SECTOR
         self._dirty_table.add(block // 128)
         self._fresh.add(start)
@@ -328,6 +379,8 @@ class DynamicVhd(BlockImage):
         if self.parent is not None:
             return False
         start = int(self._table[block]) * SECTOR
+        self._bits.forget(start, self._bitmap_size)
+        self._gaps[block] = 0
         self._table[block] = UNUSED
         self._dirty_table.add(block // 128)
         self._fresh.discard(start)

@@ -9,9 +9,12 @@ from uuid import UUID, uuid4
 import numpy as np
 from numpy.typing import NDArray
 
+from vmbus.errors import printable
 from vmbus.storage.disk import DiskError
 from vmbus.storage.images.blocks import BlockImage, BlockState, ImageDisk, OpenParent
+from vmbus.storage.images.chain import Chain
 from vmbus.storage.images.hostfile import HostFile, bad_image
+from vmbus.storage.images.overlay import Overlay
 from vmbus.storage.images.parents import open_parent
 from vmbus.storage.images.space import SectorBits, SpaceMap
 from vmbus.storage.images.vhdx_log import LogWriter, find_replay
@@ -33,6 +36,8 @@ __all__ = ["Vhdx"]
 _log = logging.getLogger(__name__)
 
 _ENTRIES_PER_PAGE = PAGE // 8
+_LAST_SEQUENCE = 1 << 63
+"""Every change of the header takes the next of 2⁶⁴ sequence numbers: no image has had half of them."""
 _STATE = np.uint64(7)
 _OFFSET_MASK = ((1 << 44) - 1) << 20
 _OFFSET = np.uint64(_OFFSET_MASK)
@@ -47,6 +52,8 @@ _STATES = (
     BlockState.PARTIAL,
 )
 """What each `BatState` means."""
+_KINDS = np.array([min(state, BlockState.FULL) for state in _STATES], np.uint8)
+"""The same, full and partial blocks taken for one kind."""
 
 
 class Vhdx(BlockImage):
@@ -63,12 +70,18 @@ class Vhdx(BlockImage):
 
     format = "vhdx"
 
-    def __init__(self, host: HostFile, opener: OpenParent, chain: frozenset[tuple[int, int]]) -> None:
+    def __init__(self, host: HostFile, opener: OpenParent, chain: Chain) -> None:
         super().__init__()
         self.host = host
         self.account = host.account
         self.read_only = host.read_only
         self._header, self._slot = read_header(host)
+        if not host.read_only and self._header.sequence_number >= _LAST_SEQUENCE:
+            raise bad_image(
+                host.path,
+                f"the header's sequence number {self._header.sequence_number} leaves no room for changes, open it "
+                "read-only",
+            )
         self._replay_into_memory()
         structure = read_structure(host, self._header)
         self._structure = structure
@@ -108,32 +121,36 @@ class Vhdx(BlockImage):
         header, host = self._header, self.host
         if header.log_guid == NO_GUID:
             return
-        replay = find_replay(host, header.log_guid, header.log_offset, header.log_length)
-        host.overlay = dict(replay.pages)
-        host.overlay_size = replay.file_size
+        host.overlay = find_replay(host, header.log_guid, header.log_offset, header.log_length)
 
     def _apply_replay(self) -> None:
         """Make the replay real, now that everything it leads to has been checked."""
         host = self.host
         if self._header.log_guid == NO_GUID:
             return
-        pages, size = host.overlay, host.overlay_size
-        host.overlay, host.overlay_size = {}, 0
-        if size > host.size:
-            host.set_size(size)
-        for offset, content in sorted(pages.items()):
+        replay, host.overlay = host.overlay, Overlay()
+        size = host.size
+        if replay.size > size:
+            host.set_size(replay.size)
+        for offset, content in sorted(replay.pages.items()):
             host.write(offset, content)
+        for start, stop in replay.zeros:
+            host.zero(start, min(stop, size) - start)  # behind the old end there is a hole
         host.sync()
         self._write_header(log_guid=NO_GUID)
-        _log.info("%s: replayed %d pages from the log", self.path, len(pages))
+        _log.info("%s: replayed %d changes from the log", printable(str(self.path)), len(replay))
 
     def _map_space(self) -> SpaceMap:
         structure, bat, host = self._structure, self._bat, self.host
         file_size = host.size
         # Only what is not zero is looked at: the table of an empty 64 TiB disk has half a GiB, all of it holes.
         entries = np.flatnonzero(bat)
-        states = (bat[entries] & _STATE).astype(np.uint8)
         is_bitmap = entries % (self._ratio + 1) == self._ratio
+        if structure.parent is None:
+            self._ignore_bitmaps(entries[is_bitmap])
+            entries = entries[~is_bitmap]
+            is_bitmap = np.zeros(len(entries), np.bool_)
+        states = (bat[entries] & _STATE).astype(np.uint8)
         valid = np.isin(states, [state.value for state in BatState])
         valid[is_bitmap] = np.isin(states[is_bitmap], [BatState.NOT_PRESENT, BatState.FULLY_PRESENT])
         if structure.parent is None:
@@ -155,15 +172,34 @@ class Vhdx(BlockImage):
         rows = np.empty((int(present.sum()), 2), np.uint64)
         rows[:, 0] = bat[entries[present]] & _OFFSET
         rows[:, 1] = np.where(is_bitmap[present], np.uint64(BITMAP_BLOCK), np.uint64(self.block_size))
-        stops = rows[:, 0] + rows[:, 1]
-        if len(stops) and int(stops.max()) > file_size:
-            at = entries[present][stops.argmax()]
+        outside = (rows[:, 0] > file_size) | (
+            rows[:, 0] + rows[:, 1] > file_size
+        )  # the sum alone may wrap to 0
+        if outside.any():
+            at = entries[present][outside.argmax()]
             raise bad_image(
                 host.path, f"block table entry {at} reaches past the end of the file at {file_size}"
             )
         fixed = np.array(structure.regions, dtype=np.uint64).reshape(-1, 2)
         end = -(-file_size // MIB) * MIB
         return SpaceMap(host.path, np.concatenate([fixed, rows]), end, alignment=MIB)
+
+    def _ignore_bitmaps(self, entries: NDArray[np.intp]) -> None:
+        """Forget the sector bitmaps of an image without a parent, whose entries nobody reads (2.5.1.2).
+
+        QEMU up to 7.2.1 moved the entries of a table page by one when it wrote the first block of an image, so that
+        the bitmap's entry got the state of its neighbour.
+        """
+        strange = int(
+            np.isin(self._bat[entries] & _STATE, [0, int(BatState.FULLY_PRESENT)], invert=True).sum()
+        )
+        if strange:
+            _log.warning(
+                "%s: %d sector bitmaps in the block table have impossible states; without a parent they mean nothing",
+                printable(str(self.path)),
+                strange,
+            )
+        self._bat[entries] = 0
 
     def _check_parent(self, parent: ImageDisk) -> None:
         try:
@@ -192,11 +228,11 @@ class Vhdx(BlockImage):
         entries = self._bat[blocks + blocks // np.uint64(self._ratio)]
         return (entries & _STATE) == BatState.FULLY_PRESENT, entries & _OFFSET
 
-    def _absent_run(self, block: int, end: int) -> int:
+    def _like(self, block: int, end: int) -> int:
         entries = np.arange(block, end, dtype=np.int64)
-        states = self._bat[entries + entries // self._ratio] & _STATE
-        present = np.flatnonzero(states > np.uint64(BatState.UNDEFINED))
-        return int(present[0]) if len(present) else end - block
+        kinds = _KINDS[(self._bat[entries + entries // self._ratio] & _STATE).astype(np.uint8)]
+        other = np.flatnonzero(kinds != kinds[0])
+        return int(other[0]) if len(other) else end - block
 
     def _bitmap(self, block: int) -> tuple[int, int]:
         """The file offset of the bitmap of a block's chunk, and the block's first bit there."""
@@ -257,6 +293,17 @@ class Vhdx(BlockImage):
         if state in (BlockState.FULL, BlockState.PARTIAL):
             self._space.release(offset, self.block_size)
         return True
+
+    def _discard_run(self, block: int, count: int) -> int:
+        if self.variant == "fixed":
+            return 0
+        blocks = np.arange(block, block + count, dtype=np.int64)
+        entries = blocks + blocks // self._ratio
+        self._bat[entries] = np.uint64(BatState.ZERO)
+        self._dirty_bat.update(
+            range(int(entries[0]) // _ENTRIES_PER_PAGE, int(entries[-1]) // _ENTRIES_PER_PAGE + 1)
+        )
+        return count
 
     # Commit.
 

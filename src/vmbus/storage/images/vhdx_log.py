@@ -1,11 +1,14 @@
 """The log of a VHDX file (MS-VHDX 2.3): finding what has to be replayed, and writing new entries."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from heapq import heappop, heappush
+from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 from uuid import UUID
 
 from vmbus.storage.images.hostfile import HostFile, bad_image
+from vmbus.storage.images.overlay import Overlay
 from vmbus.storage.images.vhdx_wire import (
     PAGE,
     REGION_TABLE_OFFSETS,
@@ -17,30 +20,20 @@ from vmbus.storage.images.vhdx_wire import (
     with_checksum,
 )
 
-__all__ = ["LogWriter", "Replay", "find_replay"]
+__all__ = ["LogWriter", "find_replay"]
 
 _DESCRIPTOR = 32
 _MAX_LOG = 256 << 20
 _MAX_FILE = 1 << 47
 _MAX_GROWTH = 256 << 30  # between two flushes; a hole, but no reason to make it as large as anyone says
-_MAX_PAGES = 1 << 20
+_MAX_CHANGES = 1 << 18  # four times what a log of 256 MiB has room for as pages
 
 
-@dataclass(frozen=True)
-class Replay:
-    """What a log says the file should hold.
+def find_replay(host: HostFile, log_guid: UUID, offset: int, length: int) -> Overlay:
+    """Read the active sequence of a log, the newest complete chain of entries (2.3.3): what the file should hold.
 
-    Attributes:
-        pages: content by file offset, 4096 bytes each.
-        file_size: the file has at least this size afterwards, bytes.
-    """
-
-    pages: Mapping[int, bytes]
-    file_size: int
-
-
-def find_replay(host: HostFile, log_guid: UUID, offset: int, length: int) -> Replay:
-    """Read the active sequence of a log, the newest complete chain of entries (2.3.3).
+    The work is bounded by the length of the log, whatever its entries say: how long a stretch is that they zero does
+    not matter, nor how often they name one place, nor how they refer to each other.
 
     Args:
         host: the file.
@@ -56,29 +49,35 @@ def find_replay(host: HostFile, log_guid: UUID, offset: int, length: int) -> Rep
     return _Reader(host.path, host.read(offset, length), log_guid, host.size).replay()
 
 
+class _Change(NamedTuple):
+    """A stretch of the file that a descriptor changes: to the content, or to zeros without one."""
+
+    start: int
+    stop: int
+    content: bytes | None
+
+
 class _Reader:
     def __init__(self, path: Path, log: bytes, log_guid: UUID, file_size: int) -> None:
         self._path = path
         self._log = log
         self._guid = log_guid
         self._file_size = file_size
-        # A hostile log can make its entries overlap so that checking them all takes time quadratic in its size.
-        self._budget = 16 * len(log) + (1 << 20)
-        self._valid: dict[int, LogEntryHeader | None] = {}
 
-    def replay(self) -> Replay:
+    def replay(self) -> Overlay:
         candidates = []
         for at in range(0, len(self._log), PAGE):
             header = self._peek(at)
             if header is not None:
-                candidates.append((header.sequence_number, at))
+                candidates.append((header.sequence_number, at, header))
         if not candidates:  # the log was announced in the header, but nothing was written to it yet
-            return Replay({}, 0)
-        for _, at in sorted(candidates, reverse=True):
-            chain = self._chain(at)
-            if chain:
-                return self._collect(chain)
-        raise bad_image(self._path, "the log has no complete entry left: the image is corrupt")
+            return Overlay()
+        candidates.sort(key=lambda one: one[:2], reverse=True)
+        entries = self._intact(candidates)
+        chain = self._active(entries)
+        if not chain:
+            raise bad_image(self._path, "the log has no complete entry left: the image is corrupt")
+        return self._collect([(at, entries[at]) for at in chain])
 
     def _peek(self, at: int) -> LogEntryHeader | None:
         """A header that could be one of ours, its entry unchecked."""
@@ -96,53 +95,65 @@ class _Reader:
         )
         return header if good else None
 
-    def _entry(self, at: int) -> LogEntryHeader | None:
-        """The header at `at` if the whole entry is intact."""
-        if at not in self._valid:
-            header = self._peek(at)
-            if header is not None:
-                self._budget -= header.entry_length
-                if self._budget < 0:
-                    raise bad_image(self._path, "the log's entries overlap: the image is corrupt")
-                if checksum(self._bytes(at, header.entry_length)) != header.checksum:
-                    header = None
-            self._valid[at] = header
-        return self._valid[at]
+    def _intact(self, candidates: list[tuple[int, int, LogEntryHeader]]) -> dict[int, LogEntryHeader]:
+        """The entries whose checksum is right, by their place, the newest first."""
+        # A hostile log can make its entries overlap so that checking them all takes time quadratic in its size.
+        budget = 16 * len(self._log) + (1 << 20)
+        intact = {}
+        for _, at, header in candidates:
+            budget -= header.entry_length
+            if budget < 0:
+                raise bad_image(self._path, "the log's entries overlap: the image is corrupt")
+            if checksum(self._bytes(at, header.entry_length)) == header.checksum:
+                intact[at] = header
+        return intact
 
     def _bytes(self, at: int, length: int) -> bytes:
         """A stretch of the circular log."""
         part = self._log[at : at + length]
         return part if len(part) == length else part + self._log[: length - len(part)]
 
-    def _chain(self, head: int) -> list[int]:
-        """Where the entries from the tail that the entry at `head` names up to itself are; empty if broken."""
-        last = self._entry(head)
-        if last is None:
-            return []
-        at, chain, total = last.tail, [], 0
-        while True:
-            header = self._entry(at)
-            if header is None:
-                return []
-            chain.append(at)
-            total += header.entry_length
-            if total > len(self._log):
-                return []
-            if at == head:
-                break
-            following = (at + header.entry_length) % len(self._log)
-            after = self._entry(following)
-            if after is None or after.sequence_number != header.sequence_number + 1:
-                return []
-            at = following
-        return chain
+    def _active(self, entries: dict[int, LogEntryHeader]) -> list[int]:
+        """Where the newest entry with a complete sequence is, and those of its sequence, its tail first.
 
-    def _collect(self, chain: list[int]) -> Replay:
-        pages: dict[int, bytes] = {}
+        Entries that follow each other, in the log and in their numbers, are runs; an entry heads a sequence if its
+        tail is in its own run, no more than one round of the log before it. Each entry is looked at once: whoever
+        walked from every tail to its head could be sent through the same run as often as it has entries.
+        """
+        before: dict[int, int] = {}
+        for at, header in entries.items():
+            following = (at + header.entry_length) % len(self._log)
+            after = entries.get(following)
+            if after is not None and after.sequence_number == header.sequence_number + 1:
+                before.setdefault(
+                    following, at
+                )  # two that end at one place overlap: only hostile logs have such
+        run: dict[int, int] = {}
+        distance: dict[int, int] = {}  # bytes of the run before an entry
+        for at in reversed(entries):  # the oldest first
+            previous = before.get(at)
+            if previous is None:
+                run[at], distance[at] = at, 0
+            else:
+                run[at], distance[at] = run[previous], distance[previous] + entries[previous].entry_length
+        for at, header in entries.items():
+            tail = header.tail
+            if run.get(tail) != run[at] or distance[tail] > distance[at]:
+                continue
+            if distance[at] + header.entry_length - distance[tail] > len(self._log):
+                continue
+            chain = [at]
+            while chain[-1] != tail:
+                chain.append(before[chain[-1]])
+            return chain[::-1]
+        return []
+
+    def _collect(self, chain: list[tuple[int, LogEntryHeader]]) -> Overlay:
+        if sum(header.descriptor_count for _, header in chain) > _MAX_CHANGES:
+            raise bad_image(self._path, "the log makes an absurd number of changes")
+        changes: list[_Change] = []
         size = 0
-        for at in chain:
-            header = self._valid[at]
-            assert header is not None
+        for at, header in chain:
             if header.flushed_file_offset > self._file_size:
                 raise bad_image(
                     self._path,
@@ -151,28 +162,31 @@ class _Reader:
             if header.last_file_offset > self._file_size + _MAX_GROWTH:
                 raise bad_image(self._path, f"the log asks for a file of {header.last_file_offset} bytes")
             size = max(size, header.last_file_offset)
-            for offset, content in self._changes(self._bytes(at, header.entry_length), header):
-                pages[offset] = content
-                if len(pages) > _MAX_PAGES:
-                    raise bad_image(self._path, "the log changes an absurd number of pages")
-        if pages and max(pages) + PAGE > max(size, self._file_size):
+            changes += self._changes(self._bytes(at, header.entry_length), header)
+        pages: dict[int, bytes] = {}
+        zeros: list[tuple[int, int]] = []
+        for start, stop, content in _last_wins(changes):
+            if content is not None:
+                pages[start] = content
+            elif zeros and zeros[-1][1] == start:
+                zeros[-1] = (zeros[-1][0], stop)
+            else:
+                zeros.append((start, stop))
+        if changes and max(change.stop for change in changes) > max(size, self._file_size):
             raise bad_image(self._path, "the log writes behind the end of the file")
-        return Replay(pages, size)
+        return Overlay(pages, zeros, size if size > self._file_size else 0)
 
-    def _changes(self, entry: bytes, header: LogEntryHeader) -> Iterator[tuple[int, bytes]]:
+    def _changes(self, entry: bytes, header: LogEntryHeader) -> Iterator[_Change]:
         broken = bad_image(self._path, f"log entry {header.sequence_number} contradicts itself")
         data_at = -(-(LogEntryHeader.SIZE + header.descriptor_count * _DESCRIPTOR) // PAGE) * PAGE
-        zero_page = bytes(PAGE)
         for index in range(header.descriptor_count):
             at = LogEntryHeader.SIZE + index * _DESCRIPTOR
             signature = entry[at : at + 4]
             if signature == LogZeroDescriptor.SIGNATURE:
                 zero = LogZeroDescriptor.unpack(entry, at)
                 self._check_place(zero.file_offset, zero.zero_length, zero.sequence_number, header, broken)
-                if zero.zero_length > _MAX_PAGES * PAGE:
-                    raise bad_image(self._path, "the log changes an absurd number of pages")
-                for offset in range(zero.file_offset, zero.file_offset + zero.zero_length, PAGE):
-                    yield offset, zero_page
+                if zero.zero_length:
+                    yield _Change(zero.file_offset, zero.file_offset + zero.zero_length, None)
             elif signature == LogDataDescriptor.SIGNATURE:
                 data = LogDataDescriptor.unpack(entry, at)
                 self._check_place(data.file_offset, PAGE, data.sequence_number, header, broken)
@@ -183,7 +197,8 @@ class _Reader:
                 if sector.signature != LogDataSector.SIGNATURE or sequence != header.sequence_number:
                     raise broken
                 data_at += PAGE
-                yield data.file_offset, data.leading_bytes + sector.data + data.trailing_bytes
+                content = data.leading_bytes + sector.data + data.trailing_bytes
+                yield _Change(data.file_offset, data.file_offset + PAGE, content)
             else:
                 raise broken
 
@@ -195,6 +210,20 @@ class _Reader:
         # Neither the identifier nor the headers are ever logged (2.3): a log must not be able to change itself.
         if offset < REGION_TABLE_OFFSETS[0] or offset + length > _MAX_FILE:
             raise broken
+
+
+def _last_wins(changes: list[_Change]) -> Iterator[_Change]:
+    """What is left of changes made one after the other: pieces apart from each other, ascending."""
+    edges = sorted({edge for change in changes for edge in (change.start, change.stop)})
+    arriving = sorted(range(len(changes)), key=lambda number: changes[number].start, reverse=True)
+    open_here: list[int] = []  # a heap of negated numbers: the latest change comes first
+    for start, stop in pairwise(edges):
+        while arriving and changes[arriving[-1]].start == start:
+            heappush(open_here, -arriving.pop())
+        while open_here and changes[-open_here[0]].stop <= start:
+            heappop(open_here)
+        if open_here:
+            yield _Change(start, stop, changes[-open_here[0]].content)
 
 
 class LogWriter:

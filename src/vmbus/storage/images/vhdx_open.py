@@ -53,6 +53,9 @@ _KNOWN_ITEMS = {
     PARENT_LOCATOR: 0,
 }
 _MAX_PAIRS = 256
+_LINKAGE_KEYS = ("parent_linkage", "parent_linkage2")
+_PATH_KEYS = ("relative_path", "volume_path", "absolute_win32_path")
+_LOCATOR_KEYS = (*_LINKAGE_KEYS, *_PATH_KEYS)
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ class VhdxStructure:
     def parent_linkage(self) -> set[UUID]:
         """The data write GUIDs that the parent may have."""
         found = set()
-        for key in ("parent_linkage", "parent_linkage2"):
+        for key in _LINKAGE_KEYS:
             try:
                 found.add(UUID((self.parent or {}).get(key, "")))
             except ValueError:
@@ -92,7 +95,7 @@ class VhdxStructure:
 
     def parent_names(self) -> Iterator[str]:
         """Paths of the parent, in the order in which they are to be tried (2.6.2.6.3)."""
-        for key in ("relative_path", "volume_path", "absolute_win32_path"):
+        for key in _PATH_KEYS:
             if self.parent is not None and key in self.parent:
                 yield self.parent[key]
 
@@ -157,7 +160,7 @@ def read_structure(host: HostFile, header: Header) -> VhdxStructure:
         raise bad_image(path, f"a disk of {size} bytes is not possible in a VHDX")
 
     parent, variant = None, "dynamic"
-    if parameters.flags & ParameterFlags.HAS_PARENT:
+    if _has_parent(items):
         if PARENT_LOCATOR not in items:
             raise bad_image(path, "it is a differencing image without a parent locator")
         parent, variant = _parent_locator(host, items[PARENT_LOCATOR]), "differencing"
@@ -192,10 +195,9 @@ def _read_table(host: HostFile, offset: int, entries: int) -> NDArray[np.uint64]
     for at, length, has_data in host.data_runs(offset, entries * 8):
         if has_data:
             host.read_into(at, view[at - offset : at - offset + length])
-    for page in host.overlay:
+    for page in host.overlay.pages_in(offset, offset + entries * 8):  # in the holes, too
         start, stop = max(page, offset), min(page + PAGE, offset + entries * 8)
-        if start < stop:
-            host.read_into(start, view[start - offset : stop - offset])
+        host.read_into(start, view[start - offset : stop - offset])
     return table.astype(np.uint64, copy=False)
 
 
@@ -235,7 +237,7 @@ def _metadata_items(host: HostFile, offset: int, length: int) -> dict[UUID, byte
         raise bad_image(path, "the metadata table has no signature")
     if table.entry_count > MAX_METADATA_ITEMS:
         raise bad_image(path, f"a metadata table with {table.entry_count} entries is not possible")
-    items: dict[UUID, bytes] = {}
+    places: dict[UUID, MetadataEntry] = {}
     for index in range(table.entry_count):
         entry = MetadataEntry.unpack(raw, MetadataTableHeader.SIZE + index * MetadataEntry.SIZE)
         known = entry.item_id in _KNOWN_ITEMS and not entry.flags & MetadataFlags.IS_USER
@@ -243,17 +245,27 @@ def _metadata_items(host: HostFile, offset: int, length: int) -> dict[UUID, byte
             if entry.flags & MetadataFlags.IS_REQUIRED:
                 raise bad_image(path, f"it needs the unknown metadata item {entry.item_id}")
             continue
-        size = _KNOWN_ITEMS[entry.item_id]
-        wrong_place = entry.offset < METADATA_TABLE_SIZE or entry.offset + entry.length > length
-        if wrong_place or entry.length > MIB or (size and entry.length != size) or not entry.length:
-            raise bad_image(path, f"metadata item {entry.item_id} has an impossible place or length")
-        if entry.item_id in items:
+        if entry.item_id in places:
             raise bad_image(path, f"metadata item {entry.item_id} is there twice")
-        items[entry.item_id] = host.read(offset + entry.offset, entry.length)
+        places[entry.item_id] = entry
+    items: dict[UUID, bytes] = {}
     for item_id, size in _KNOWN_ITEMS.items():
-        if size and item_id not in items:
-            raise bad_image(path, f"metadata item {item_id} is missing")
+        if item_id == PARENT_LOCATOR and not _has_parent(items):
+            continue  # nobody looks at it then
+        place = places.get(item_id)
+        if place is None:
+            if size:
+                raise bad_image(path, f"metadata item {item_id} is missing")
+            continue
+        wrong_place = place.offset < METADATA_TABLE_SIZE or place.offset + place.length > length
+        if wrong_place or place.length > MIB or (size and place.length != size) or not place.length:
+            raise bad_image(path, f"metadata item {item_id} has an impossible place or length")
+        items[item_id] = host.read(offset + place.offset, place.length)
     return items
+
+
+def _has_parent(items: dict[UUID, bytes]) -> bool:
+    return bool(FileParameters.unpack(items[FILE_PARAMETERS]).flags & ParameterFlags.HAS_PARENT)
 
 
 def _parent_locator(host: HostFile, raw: bytes) -> dict[str, str]:
@@ -267,6 +279,7 @@ def _parent_locator(host: HostFile, raw: bytes) -> dict[str, str]:
     if head.key_value_count > _MAX_PAIRS or end > len(raw):
         raise bad_image(path, "the parent locator is cut short")
     pairs: dict[str, str] = {}
+    wanted = {key.encode("utf-16-le"): key for key in _LOCATOR_KEYS}
     for at in range(ParentLocatorHeader.SIZE, end, ParentLocatorEntry.SIZE):
         entry = ParentLocatorEntry.unpack(raw, at)
         for offset, length in (
@@ -275,7 +288,8 @@ def _parent_locator(host: HostFile, raw: bytes) -> dict[str, str]:
         ):
             if offset < end or offset + length > len(raw):
                 raise bad_image(path, "a key of the parent locator lies outside of it")
-        key = raw[entry.key_offset : entry.key_offset + entry.key_length]
-        value = raw[entry.value_offset : entry.value_offset + entry.value_length]
-        pairs[key.decode("utf-16-le", "replace")] = value.decode("utf-16-le", "replace")
+        key = wanted.get(raw[entry.key_offset : entry.key_offset + entry.key_length])
+        if key is not None:
+            value = raw[entry.value_offset : entry.value_offset + entry.value_length]
+            pairs[key] = value.decode("utf-16-le", "replace")
     return pairs
