@@ -369,8 +369,11 @@ class VirtualProcessor:
         ):
             raise GeneralProtectionFault(f"IA32_APIC_BASE 0x{value:x}")
         with self._lock:
+            before = self.apic.enabled
             if not self.apic.switch(mode):
                 raise GeneralProtectionFault(f"IA32_APIC_BASE 0x{value:x}: no such change of mode")
+        if not before:
+            self._apic_enabled()
 
     @property
     def interrupts_enabled(self) -> bool:
@@ -388,20 +391,28 @@ class VirtualProcessor:
         """Whether `pop_interrupt` would give a vector."""
         return self.apic.deliverable and not self.suspended
 
-    def request_interrupt(self, vector: int, auto_eoi: bool = False, level: bool = False) -> None:
-        """Request a fixed interrupt of this processor and deliver it if its priority allows it now."""
+    def request_interrupt(self, vector: int, auto_eoi: bool = False, level: bool = False) -> bool:
+        """Request a fixed interrupt of this processor and deliver it if its priority allows it now.
+
+        Returns:
+            Whether the local APIC took the request. While it is disabled it takes none, and whoever asked for the
+            interrupt has to see that it is not lost, or let it be, as other hardware does (SDM 11.4.7.2).
+        """
         handler = self.interrupt_handler
         with self._lock:
-            if not self.apic.request(vector, auto_eoi, level) or self.suspended:
-                return
+            if not self.apic.request(vector, auto_eoi, level):
+                return False
+            if self.suspended:
+                return True
             if handler is not None:
                 if self._delivering or not self._interrupts_enabled:
-                    return
+                    return True
                 self._delivering = True
         if handler is not None:
             self._run(handler)
         elif self.on_interrupt is not None and self.apic.deliverable:
             self.on_interrupt()
+        return True
 
     def request_external(self, vector: int) -> bool:
         """Request an external interrupt (ExtINT); False while the last one is acknowledged and not cleared."""
@@ -520,11 +531,23 @@ class VirtualProcessor:
             )  # may request interrupts of this very processor: not under its lock
             return
         with self._lock:
+            before = self.apic.enabled
             ended = self.apic.write(offset, value)
         if offset == Register.EOI:
             self._ended(ended)
         elif offset == Register.TPR:
             self._deliver()
+        elif not before:
+            self._apic_enabled()
+
+    def _apic_enabled(self) -> None:
+        """The local APIC may have been enabled: what the hypervisor has for it, and lines that are high, come now."""
+        if self.apic.enabled:
+            self.synic.apic_enabled()
+            self.timers.retry()
+            on_apic_enabled = self.partition.on_apic_enabled
+            if on_apic_enabled is not None:
+                on_apic_enabled()
 
     def _ended(self, vector: int | None) -> None:
         if vector is not None:
