@@ -36,6 +36,7 @@ from vmbus.hypervisor.stimer import SyntheticTimers
 from vmbus.hypervisor.synic import Synic
 from vmbus.hypervisor.tlfs import TranslateResult
 from vmbus.hypervisor.translate import READ_ACCESS, Access, walk
+from vmbus.trace.names import hypercall_name
 
 if TYPE_CHECKING:
     from vmbus.hypervisor.partition import Partition
@@ -188,7 +189,7 @@ class VirtualProcessor:
         account.hypercalls[control & 0xFFFF] += 1
         if not self.partition.hypercalls_enabled:
             raise UndefinedOpcodeFault(
-                "hypercalls are not enabled: write HV_X64_MSR_GUEST_OS_ID, then HV_X64_MSR_HYPERCALL with bit 0"
+                f"{hypercall_name(control & 0xFFFF)}: hypercalls are not enabled: write HV_X64_MSR_GUEST_OS_ID, then HV_X64_MSR_HYPERCALL with bit 0"
             )
         return dispatch(self, control, input, output, xmm)
 
