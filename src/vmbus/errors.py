@@ -97,7 +97,11 @@ class HypercallError(VmbusError):
     """
 
     def __init__(self, status: int, message: str = "") -> None:
-        super().__init__(message or f"hypercall failed with HV_STATUS 0x{status:04x}")
+        name = getattr(
+            status, "name", ""
+        )  # a member of `vmbus.hypervisor.tlfs.Status` knows what it is called
+        status_name = f"HV_STATUS_{name} (0x{status:04x})" if name else f"HV_STATUS 0x{status:04x}"
+        super().__init__(message or f"hypercall failed with {status_name}")
         self.status = status
 
 

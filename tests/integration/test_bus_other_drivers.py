@@ -201,3 +201,33 @@ def test_the_bsds(host: VmbusHost, version: Version) -> None:
     driver.close(offer, 0xE1E10)
     driver.unload()
     assert host.violations == 0
+
+
+def test_ids_given_back_after_the_unload(host: VmbusHost, caplog: pytest.LogCaptureFixture) -> None:
+    """Linux unloads first, then takes its devices apart and releases each id: nothing that anybody has to hear of."""
+    driver = Driver(host)
+    driver.contact(Version.V5_2, 2)
+    offer = driver.enumerate()
+    driver.unload()
+    driver.say(wire.RelIdReleased(offer.channel_id))
+    driver.say(wire.RelIdReleased(offer.channel_id))
+    assert host.violations == 0
+    assert caplog.records == []
+    driver.contact(Version.V5_2, 2)
+    assert driver.enumerate() == offer
+
+
+def test_what_a_message_was_is_said_by_its_name(host: VmbusHost) -> None:
+    errors = []
+    host.child.on_event = lambda event: errors.append(str(event.detail))
+    driver = Driver(host)
+    for message in (wire.CloseChannel(1), wire.RelIdReleased(9), wire.GpadlTeardown(1, 5)):
+        driver.say(message)
+    driver.contact(Version.V4_0, 2)
+    driver.say(wire.ModifyChannel(1, 0))
+    assert len(errors) == 3
+    assert "CLOSE_CHANNEL" in errors[0]
+    assert "without a connection" in errors[0]
+    assert "GPADL_TEARDOWN" in errors[1]
+    assert "MODIFY_CHANNEL" in errors[2]
+    assert "4.0" in errors[2]

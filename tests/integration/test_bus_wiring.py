@@ -23,6 +23,7 @@ from vmbus.hypervisor.personality import (
     WINDOWS_2000,
 )
 from vmbus.hypervisor.tlfs import Msr
+from vmbus.trace.events import EventTrace
 
 KIND = UUID("ba6163d9-04a1-4d29-b605-72e2ffb1dc7f")
 ALL_VERSIONS = pytest.mark.parametrize("version", Version, ids=version_name)
@@ -447,3 +448,82 @@ def test_a_corrupt_ring_of_the_host_closes_the_guests_channel(world: World) -> N
     assert world.hosting.wait_for(lambda: not channel.is_open)
     assert world.hosting.wait_for(lambda: offered.channel is None)
     guest.close()
+
+
+@pytest.mark.parametrize("register", [Msr.SIMP, Msr.SCONTROL])
+def test_messages_wait_while_the_guest_has_its_message_page_disabled(register: int) -> None:
+    world = World()
+    guest = world.guest()
+    guest.connect()
+    vp = world.child.vps[0]
+    enabled = vp.rdmsr(register)
+    vp.wrmsr(register, enabled & ~1)
+    for number in range(1, 4):
+        world.host.offer(an_offer(number))
+    assert guest.offers == []
+    vp.wrmsr(register, enabled)
+    assert [offer.instance_id.int for offer in guest.offers] == [1, 2, 3]
+    world.close()
+
+
+@pytest.mark.parametrize("register", [Msr.SIEFP, Msr.SCONTROL])
+def test_an_interrupt_waits_while_the_guest_has_its_event_flags_page_disabled(register: int) -> None:
+    world = World()
+    ends: list[Channel] = []
+    world.host.offer(an_offer(), ends.append)
+    guest = world.guest()
+    guest.connect()
+    channel = guest.open(guest.offers[0], 2, 2)
+    got: list[bytes] = []
+    channel.serve(lambda packets: got.extend(p.payload for p in packets))
+    vp = world.child.vps[0]
+    enabled = vp.rdmsr(register)
+    vp.wrmsr(register, enabled & ~1)
+    ends[0].send(b"for later")
+    assert got == []
+    vp.wrmsr(register, enabled)
+    assert world.hosting.wait_for(lambda: bool(got))
+    assert got == [b"for later".ljust(16, b"\0")]
+    world.close()
+
+
+def test_a_guest_that_is_gone_leaves_its_messages_to_nobody() -> None:
+    """A kernel that started anew, without UNLOAD, is not told what was for the one before it."""
+    world = World()
+    guest = world.guest(Version.V5_2)
+    guest.connect()
+    vp = world.child.vps[0]
+    page = vp.rdmsr(Msr.SIMP)
+    vp.wrmsr(Msr.SIMP, page & ~1)
+    world.host.offer(an_offer())
+    world.host.reset()
+    vp.wrmsr(Msr.SIMP, page)
+    assert guest.offers == []
+    world.close()
+
+
+def test_a_trace_tells_an_unload_from_other_ends() -> None:
+    trace = EventTrace()
+    world = World(trace=trace)
+
+    def ends() -> list[str]:
+        found = [event.kind for event in trace if event.kind in ("unload", "disconnect")]
+        trace.clear()
+        return found
+
+    world.guest().connect()
+    assert ends() == []
+    world.guest().connect()  # a crash kernel: it contacts anew
+    assert ends() == ["disconnect"]
+    guest = world.guest()
+    guest.connect()
+    ends()
+    guest.disconnect()
+    assert ends() == ["unload"]
+    world.guest().connect()
+    world.host.reset()
+    assert ends() == ["disconnect"]
+    world.guest().connect()
+    world.host.close()
+    assert ends() == ["disconnect"]
+    world.close()

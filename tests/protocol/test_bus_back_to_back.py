@@ -546,6 +546,27 @@ def test_monitor_pages_stay_while_a_monitored_channel_is_open() -> None:
     assert pair.guest.monitor_pages == pair.host.monitor_pages == MONITOR_PAGES
 
 
+def test_monitor_pages_move_beside_channels_that_are_not_rung_through_them() -> None:
+    pair = Pair()
+    pair.offer(an_offer(1, monitor_latency=1000))
+    pair.offer(an_offer(2, monitor_latency=1000))
+    pair.connect(Version.V6_0)
+    ring = pair.gpadl(1)
+    pair.run()
+    pair.post(pair.guest.open(1, ring, 4, target_vp=wire.VP_INDEX_DISABLE_INTERRUPT))
+    pair.run()
+    assert pair.host.channel(1).state is ChannelState.OPEN  # type: ignore[union-attr]
+    other = act.MonitorPages(0x6000, 0x7000)
+    pair.post(pair.guest.modify_connection(other))
+    assert pair.run() == [act.MonitorPagesAnswered(True)]
+    assert pair.host.monitor_pages == other
+    pair.open(2)
+    pair.post(pair.guest.modify_connection(MONITOR_PAGES))
+    assert pair.run() == [act.MonitorPagesAnswered(False)]
+    pair.post(pair.guest.modify_connection(other))  # nothing changes for anybody
+    assert pair.run() == [act.MonitorPagesAnswered(True)]
+
+
 def test_local_misuse_changes_nothing() -> None:
     pair = Pair()
     pair.offer(an_offer(1))

@@ -6,6 +6,7 @@ from pathlib import Path
 from vmbus.hypervisor.abi import RepCall
 from vmbus.hypervisor.hypercalls import CALLS
 from vmbus.hypervisor.personality import PERSONALITIES
+from vmbus.trace.names import hypercall_name
 
 PAGE = (Path(__file__).parents[2] / "docs" / "hypervisor.md").read_text(encoding="utf-8")
 
@@ -23,6 +24,10 @@ def test_every_hypercall_is_listed():
         for code, form in re.findall(r"^\| (0x\w+) \| Hv\w+ \| (\w+) \|", PAGE, re.MULTILINE)
     }
     assert listed == {code: "rep" if isinstance(call, RepCall) else "simple" for code, call in CALLS.items()}
+    names = {
+        int(code, 16): name for code, name in re.findall(r"^\| (0x\w+) \| (Hv\w+) \|", PAGE, re.MULTILINE)
+    }
+    assert names == {code: hypercall_name(code) for code in CALLS}
 
 
 NVSP = {0: "-", 0x2: "1", 0x3_0002: "2", 0x4_0000: "4", 0x5_0000: "5", 0x6_0000: "6", 0x6_0001: "6.1"}

@@ -7,7 +7,10 @@ from dataclasses import fields
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vmbus.errors import HypercallError
+from vmbus.hypervisor.tlfs import CallCode, Status
 from vmbus.trace.ledger import Account, Ledger
+from vmbus.trace.names import HYPERCALLS, hypercall_name
 
 COUNTS = st.integers(0, 1 << 40)
 ACCOUNTS = st.builds(
@@ -53,7 +56,30 @@ def test_reports_are_json_and_hold_every_field(account: Account) -> None:
     report = json.loads(json.dumps(account.to_dict()))
     assert set(report) == {field.name for field in fields(Account)}
     assert report["exits"] == dict(account.exits)
-    assert {int(code, 16): n for code, n in report["hypercalls"].items()} == dict(account.hypercalls)
+    assert report["hypercalls"] == {hypercall_name(code): n for code, n in account.hypercalls.items()}
+
+
+def test_hypercalls_are_reported_by_name() -> None:
+    account = Account(
+        hypercalls=Counter({CallCode.SIGNAL_EVENT: 2, 0x5C: 1, 0xABC: 3}), interrupts=Counter({0xF3: 1})
+    )
+    report = account.to_dict()
+    assert report["hypercalls"] == {"HvCallSignalEvent": 2, "HvCallPostMessage": 1, "0xabc": 3}
+    assert report["interrupts"] == {"0xf3": 1}
+    assert "HvCallSignalEvent: 2" in repr(account)
+
+
+def test_every_hypercall_that_is_served_has_its_own_name() -> None:
+    for code in CallCode:
+        assert hypercall_name(code).lower().endswith(code.name.removeprefix("EXT_").replace("_", "").lower())
+    assert len(set(HYPERCALLS.values())) == len(HYPERCALLS)
+
+
+def test_a_status_is_told_by_name() -> None:
+    assert str(HypercallError(Status.INVALID_SYNIC_STATE)) == (
+        "hypercall failed with HV_STATUS_INVALID_SYNIC_STATE (0x0018)"
+    )
+    assert str(HypercallError(0x7777)) == "hypercall failed with HV_STATUS 0x7777"
 
 
 def test_an_account_is_made_once() -> None:

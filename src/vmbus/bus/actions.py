@@ -105,7 +105,13 @@ class Established:
 
 @dataclass(frozen=True, slots=True)
 class Disconnected:
-    """The connection is over: no page of the guest may be used any more."""
+    """The connection is over: no page of the guest may be used any more.
+
+    Attributes:
+        unloaded: the guest said so (UNLOAD); otherwise it contacts anew without, or its machine restarts or ends.
+    """
+
+    unloaded: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,7 +51,7 @@ from vmbus.bus.wire import (
 )
 from vmbus.errors import RemoteProtocolError
 
-__all__ = ["MESSAGES", "Parsed", "Sender", "Variant", "encode", "parse"]
+__all__ = ["MESSAGES", "Parsed", "Sender", "Variant", "encode", "message_name", "message_number", "parse"]
 
 
 class Sender(IntEnum):
@@ -148,6 +148,23 @@ def encode(message: Message, tail: bytes = b"") -> bytes:
     return payload
 
 
+def message_number(payload: bytes) -> int:
+    """The number that says what kind of message this is.
+
+    Raises:
+        RemoteProtocolError: it is too short to have one.
+    """
+    return Header.unpack(payload).message_type
+
+
+def message_name(number: int) -> str:
+    """The name of a control message, or its number where it has none."""
+    try:
+        return MessageType(number).name
+    except ValueError:
+        return f"control message {number}"
+
+
 def parse(
     payload: bytes, sender: Sender, version: int = DISCONNECTED, features: int = FeatureFlags.NONE
 ) -> Parsed:
@@ -162,7 +179,7 @@ def parse(
     """
     if len(payload) > MAX_MESSAGE_SIZE:
         raise RemoteProtocolError(f"a control message of {len(payload)} bytes")
-    number = Header.unpack(payload).message_type
+    number = message_number(payload)
     have = len(payload) - HEADER_SIZE
     for variant in MESSAGES.get(number, ()):  # type: ignore[call-overload]  # any int may be looked up
         if variant.sender is not sender or variant.min_version > version:
@@ -174,4 +191,7 @@ def parse(
             continue
         message = variant.structure.unpack(payload, HEADER_SIZE)
         return Parsed(message, payload[HEADER_SIZE + size :] if variant.tail else b"")
-    raise RemoteProtocolError(f"control message {number} is not one of the {sender.name.lower()}'s now")
+    when = f"in version {version >> 16}.{version & 0xFFFF}" if version else "without a connection"
+    raise RemoteProtocolError(
+        f"{message_name(number)} of {have} bytes is nothing that a {sender.name.lower()} sends {when}"
+    )

@@ -11,7 +11,7 @@ from uuid import UUID
 
 from vmbus.bus import actions as act
 from vmbus.bus import wire
-from vmbus.bus.codec import Sender, parse
+from vmbus.bus.codec import Sender, message_number, parse
 from vmbus.bus.gpadl import GpadlPhase
 from vmbus.bus.host_channels import ChannelMessages
 from vmbus.bus.host_state import EVENT_FLAG_COUNT, NO_GUID, HostChannel, Link
@@ -212,6 +212,10 @@ class HostMachine(ChannelMessages):
             RemoteProtocolError: malformed, unknown, or not allowed now; nothing has changed.
         """
         link = self._link
+        if link.state is LinkState.IDLE and message_number(payload) == MessageType.REL_ID_RELEASED:
+            # Linux unloads first and takes its devices apart after that. UNLOAD has released every id already.
+            parse(payload, Sender.GUEST, Version.V0_13)
+            return []
         message, tail = parse(payload, Sender.GUEST, link.version, link.features)
         if link.paused and message.TYPE not in _TAKEN_WHILE_PAUSED:
             raise RemoteProtocolError(f"{message.TYPE.name} while the guest has paused the connection")
@@ -292,7 +296,7 @@ class HostMachine(ChannelMessages):
             return None, False
         return act.MonitorPages(down, up), True
 
-    def _disconnect(self) -> None:
+    def _disconnect(self, *, unloaded: bool = False) -> None:
         """Release every channel except reserved ones, and end the connection."""
         if self._link.state is LinkState.IDLE and not self._by_id:
             return
@@ -303,7 +307,7 @@ class HostMachine(ChannelMessages):
         for gpadl in list(self._gpadls.values()):
             self._free_gpadl(gpadl)
         if self._link.state is not LinkState.IDLE:
-            self._out.append(act.Disconnected())
+            self._out.append(act.Disconnected(unloaded))
         vp, sint = self._link.message_vp, self._link.sint
         self._link = Link(message_vp=vp, sint=sint)
 
@@ -315,7 +319,7 @@ class HostMachine(ChannelMessages):
 
     def _on_unload(self, message: wire.Unload, tail: bytes) -> None:
         step(CONNECTION, self._link.state, MessageType.UNLOAD, RemoteProtocolError, "the connection")
-        self._disconnect()
+        self._disconnect(unloaded=True)
         # In every version: a new host's guest may speak an old one and wait for this all the same (iPXE does).
         self._send(wire.UnloadComplete())
 
@@ -374,7 +378,7 @@ class HostMachine(ChannelMessages):
         pages, ok = self._monitor_pages(
             message.parent_to_child_monitor_page_gpa, message.child_to_parent_monitor_page_gpa
         )
-        if any(c.request is not None and c.monitor_id is not None for c in self._by_id.values()):
+        if pages != self._link.monitor_pages and any(c.is_monitored for c in self._by_id.values()):
             ok = False  # an open channel is being rung through the old pages
         if ok:
             self._link.monitor_pages = pages

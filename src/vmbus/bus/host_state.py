@@ -66,6 +66,14 @@ class HostChannel:
     epoch: int = 0
 
     @property
+    def is_monitored(self) -> bool:
+        """Whether the guest may ring it through the monitor pages now.
+
+        A guest that wants no interrupts of an open channel (a reserved one among them) rings it by hypercall only.
+        """
+        return self.monitor_id is not None and self.request is not None and self.request.target_vp is not None
+
+    @property
     def is_reserved(self) -> bool:
         """Whether it is open as a reserved channel, or about to be."""
         return self.state in RESERVED_STATES
@@ -177,6 +185,11 @@ class HostState:
     def channel(self, channel_id: int) -> HostChannel | None:
         """The channel that the guest knows by this id."""
         return self._by_id.get(channel_id)
+
+    @property
+    def message_target(self) -> tuple[int, int]:
+        """VP and SINT that the guest wants its messages on."""
+        return self._link.message_vp, self._link.sint
 
     # -- for the handlers ------------------------------------------------------------------------------------
 

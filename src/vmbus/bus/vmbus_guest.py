@@ -466,7 +466,10 @@ class VmbusGuest:
             # A host older than 5.0 has no connection 4: ask for what it may know.
             self._post(self.machine.contact_failed())
         elif status:
-            raise HypercallError(status)
+            known = status in Status.__members__.values()
+            raise HypercallError(
+                status, f"HvCallPostMessage: {HypercallError(Status(status) if known else status)}"
+            )
 
     def _await(self, condition: Callable[[], bool], what: str) -> None:
         if not self.hosting.wait_for(lambda: self._poll() and (condition() or self.lost)) or not condition():

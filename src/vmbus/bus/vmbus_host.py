@@ -17,6 +17,7 @@ from weakref import WeakSet
 from vmbus.bus import actions as act
 from vmbus.bus import wire
 from vmbus.bus.channel import Channel, Gpadl
+from vmbus.bus.codec import message_name, message_number
 from vmbus.bus.host import HostMachine
 from vmbus.bus.hosting import Hosting, Task, hosting_of
 from vmbus.bus.monitor import HostMonitor
@@ -132,6 +133,8 @@ class VmbusHost:
         self._todo: deque[act.HostAction] = deque()
         self._performing = False
         self._backlog: deque[act.Send] = deque()
+        self._unrung: set[Channel] = set()
+        """Channels whose guest could not be interrupted."""
         self._watched: WeakSet[Synic] = WeakSet()
         self._gpadls: dict[int, Gpadl] = {}
         self._by_flag: dict[int, Offered] = {}
@@ -314,7 +317,7 @@ class VmbusHost:
             case act.Established():
                 self._established(action)
             case act.Disconnected():
-                self._disconnected()
+                self._disconnected(action)
             case act.UseMonitorPages():
                 self.monitor.use(action.pages)
             case act.Retarget():
@@ -354,12 +357,18 @@ class VmbusHost:
         except HypercallError as error:
             if error.status == Status.INSUFFICIENT_BUFFERS:
                 return False
-            # A guest that took its message page away gets no messages; real ones do so when they shut down.
+            if (
+                error.status == Status.INVALID_SYNIC_STATE
+                and self.machine.version
+                and (action.vp, action.sint) == self.machine.message_target
+            ):
+                return False  # it has disabled its message page or the SynIC, and waits with it
+            # Who is not connected, or named another processor, may be gone for good.
             log.debug("%s cannot be sent a message: %s", self.child.name, error)
         return True
 
     def _watch_for_room(self, vp: int) -> None:
-        """Have the backlog flushed when the guest has taken messages."""
+        """Have what waits tried again when the guest has taken messages, or has enabled its SynIC or a page of it."""
         try:
             synic = self.child.vp(vp).synic
         except HypercallError:
@@ -375,6 +384,11 @@ class VmbusHost:
             if self._backlog:
                 with self._lock:
                     self._flush_backlog()
+            while self._unrung:
+                channel = self._unrung.pop()
+                self.ring(channel)
+                if channel in self._unrung:
+                    break  # refused again: it waits for the next time
 
         synic.slot_free = freed
 
@@ -384,8 +398,7 @@ class VmbusHost:
 
     def _record_message(self, source: str, target: str, payload: bytes) -> None:
         assert self._trace is not None
-        number = int.from_bytes(payload[:4], "little")
-        kind = MessageType(number).name if number in MessageType.__members__.values() else str(number)
+        kind = message_name(int.from_bytes(payload[:4], "little"))
         self._trace.record(
             self.hypervisor.clock.now(), source, target, "message", type=kind, bytes=payload[8:].hex() or "-"
         )
@@ -406,8 +419,12 @@ class VmbusHost:
             self._from_guest_flags = EventFlags(memory, page, FROM_GUEST_SINT)
         self.monitor.use(action.monitor_pages)
 
-    def _disconnected(self) -> None:
-        self._record("unload", self.child.name, self._parent_name)
+    def _disconnected(self, action: act.Disconnected) -> None:
+        # What was said to somebody who is gone; reserved channels outlive the connection.
+        kept = MessageType.CLOSE_RESERVED_RESPONSE
+        self._backlog = deque(send for send in self._backlog if message_number(send.payload) == kept)
+        kind = "unload" if action.unloaded else "disconnect"
+        self._record(kind, self.child.name, self._parent_name)
         self._delete_event_port(wire.EVENT_CONNECTION_ID)
         self._to_guest_flags = self._from_guest_flags = None
         self.monitor.use(None)
@@ -486,7 +503,7 @@ class VmbusHost:
         # The port exists before the guest learns that the channel is open: a guest may ring at once, and hosts that
         # were slower than that have lost its first interrupt.
         self._make_event_port(request.connection_id, lambda flag: self.hosting.ring(task))
-        if known.monitor_id is not None and request.target_vp is not None:
+        if known.is_monitored and known.monitor_id is not None:
             self.hosting.keep_time(self.hypervisor.clock)
             self.monitor.watch(
                 known.monitor_id, offered.offer.monitor_latency or 0, request.connection_id, task.name
@@ -504,6 +521,7 @@ class VmbusHost:
             self.monitor.unwatch(known.monitor_id)
         self._delete_event_port(request.connection_id)
         self._by_flag.pop(channel.channel_id, None)
+        self._unrung.discard(channel)
         if offered.task is not None:
             self.hosting.drop(offered.task)
         offered.channel = offered.request = offered.task = None
@@ -569,10 +587,17 @@ class VmbusHost:
                 return
             flags.set(flag)
             vp, flag = 0, 0
-        with suppress(
-            HypercallError
-        ):  # the guest has no event flags page (any more): it does not want interrupts
+        try:
             self.hypervisor.signal_event(self.child, vp, wire.VMBUS_SINT, flag)
+        except (
+            HypercallError
+        ):  # the guest has disabled its event flags page or the SynIC: it hears of it afterwards
+            if channel not in self._unrung:
+                self._unrung.add(channel)
+                self._watch_for_room(vp)
+                with suppress(HypercallError):  # it may have done so in between
+                    self.hypervisor.signal_event(self.child, vp, wire.VMBUS_SINT, flag)
+                    self._unrung.discard(channel)
 
     def again(self, channel: Channel) -> None:
         """Run the channel's task once more; nobody rang."""

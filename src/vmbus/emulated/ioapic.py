@@ -55,6 +55,7 @@ class IoApic:
         partition.devices.add_mmio(IO_APIC_ADDRESS, IO_APIC_SIZE, self)
         partition.devices.set_line = self.set_line
         partition.on_eoi = self.end_of_interrupt
+        partition.on_apic_enabled = self._apic_enabled
 
     def mmio_read(self, offset: int, size: int) -> int:
         """Read the selector or, through the window, the selected register."""
@@ -113,6 +114,12 @@ class IoApic:
                 if self._levels[line]:
                     self._raise(line)
 
+    def _apic_enabled(self) -> None:
+        """A processor takes interrupts now: level-triggered lines that nobody took come again."""
+        for line, entry in enumerate(self._entries):
+            if self._levels[line] and entry & LEVEL:
+                self._raise(line)
+
     def _raise(self, line: int) -> None:
         entry = self._entries[line]
         if entry & (MASKED | REMOTE_IRR) or (entry & DELIVERY_MODE) >> 8 not in (FIXED, LOWEST_PRIORITY):
@@ -122,8 +129,11 @@ class IoApic:
             return
         if entry & LEVEL:
             self._entries[line] |= REMOTE_IRR
+        taken = False
         for vp in self._partition.vps:
             if vp.apic.matches(entry >> 56, bool(entry & LOGICAL)):
-                vp.request_interrupt(vector, level=bool(entry & LEVEL))  # shows in the TMR
-                if entry & DELIVERY_MODE:
+                taken |= vp.request_interrupt(vector, level=bool(entry & LEVEL))  # shows in the TMR
+                if taken and entry & DELIVERY_MODE:
                     return
+        if not taken:
+            self._entries[line] &= ~REMOTE_IRR  # nobody will end it

@@ -35,6 +35,8 @@ NMI_VECTOR: Final = 2
 MIN_TIMER_PERIOD: Final = 10_000
 """Shortest period of the local timer, in ns: a guest must not be able to occupy its host with ticks."""
 
+_LVT: Final = (0x320, 0x330, 0x340, 0x350, 0x360, 0x370)
+"""Offsets of the local vector table: timer, thermal, performance, LINT0, LINT1, error (SDM 11.5.1)."""
 _DIVISORS: Final = (2, 4, 8, 16, 32, 64, 128, 1)
 _MASKED: Final = 1 << 16
 
@@ -136,7 +138,7 @@ class LocalApic:
         clock: Clock,
         tsc_frequency: int,
         timer_frequency: int,
-        raise_interrupt: Callable[[int], None],
+        raise_interrupt: Callable[[int], object],
         send_ipi: Callable[[Ipi], None],
     ) -> None:
         self.apic_id = apic_id
@@ -194,6 +196,11 @@ class LocalApic:
         self._stop_timer()
 
     # Interrupts
+
+    @property
+    def enabled(self) -> bool:
+        """Whether it takes fixed interrupts: enabled in IA32_APIC_BASE and by software (SPURIOUS bit 8)."""
+        return self._enabled
 
     def request(self, vector: int, auto_eoi: bool = False, level: bool = False) -> bool:
         """Set `vector` in the IRR; False if the APIC is software-disabled or the vector illegal."""
@@ -358,7 +365,7 @@ class LocalApic:
             if value >> 17 & 3 != before and TimerMode.TSC_DEADLINE in (value >> 17 & 3, before):
                 self._deadline = 0
                 self._stop_timer()
-            self._registers[offset] = value & 0x0007_00FF
+            self._registers[offset] = value & 0x0007_00FF | (0 if self._enabled else _MASKED)
         elif offset == Register.INITIAL_COUNT:
             self._registers[offset] = value
             self._start_timer()
@@ -372,7 +379,12 @@ class LocalApic:
             self._registers[offset] = value & 0xFF00_0000
         elif offset in self._registers:
             self._registers[offset] = value & 0x0001_F7FF
-            self._enabled = bool(self._registers[Register.SPURIOUS] & 0x100)
+            if offset == Register.SPURIOUS:
+                self._enabled = bool(value & 0x100)
+            if not self._enabled:
+                # While it is disabled by software the whole local vector table is masked (SDM 11.4.7.2).
+                for entry in _LVT:
+                    self._registers[entry] |= _MASKED
         return None
 
     # The local timer

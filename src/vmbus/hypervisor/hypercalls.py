@@ -20,6 +20,7 @@ from vmbus.hypervisor.abi import (
 from vmbus.hypervisor.faults import UndefinedOpcodeFault
 from vmbus.hypervisor.personality import XMM_INPUT_AVAILABLE, XMM_OUTPUT_AVAILABLE
 from vmbus.hypervisor.tlfs import HV_PAGE_SIZE, XMM_INPUT_SIZE, CallCode, Status
+from vmbus.trace.names import hypercall_name
 
 if TYPE_CHECKING:
     from vmbus.hypervisor.vp import VirtualProcessor
@@ -113,7 +114,7 @@ def _input(
             output_size and not features & XMM_OUTPUT_AVAILABLE
         ):
             raise UndefinedOpcodeFault(
-                "a fast hypercall with XMM registers, which this partition does not have"
+                f"{hypercall_name(control & 0xFFFF)} with XMM registers, which this partition does not have"
             )
         vp.fast_output = b""
         registers = (input & 0xFFFF_FFFF_FFFF_FFFF | output << 64).to_bytes(_REGISTER_PAIR, "little") + xmm

@@ -198,6 +198,6 @@ def _ask(vp: "VirtualProcessor", message_type: MessageType, payload: bytes) -> N
             parent.vp(0).synic.post_message(INTERCEPT_SINT, message_type, vp.partition.id, payload)
         except HypercallError as error:
             vp.intercept_suspended = False
-            raise VpSuspended(f"the parent takes no intercept messages (status 0x{error.status:x})") from None
+            raise VpSuspended(f"the parent takes no intercept messages ({error})") from None
     if vp.intercept_suspended:
         raise VpSuspended(f"processor {vp.index} waits for its parent to answer an intercept")

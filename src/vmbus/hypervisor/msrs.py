@@ -99,7 +99,6 @@ def _write_vp_assist(vp: "VirtualProcessor", value: int) -> None:
 
 def _set_scontrol(vp: "VirtualProcessor", value: int) -> None:
     vp.synic.scontrol = value
-    vp.synic.flush()
 
 
 def _set_simp(vp: "VirtualProcessor", value: int) -> None:

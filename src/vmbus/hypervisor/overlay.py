@@ -74,9 +74,9 @@ class OverlayPage:
             self._memory.write(gpa, self._hidden)
         self._hidden = b""
 
-    def update(self, content: bytes) -> None:
-        """Replace the page's contents from its start."""
-        self._content = content.ljust(HV_PAGE_SIZE, b"\0")
+    def write(self, offset: int, data: bytes) -> None:
+        """Replace a part of the page's contents; where the page is placed, the guest sees it at once."""
+        self._content = self._content[:offset] + data + self._content[offset + len(data) :]
         if self.gpa is not None:
             with suppress(GuestMemoryError):  # the page went from the guest meanwhile: nobody can look at it
-                self._memory.write(self.gpa, self._content)
+                self._memory.write(self.gpa + offset, data)

@@ -31,6 +31,9 @@ log = logging.getLogger(__name__)
 HYPERCALL_CODE: Final = b"\x0f\x01\xc1\xc3"
 """VMCALL; RET: what the hypercall page holds. The guest may execute it, and nothing else of the page."""
 HYPERCALL_LOCKED: Final = 1 << 1
+INVALID_TSC_SEQUENCE: Final = 0xFFFF_FFFF
+TSC_SEQUENCE_SIZE: Final = 4
+"""Bytes of TscSequence, the first field of the reference TSC page."""
 
 
 class PartitionEvent(NamedTuple):
@@ -81,6 +84,7 @@ class Partition:
         ports: where it receives, by port id.
         on_event: the parent's callback for `PartitionEvent`.
         on_eoi: called with a vector when the guest ends it (level-triggered interrupt controllers).
+        on_apic_enabled: called when the guest has enabled a local APIC (level-triggered interrupt controllers).
         on_tlb_flush: an engine's: called with a mask of processors when the guest flushes by hypercall.
         on_suspension: whoever runs the guest elsewhere: called with a processor whose `suspended` has changed.
         ending: it is being finalized, or was: it gets no children any more.
@@ -127,6 +131,7 @@ class Partition:
         self.ports: dict[int, Port] = {}
         self.on_event: Callable[[PartitionEvent], None] | None = None
         self.on_eoi: Callable[[int], None] | None = None
+        self.on_apic_enabled: Callable[[], None] | None = None
         self.on_tlb_flush: Callable[[int], None] | None = None
         self.on_suspension: Callable[[VirtualProcessor], None] | None = None
         self.ending = False
@@ -143,6 +148,8 @@ class Partition:
         self.crash_parameters = [0] * 5
         self._hypercall_page = OverlayPage(memory, HYPERCALL_CODE, kept=False)
         self._reference_tsc_page = OverlayPage(memory, kept=False)
+        self._tsc_page: ReferenceTscPage | None = None  # what the page says
+        self._tsc_sequence = 0
         self.vps: list[VirtualProcessor] = []
         self.devices = DeviceBus(self._raise_vector)
 
@@ -269,23 +276,40 @@ class Partition:
         Raises:
             GeneralProtectionFault: the page lies outside the partition.
         """
+        if value & 1:
+            self._write_reference_tsc()  # right from the moment on at which it shows
         with self.hypervisor.map_lock:
             self._reference_tsc_page.place(value)
-        self.reference_tsc_msr = value
-        self.update_reference_tsc()
+            self.reference_tsc_msr = value
 
     def update_reference_tsc(self) -> None:
-        """Write the reference TSC page again after a guest has moved a TSC.
+        """Write the reference TSC page again after a guest has moved a TSC."""
+        if self.reference_tsc_msr & 1:
+            self._write_reference_tsc()
 
-        One page serves all processors: if their TSCs differ, sequence 0 sends the guest to the reference counter MSR.
+    def _write_reference_tsc(self) -> None:
+        """Have the page say how the TSC leads to reference time now.
+
+        Other processors read it meanwhile: sequence, values, sequence again (TLFS, reference TSC page). So other values
+        get another sequence, and while they change it is 0, which sends readers to the reference counter MSR; so it is
+        for as long as the processors' TSCs differ, because one page serves them all.
         """
-        if not self.reference_tsc_msr & 1:
-            return
-        offsets = {vp.tsc_offset for vp in list(self.vps)}
-        sequence = 1 if len(offsets) == 1 else 0
-        offset = self.time.page_offset(min(offsets, default=0))
         with self.hypervisor.map_lock:
-            self._reference_tsc_page.update(ReferenceTscPage(sequence, 0, self.time.scale, offset).pack())
+            offsets = {vp.tsc_offset for vp in list(self.vps)}
+            offset = self.time.page_offset(min(offsets, default=0))
+            page, known = self._reference_tsc_page, self._tsc_page
+            valid = len(offsets) == 1
+            if known is not None and (known.offset, bool(known.sequence)) == (offset, valid):
+                return
+            if valid:
+                # Neither 0 nor all ones, which meant "none" in older versions of the TLFS.
+                self._tsc_sequence = self._tsc_sequence % (INVALID_TSC_SEQUENCE - 1) + 1
+            new = ReferenceTscPage(self._tsc_sequence if valid else 0, 0, self.time.scale, offset)
+            content = new.pack()
+            page.write(0, bytes(TSC_SEQUENCE_SIZE))
+            page.write(TSC_SEQUENCE_SIZE, content[TSC_SEQUENCE_SIZE:])
+            page.write(0, content[:TSC_SEQUENCE_SIZE])
+            self._tsc_page = new
 
     def report_crash(self, vp: VirtualProcessor, has_message: bool) -> None:
         """The guest wrote HV_X64_MSR_CRASH_CTL: tell the parent."""

@@ -36,7 +36,7 @@ class _Timer:
         self.due = 0  # reference time of the expiration that is armed or undelivered
         self.timer: Timer | None = None
         self.armed = 0  # counts how often it was disarmed: what began before that is void
-        self.pending = False  # expired, and not delivered yet: the message slot was occupied
+        self.pending = False  # expired, and not delivered yet: the guest takes nothing now
         self.delivering = False  # a thread is about to post the message
         self.again = False  # a slot was freed meanwhile: it has to try once more
 
@@ -44,13 +44,20 @@ class _Timer:
 class SyntheticTimers:
     """Periodic, one-shot, lazy, auto-enabled and direct-mode timers.
 
-    An expiration whose message slot is occupied stays pending until the guest frees the slot, as the TLFS says; a
-    periodic timer does not pile up further ones meanwhile. Lazy timers may be late in real
-    hypervisors; here they only coalesce: while one waits for its slot, its later periods are skipped.
+    An expiration whose message slot is occupied stays pending until the guest frees the slot, as the TLFS says, and
+    one that comes while the message page, the SynIC or (in direct mode) the local APIC is disabled until that is
+    enabled, as in KVM and OpenVMM; a periodic timer does not pile up further ones meanwhile. Lazy timers may be late in
+    real hypervisors; here they only coalesce: while one waits for its slot, its later periods are skipped.
+
+    Args:
+        clock: the hypervisor's.
+        time: the partition's reference time.
+        synic: where messages go; its `Synic.slot_free` is set.
+        raise_direct: ``raise_direct(vector, auto_eoi)`` requests an interrupt; False if the local APIC is disabled.
     """
 
     def __init__(
-        self, clock: Clock, time: ReferenceTime, synic: Synic, raise_direct: Callable[[int, bool], None]
+        self, clock: Clock, time: ReferenceTime, synic: Synic, raise_direct: Callable[[int, bool], bool]
     ) -> None:
         self._clock = clock
         self._time = time
@@ -60,7 +67,7 @@ class SyntheticTimers:
         self.closed = False
         """The processor is gone: no timer is armed any more."""
         self._timers = [_Timer() for _ in range(STIMER_COUNT)]
-        synic.slot_free = self._retry
+        synic.slot_free = self.retry
 
     def reset(self) -> None:
         """Disarm all four."""
@@ -146,9 +153,23 @@ class SyntheticTimers:
             elif config & PERIODIC:
                 self._arm(index, timer, timer.due)
         if direct:
-            self._raise(config >> 4 & 0xFF, False)
+            self._interrupt(timer, armed, config)
         else:
             self._deliver(index, timer)
+
+    def _interrupt(self, timer: _Timer, armed: int, config: int) -> None:
+        """Raise a direct-mode timer's interrupt; while the local APIC is disabled it waits."""
+        vector = config >> 4 & 0xFF
+        if self._raise(vector, False):
+            return
+        with self._lock:
+            if timer.armed != armed:
+                return
+            timer.pending = True
+        if self._raise(vector, False):  # the APIC was enabled meanwhile, by another thread
+            with self._lock:
+                if timer.armed == armed:
+                    timer.pending = False
 
     def _deliver(self, index: int, timer: _Timer) -> None:
         """Post the message of an expired timer; a periodic one is armed again when that has succeeded."""
@@ -186,7 +207,17 @@ class SyntheticTimers:
             timer.delivering = again
             return again
 
-    def _retry(self, _sint: int) -> None:
+    def retry(self, _sint: int = -1) -> None:
+        """The guest takes again what it took not before: deliver what waits."""
         for index, timer in enumerate(self._timers):
-            if timer.pending:
+            if not timer.pending:
+                continue
+            with self._lock:
+                armed, config = timer.armed, timer.config
+                direct = timer.pending and config & DIRECT_MODE
+                if direct:
+                    timer.pending = False
+            if direct:
+                self._interrupt(timer, armed, config)
+            else:
                 self._deliver(index, timer)

@@ -47,14 +47,15 @@ class Synic:
 
     Args:
         memory: the partition's memory, where the guest places the SIM and SIEF pages.
-        request_interrupt: ``request_interrupt(vector, auto_eoi)``, called without the SynIC's lock held.
+        request_interrupt: ``request_interrupt(vector, auto_eoi)``, called without the SynIC's lock held; False if the
+            local APIC takes none now, because it is disabled.
         map_lock: `Hypervisor.map_lock`; taken before the SynIC's own.
     """
 
     def __init__(
         self,
         memory: GuestMemory,
-        request_interrupt: Callable[[int, bool], None],
+        request_interrupt: Callable[[int, bool], bool],
         map_lock: AbstractContextManager[object],
     ) -> None:
         self._memory = memory
@@ -65,9 +66,9 @@ class Synic:
         self._queues: list[deque[QueuedMessage]] = [deque() for _ in range(SINT_COUNT)]
         self._unported = [0] * SINT_COUNT  # how many of them did not come through a port
         self._queued = 0  # bit n: messages wait for SINT n
-        self._unraised = 0  # bit n: something arrived while SINT n was masked
-        self.scontrol = 1
-        """SCONTROL; bit 0 enables the SynIC. Set at reset, as Hyper-V and OpenVMM do."""
+        self._refused = 0  # bit n: `try_post` has refused a message for SINT n since it last took one
+        self._unraised = 0  # bit n: something arrived while SINT n was masked, or the local APIC disabled
+        self._scontrol = 1
         self._siefp = 0
         self._simp = 0
         self._sief_page = OverlayPage(memory)
@@ -75,7 +76,8 @@ class Synic:
         self._slots: list[MessageSlot] | None = None
         self._flags: list[EventFlags] | None = None
         self.slot_free: Callable[[int], None] | None = None
-        """Called with a SINT whose slot the guest has freed and for which nothing is queued (synthetic timers)."""
+        """Called, without a lock held, when what was refused may be taken now: with a SINT, or with -1 for any of them.
+        The guest has freed a slot, or has enabled the SynIC or one of its pages."""
 
     def reset(self) -> None:
         """Back to the state at power-on: pages removed, queues dropped, all SINTs masked."""
@@ -93,10 +95,22 @@ class Synic:
                         port.waiting -= 1
                 queue.clear()
             self._unported = [0] * SINT_COUNT
-            self._queued = self._unraised = 0
-            self.scontrol = 1
+            self._queued = self._refused = self._unraised = 0
+            self._scontrol = 1
 
     # Registers
+
+    @property
+    def scontrol(self) -> int:
+        """SCONTROL; bit 0 enables the SynIC. Set at reset, as Hyper-V and OpenVMM do."""
+        return self._scontrol
+
+    @scontrol.setter
+    def scontrol(self, value: int) -> None:
+        with self._lock:
+            self._scontrol = value
+        if value & 1:
+            self.end_of_message()
 
     @property
     def simp(self) -> int:
@@ -112,7 +126,8 @@ class Synic:
             gpa = self._sim_page.gpa
             if gpa is not None:
                 self._slots = [MessageSlot(self._memory, gpa, n) for n in range(SINT_COUNT)]
-        self.flush()
+        if gpa is not None:
+            self.end_of_message()
 
     @property
     def siefp(self) -> int:
@@ -128,6 +143,8 @@ class Synic:
             self._flags = None
             if gpa is not None:
                 self._flags = [EventFlags(self._memory, gpa, n) for n in range(SINT_COUNT)]
+        if gpa is not None:
+            self._tell(-1)
 
     def occupies(self, gpa: int) -> bool:
         """Whether the message or event flags page is placed at page address `gpa`."""
@@ -167,9 +184,10 @@ class Synic:
             if raise_now:
                 self._unraised &= ~(1 << index)
         if raise_now:
-            self._interrupt(value)
-        if self._queued >> index & 1:
+            self._interrupt(index, value)
+        if (self._queued | self._refused) >> index & 1:
             self._flush_sint(index)
+            self._tell(index)
 
     # What arrives
 
@@ -194,7 +212,7 @@ class Synic:
         if not 0 <= sint < SINT_COUNT or len(payload) > MESSAGE_PAYLOAD_SIZE or not message_type:
             raise HypercallError(Status.INVALID_PARAMETER)
         with self._lock:
-            if self._slots is None or not self.scontrol & 1:
+            if self._slots is None or not self._scontrol & 1:
                 raise HypercallError(Status.INVALID_SYNIC_STATE)
             queue = self._queues[sint]
             if queue or not self._post(sint, message_type, sender, payload):
@@ -213,18 +231,23 @@ class Synic:
                 return
             register = self._note(sint)
         if register is not None:
-            self._interrupt(register)
+            self._interrupt(sint, register)
 
     def try_post(self, sint: int, message_type: int, sender: int, payload: bytes) -> bool:
         """Deliver a message only if nothing is ahead of it and its slot is free (synthetic timers); whether it was."""
         with self._lock:
-            if self._slots is None or not self.scontrol & 1 or self._queues[sint]:
+            if (
+                self._slots is None
+                or not self._scontrol & 1
+                or self._queues[sint]
+                or not self._post(sint, message_type, sender, payload)
+            ):
+                self._refused |= 1 << sint
                 return False
-            if not self._post(sint, message_type, sender, payload):
-                return False
+            self._refused &= ~(1 << sint)
             register = self._note(sint)
         if register is not None:
-            self._interrupt(register)
+            self._interrupt(sint, register)
         return True
 
     def signal_event(self, sint: int, flag: int) -> bool:
@@ -237,29 +260,44 @@ class Synic:
         if not 0 <= sint < SINT_COUNT or not 0 <= flag < EVENT_FLAGS_PER_SINT:
             raise HypercallError(Status.INVALID_PARAMETER)
         with self._lock:
-            if self._flags is None or not self.scontrol & 1:
+            if self._flags is None or not self._scontrol & 1:
                 raise HypercallError(Status.INVALID_SYNIC_STATE)
             if not self._flags[sint].set(flag):
                 return False
             register = self._note(sint)
         if register is not None:
-            self._interrupt(register)
+            self._interrupt(sint, register)
         return True
 
-    # What the guest ends
+    # What the guest ends, and what it lets in again
 
     def end_of_message(self) -> None:
         """The guest wrote EOM: bring queued messages into slots that it has freed."""
         self.flush()
-        if self.slot_free is not None:
-            self.slot_free(-1)
+        self._tell(-1)
 
     def end_of_interrupt(self, vector: int) -> None:
-        """The guest ended `vector`: an EOI also makes the hypervisor look at the queues (TLFS, SynIC)."""
-        if self._queued:
+        """The guest ended `vector`: an EOI also makes the hypervisor look at what waits (TLFS, SynIC)."""
+        waiting = self._queued | self._refused
+        if waiting:
             for index in range(SINT_COUNT):
-                if self._queued >> index & 1 and self._sint[index] & 0xFF == vector:
+                if waiting >> index & 1 and self._sint[index] & 0xFF == vector:
                     self._flush_sint(index)
+                    # The last message of a queue leaves no message-pending flag behind: who waits after it has to
+                    # try, so that the flag is set.
+                    self._tell(index)
+
+    def apic_enabled(self) -> None:
+        """The guest has enabled its local APIC: raise what that refused before."""
+        if self._unraised:
+            for index in range(SINT_COUNT):
+                with self._lock:
+                    register = self._sint[index]
+                    due = self._unraised >> index & 1 and not register & SINT_MASKED
+                    if due:
+                        self._unraised &= ~(1 << index)
+                if due:
+                    self._interrupt(index, register)
 
     def flush(self) -> None:
         """Bring queued messages into free slots."""
@@ -288,7 +326,7 @@ class Synic:
         register = None
         with self._lock:
             queue = self._queues[sint]
-            if not queue or self._slots is None or not self.scontrol & 1:
+            if not queue or self._slots is None or not self._scontrol & 1:
                 return
             while queue and self._post(sint, *queue[0][:3]):
                 # The next round, when messages remain, fails and so sets message-pending in the slot just filled.
@@ -301,7 +339,11 @@ class Synic:
             if not queue:
                 self._queued &= ~(1 << sint)
         if register is not None:
-            self._interrupt(register)
+            self._interrupt(sint, register)
+
+    def _tell(self, sint: int) -> None:
+        if self.slot_free is not None:
+            self.slot_free(sint)
 
     def _post(self, sint: int, message_type: int, sender: int, payload: bytes) -> bool:
         assert self._slots is not None
@@ -315,6 +357,14 @@ class Synic:
             return None
         return register
 
-    def _interrupt(self, register: int) -> None:
-        if not register & SINT_POLLING:
-            self._request(register & 0xFF, bool(register & SINT_AUTO_EOI))
+    def _interrupt(self, sint: int, register: int) -> None:
+        if register & SINT_POLLING:
+            return
+        vector, auto_eoi = register & 0xFF, bool(register & SINT_AUTO_EOI)
+        if self._request(vector, auto_eoi):
+            return
+        with self._lock:
+            self._unraised |= 1 << sint
+        if self._request(vector, auto_eoi):  # the APIC was enabled meanwhile, by another thread
+            with self._lock:
+                self._unraised &= ~(1 << sint)

@@ -36,6 +36,7 @@ from vmbus.hypervisor.stimer import SyntheticTimers
 from vmbus.hypervisor.synic import Synic
 from vmbus.hypervisor.tlfs import TranslateResult
 from vmbus.hypervisor.translate import READ_ACCESS, Access, walk
+from vmbus.trace.names import hypercall_name
 
 if TYPE_CHECKING:
     from vmbus.hypervisor.partition import Partition
@@ -188,7 +189,7 @@ class VirtualProcessor:
         account.hypercalls[control & 0xFFFF] += 1
         if not self.partition.hypercalls_enabled:
             raise UndefinedOpcodeFault(
-                "hypercalls are not enabled: write HV_X64_MSR_GUEST_OS_ID, then HV_X64_MSR_HYPERCALL with bit 0"
+                f"{hypercall_name(control & 0xFFFF)}: hypercalls are not enabled: write HV_X64_MSR_GUEST_OS_ID, then HV_X64_MSR_HYPERCALL with bit 0"
             )
         return dispatch(self, control, input, output, xmm)
 
@@ -369,8 +370,11 @@ class VirtualProcessor:
         ):
             raise GeneralProtectionFault(f"IA32_APIC_BASE 0x{value:x}")
         with self._lock:
+            before = self.apic.enabled
             if not self.apic.switch(mode):
                 raise GeneralProtectionFault(f"IA32_APIC_BASE 0x{value:x}: no such change of mode")
+        if not before:
+            self._apic_enabled()
 
     @property
     def interrupts_enabled(self) -> bool:
@@ -388,20 +392,28 @@ class VirtualProcessor:
         """Whether `pop_interrupt` would give a vector."""
         return self.apic.deliverable and not self.suspended
 
-    def request_interrupt(self, vector: int, auto_eoi: bool = False, level: bool = False) -> None:
-        """Request a fixed interrupt of this processor and deliver it if its priority allows it now."""
+    def request_interrupt(self, vector: int, auto_eoi: bool = False, level: bool = False) -> bool:
+        """Request a fixed interrupt of this processor and deliver it if its priority allows it now.
+
+        Returns:
+            Whether the local APIC took the request. While it is disabled it takes none, and whoever asked for the
+            interrupt has to see that it is not lost, or let it be, as other hardware does (SDM 11.4.7.2).
+        """
         handler = self.interrupt_handler
         with self._lock:
-            if not self.apic.request(vector, auto_eoi, level) or self.suspended:
-                return
+            if not self.apic.request(vector, auto_eoi, level):
+                return False
+            if self.suspended:
+                return True
             if handler is not None:
                 if self._delivering or not self._interrupts_enabled:
-                    return
+                    return True
                 self._delivering = True
         if handler is not None:
             self._run(handler)
         elif self.on_interrupt is not None and self.apic.deliverable:
             self.on_interrupt()
+        return True
 
     def request_external(self, vector: int) -> bool:
         """Request an external interrupt (ExtINT); False while the last one is acknowledged and not cleared."""
@@ -520,11 +532,23 @@ class VirtualProcessor:
             )  # may request interrupts of this very processor: not under its lock
             return
         with self._lock:
+            before = self.apic.enabled
             ended = self.apic.write(offset, value)
         if offset == Register.EOI:
             self._ended(ended)
         elif offset == Register.TPR:
             self._deliver()
+        elif not before:
+            self._apic_enabled()
+
+    def _apic_enabled(self) -> None:
+        """The local APIC may have been enabled: what the hypervisor has for it, and lines that are high, come now."""
+        if self.apic.enabled:
+            self.synic.apic_enabled()
+            self.timers.retry()
+            on_apic_enabled = self.partition.on_apic_enabled
+            if on_apic_enabled is not None:
+                on_apic_enabled()
 
     def _ended(self, vector: int | None) -> None:
         if vector is not None:

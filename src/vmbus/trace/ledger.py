@@ -8,6 +8,8 @@ from collections import Counter
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from vmbus.trace.names import hypercall_name
+
 __all__ = ["Account", "Ledger"]
 
 
@@ -18,7 +20,7 @@ class Account:
     Attributes:
         exits: exits from the guest to the hypervisor, by reason (``"io_port"``, ``"mmio"``, ``"hypercall"`` …).
         instructions: guest instructions retired by an engine.
-        hypercalls: by call code (TLFS appendix A).
+        hypercalls: by call code (TLFS appendix A); reports have the call's name instead, ``"HvCallSignalEvent"``.
         interrupts: interrupts delivered to the guest, by vector.
         doorbells_sent: signals sent to the peer of a channel.
         doorbells_suppressed: publishes and releases for which no signal was needed.
@@ -43,7 +45,9 @@ class Account:
 
     def __repr__(self) -> str:
         """Only what is not zero."""
-        counts = [f"{f.name}={_shown(getattr(self, f.name))}" for f in fields(self) if getattr(self, f.name)]
+        counts = [
+            f"{f.name}={_shown(f.name, getattr(self, f.name))}" for f in fields(self) if getattr(self, f.name)
+        ]
         return f"Account({', '.join(counts)})"
 
     def copy(self) -> "Account":
@@ -69,19 +73,21 @@ class Account:
         for f in fields(self):
             value = getattr(self, f.name)
             if isinstance(value, Counter):
-                value = {_key(k): n for k, n in sorted(value.items(), key=lambda item: str(item[0]))}
+                value = {_key(f.name, k): n for k, n in sorted(value.items(), key=lambda item: str(item[0]))}
             result[f.name] = value
         return result
 
 
-def _shown(value: Any) -> str:
+def _shown(field: str, value: Any) -> str:
     if not isinstance(value, Counter):
         return str(value)
-    return f"{{{', '.join(f'{_key(key)}: {count}' for key, count in value.items())}}}"
+    return f"{{{', '.join(f'{_key(field, key)}: {count}' for key, count in value.items())}}}"
 
 
-def _key(key: int | str) -> str:
-    return key if isinstance(key, str) else f"0x{key:x}"
+def _key(field: str, key: int | str) -> str:
+    if isinstance(key, str):
+        return key
+    return hypercall_name(key) if field == "hypercalls" else f"0x{key:x}"
 
 
 class Ledger:
