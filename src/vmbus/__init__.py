@@ -4,7 +4,8 @@ The parts from the bottom up; each room of the package has more:
 
 * the compiled core: `GuestMemory`, `GpaRanges`, `Window`, `RingWriter`, `RingReader`, `Packet`,
   `Dispatcher`, `Doorbell`
-* the hypervisor: `Hypervisor`, `Partition`, `VirtualProcessor`, `HostClock`, `VirtualClock`, `PERSONALITIES`
+* the hypervisor: `Hypervisor`, `Partition`, `VirtualProcessor`, `HostClock`, `VirtualClock`, `PERSONALITIES`,
+  `Budget`
 * VMBus: `VmbusHost` in the parent, `VmbusGuest` in the child, `Offer`, `Channel`, `loopback`
 * storage: `RawDisk`, `MemoryDisk`, `open_disk` for images and NBD, `RedirectDisk`, `StorageVsp`, `StorageVsc`
 * networking: `Switch`, `NetworkAdapter` in the parent with its `AdapterConfig`, `NetworkVsc` in the child with its
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from vmbus.core.memory import GpaRanges, GuestMemory, Window
     from vmbus.core.ring import Packet, RingReader, RingWriter
     from vmbus.errors import (
+        BudgetExceeded,
         DeviceError,
         EngineError,
         GuestMemoryError,
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     )
     from vmbus.hypervisor import (
         PERSONALITIES,
+        Budget,
         HostClock,
         Hypervisor,
         Partition,
@@ -81,6 +84,7 @@ _ROOMS = {
         "RingWriter",
     ),
     "vmbus.errors": (
+        "BudgetExceeded",
         "DeviceError",
         "EngineError",
         "GuestMemoryError",
@@ -96,6 +100,7 @@ _ROOMS = {
     ),
     "vmbus.hypervisor": (
         "PERSONALITIES",
+        "Budget",
         "HostClock",
         "Hypervisor",
         "Partition",
@@ -147,6 +152,8 @@ __all__ = [
     "PERSONALITIES",
     "Account",
     "AdapterConfig",
+    "Budget",
+    "BudgetExceeded",
     "Channel",
     "Comparison",
     "DeviceError",

@@ -7,6 +7,7 @@ these at the edge.
 from typing import Any
 
 __all__ = [
+    "BudgetExceeded",
     "DeviceError",
     "EngineError",
     "GuestMemoryError",
@@ -77,6 +78,13 @@ class HypercallError(VmbusError):
     def __init__(self, status: int, message: str = "") -> None:
         super().__init__(message or f"hypercall failed with HV_STATUS 0x{status:04x}")
         self.status = status
+
+
+class BudgetExceeded(VmbusError):
+    """A guest asked for more of its host than its budget, or the process, has for it; nothing was taken.
+
+    It costs the guest what it asked for (a channel, a GPADL, a hypercall's success), and others nothing.
+    """
 
 
 class DeviceError(VmbusError):

@@ -1,0 +1,93 @@
+"""The host's control messages to one guest, in order: those that its SynIC has no room for wait."""
+
+import logging
+from collections import deque
+from contextlib import AbstractContextManager
+from weakref import WeakSet
+
+from vmbus.bus.actions import Send
+from vmbus.bus.wire import VMBUS_MESSAGE_TYPE
+from vmbus.errors import HypercallError
+from vmbus.hypervisor import Hypervisor, Partition
+from vmbus.hypervisor.synic import Synic
+from vmbus.hypervisor.tlfs import Status
+
+__all__ = ["Outbox"]
+
+log = logging.getLogger(__name__)
+
+
+class Outbox:
+    """What waits is charged to the guest's budget (`Budget.backlog`).
+
+    Args:
+        hypervisor: the instance.
+        child: the guest's partition.
+        lock: the bus's; held by whoever calls, and taken when the guest has made room.
+    """
+
+    def __init__(self, hypervisor: Hypervisor, child: Partition, lock: AbstractContextManager[bool]) -> None:
+        self._hypervisor = hypervisor
+        self._child = child
+        self._lock = lock
+        self._waiting: deque[Send] = deque()
+        self._watched: WeakSet[Synic] = WeakSet()
+
+    def send(self, message: Send) -> None:
+        """Post a message, or keep it until there is room.
+
+        Raises:
+            BudgetExceeded: too many wait; the guest does not read its messages.
+        """
+        if self._waiting or not self._post(message):
+            self._child.meter.backlog.charge()
+            self._waiting.append(message)
+            if len(self._waiting) == 1:
+                self._watch_for_room(message.vp)
+            self._flush()  # all may have been read in between
+
+    def clear(self) -> None:
+        """Drop what waits."""
+        self._child.meter.backlog.release(len(self._waiting))
+        self._waiting.clear()
+
+    def _post(self, message: Send) -> bool:
+        """Give a message to the hypervisor; False if it has no room."""
+        try:
+            self._hypervisor.post_message(
+                self._child, message.vp, message.sint, VMBUS_MESSAGE_TYPE, 0, message.payload
+            )
+        except HypercallError as error:
+            if error.status == Status.INSUFFICIENT_BUFFERS:
+                return False
+            # A guest that took its message page away gets no messages; real ones do so when they shut down.
+            log.debug("%s cannot be sent a message: %s", self._child.name, error)
+        except (OSError, MemoryError) as error:
+            log.warning("%s: a message has to wait: %s", self._child.name, error)
+            return False
+        return True
+
+    def _watch_for_room(self, vp: int) -> None:
+        """Have what waits posted when the guest has taken messages."""
+        try:
+            synic = self._child.vp(vp).synic
+        except HypercallError:
+            return  # deleted just now: `_post` drops what was meant for it
+        if synic in self._watched:
+            return
+        self._watched.add(synic)
+        previous = synic.slot_free
+
+        def freed(sint: int) -> None:
+            if previous is not None:
+                previous(sint)
+            if self._waiting:
+                with self._lock:
+                    self._flush()
+
+        synic.slot_free = freed
+
+    def _flush(self) -> None:
+        while self._waiting and self._post(self._waiting[0]):
+            self._waiting.popleft()
+            self._child.meter.backlog.release()
