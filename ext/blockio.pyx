@@ -64,7 +64,9 @@ def run_without_gil(BlockClient client not None, BlockServer server not None) ->
     """
     cdef uint64_t before = server.packets
     cdef int state, code
-    server.serving = True
+    if client.stepping or server.serving:
+        raise DeviceError("another thread drives the batch or serves the channel")
+    server.serving = client.stepping = True
     try:
         with nogil:
             ring_mask(&client.incoming.c)
@@ -79,5 +81,5 @@ def run_without_gil(BlockClient client not None, BlockServer server not None) ->
                 if code != SERVE_EMPTY:
                     break
     finally:
-        server.serving = False
+        server.serving = client.stepping = False
     return server.packets - before

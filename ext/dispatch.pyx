@@ -248,8 +248,17 @@ cdef int64_t _nanoseconds(object seconds) except? -1:
     return <int64_t>(<double>seconds * 1e9)
 
 
-cdef int _sleep(int fd, int64_t deadline) except -2:
-    """Wait without the GIL until `fd` is readable and take its count; 0 once the deadline (-1: none) has passed."""
+cdef int _sleep(Doorbell doorbell, int64_t deadline) except -2:
+    """Wait without the GIL for a ring and take it; 0 once the deadline (-1: none) has passed."""
+    doorbell.waiting += 1
+    try:
+        return _wait_for(doorbell.fd, deadline)
+    finally:
+        doorbell.waiting -= 1
+        doorbell._leave()
+
+
+cdef int _wait_for(int fd, int64_t deadline) except -2:
     cdef pollfd waiting
     cdef uint64_t count
     cdef int64_t left
@@ -296,6 +305,7 @@ cdef class Doorbell:
     """
 
     def __cinit__(self, int fd=-1):
+        self.closing = -1
         self.owned = fd < 0
         self.fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK) if fd < 0 else fd
         if self.fd < 0:
@@ -348,17 +358,22 @@ cdef class Doorbell:
             if spin_end > deadline:
                 spin_end = deadline
         cdef bint found = False
+        cdef int fd
         if reader is None:
             if self.clear():
                 return True
+            fd = self.fd
+            self.waiting += 1
             with nogil:
                 while not found and _now() < spin_end:
-                    found = _taken(self.fd)
+                    found = _taken(fd)
+            self.waiting -= 1
+            self._leave()
             if found:
                 self.spins_paid += 1
                 return True
             self.sleeps += 1
-            return _sleep(self.fd, deadline) != 0
+            return _sleep(self, deadline) != 0
         while True:
             ring_mask(&reader.c)
             with nogil:
@@ -369,17 +384,32 @@ cdef class Doorbell:
             if ring_unmask(&reader.c):
                 return True
             self.sleeps += 1
-            if not _sleep(self.fd, deadline):
+            if not _sleep(self, deadline):
                 return _has_packet(reader)
             if _has_packet(reader):
                 return True
             # A ring for something else, or left over from a packet that was polled: wait on.
 
     def close(self) -> None:
-        """Close the descriptor, if it is the doorbell's own."""
+        """Close the descriptor, if it is the doorbell's own. A wait under way in another thread ends as if rung."""
         if self.owned and self.fd >= 0:
-            close_fd(self.fd)
+            self.closing = self.fd
         self.fd = -1
+        self._leave()
+
+    cdef int _leave(self) except -1:
+        """Close a closed doorbell's descriptor when its last user has left.
+
+        Not before: its number would soon be another file's, from which a waiting thread would then read.
+        """
+        cdef uint64_t one = 1
+        if self.closing >= 0:
+            if self.waiting:
+                write(self.closing, &one, 8)    # each that leaves wakes the next
+            else:
+                close_fd(self.closing)
+                self.closing = -1
+        return 0
 
 
 cdef inline bint _has_packet(RingReader reader) noexcept nogil:
@@ -568,7 +598,7 @@ cdef class Dispatcher:
                 store_relaxed32(&self.sleeping, 0)
                 return True
             self.doorbell.sleeps += 1
-            if not _sleep(self.doorbell.fd, deadline):
+            if not _sleep(self.doorbell, deadline):
                 store_relaxed32(&self.sleeping, 0)
                 return self._marked()
             if self._marked():

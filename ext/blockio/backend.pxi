@@ -56,9 +56,11 @@ cdef class Request:
         """
         cdef gpa_cursor_t cursor
         cdef int64_t moved
+        self.memory.exports += 1    # nobody closes it while the GIL is released
         with nogil:
             gpa_cursor_start(&cursor, <const uint8_t *>self.c.ranges, self.c.range_count)
             moved = gpa_transfer(&self.memory.c, &cursor, fd, self.c.offset, self.c.length, not self.c.write)
+        self.memory.exports -= 1
         if moved != <int64_t>self.c.length:
             if moved < -100:
                 raise GuestMemoryError("a page of the guest's buffer is outside the partition")
@@ -176,12 +178,16 @@ cdef class Requests:
             raise ValueError(f"requests {first} to {first + most} of {self.count}")
         if numbers.view.itemsize != 8 or <uint64_t>numbers.view.len // 8 < <uint64_t>most * each:
             raise ValueError(f"{numbers.view.len // 8} pages for {most} requests of {each}")
+        self.memory.exports += 1    # nobody closes either while the GIL is released
+        memory.exports += 1
         with nogil:
             for index in range(most):
                 code = _relay(&self.memory.c, &self.items[first + index], &memory.c,
                               <uint64_t *>numbers.view.buf + <uint64_t>index * each)
                 if code:
                     break
+        memory.exports -= 1
+        self.memory.exports -= 1
         if code:
             raise GuestMemoryError("a page of a buffer is outside the partition")
         self.copied += most * self.items[0].length
@@ -206,6 +212,7 @@ cdef class Requests:
         cdef block_request_t *request
         if most > self.count or places.view.itemsize != 8 or <uint64_t>places.view.len // 8 < most:
             raise ValueError(f"{places.view.len // 8} offsets for {most} of {self.count} requests")
+        self.memory.exports += 1    # nobody closes it while the GIL is released
         with nogil:
             while index < most:
                 request = &self.items[index]
@@ -214,6 +221,7 @@ cdef class Requests:
                                 not request.write) != <int64_t>request.length:
                     break
                 index += 1
+        self.memory.exports -= 1
         return index
 
 

@@ -56,6 +56,7 @@ cdef class BlockClient:
     cdef uint8_t *states
     cdef _Mapped offsets_buffer
     cdef _Mapped pfns_buffer
+    cdef bint stepping
     cdef readonly uint64_t sent
     cdef readonly uint64_t received
     cdef readonly uint64_t stale
@@ -98,7 +99,7 @@ cdef class BlockClient:
             ValueError: lengths that do not fit each other.
         """
         cdef uint64_t count
-        if self.count != self.completed:
+        if self.count != self.completed or self.stepping:
             raise DeviceError("the last batch is not finished")
         if length == 0 or length & ((1 << self.sector_shift) - 1) or depth == 0:
             raise ValueError(f"requests of {length} bytes, {depth} at once")
@@ -137,10 +138,15 @@ cdef class BlockClient:
 
         Raises:
             RingCorrupt: the host broke a ring.
+            DeviceError: another thread is inside.
         """
         cdef int state
+        if self.stepping:
+            raise DeviceError("another thread drives the batch")
+        self.stepping = True    # nobody begins another one, which frees this one's states
         with nogil:
             state = self._step()
+        self.stepping = False
         if state < 0:
             raise RingCorrupt("the peer left an index or a packet descriptor that no correct peer can produce")
         return state

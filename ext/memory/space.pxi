@@ -15,6 +15,38 @@ cdef _Backing _backing(int fd):
     return backing
 
 
+cdef inline bint _continues(const guest_page_t *page, const guest_page_t *before) noexcept nogil:
+    """Whether two adjacent pages of a space can be in one mapping of the process."""
+    return page.fd == before.fd and (page.fd < 0 or page.offset == before.offset + PAGE_BYTES)
+
+
+cdef uint64_t _breaks(const guest_memory_t *memory, uint64_t first, uint64_t count) noexcept nogil:
+    """How many of `count` pages from `first` on, and the page after them, do not continue the one before."""
+    cdef uint64_t page, end = first + count, found = 0
+    if count == 0:
+        return 0
+    if end == memory.size >> 12:
+        end -= 1
+    for page in range(first if first else 1, end + 1):
+        found += not _continues(&memory.pages[page], &memory.pages[page - 1])
+    return found
+
+
+cdef int _check_file(fd, uint64_t size) except -1:
+    """Whether the file behind a descriptor can be guest memory; else ValueError."""
+    if not 0 <= fd <= 0x7fffffff:
+        raise ValueError(f"guest memory in a file: {fd} is no descriptor")
+    try:
+        fits = os.fstat(fd).st_size >= size
+        sealed = fcntl_module.fcntl(fd, fcntl_module.F_GET_SEALS) & F_SEAL_SHRINK
+    except OSError as error:    # not open, or of a kind that has no seals and so may shrink at any time
+        raise ValueError(f"guest memory in a file that is no memfd: {error.strerror}") from None
+    if not fits or not sealed:
+        raise ValueError("guest memory in a file that is too small or not sealed against shrinking")
+    return 0
+
+
+@cython.no_gc_clear     # the destructor needs what it refers to: cleared references are None
 cdef class GuestMemory:
     """GuestMemory(size, *, mapped=True, fd=-1)\n--\n\nOne guest physical address space, from address 0 up.
 
@@ -25,20 +57,23 @@ cdef class GuestMemory:
         fd: an existing memfd to use (a duplicate of it) instead of a new one: the same memory in another process.
 
     Raises:
-        ValueError: the size is not a positive multiple of 4096 below 2**46, or `fd` is smaller or could shrink.
+        ValueError: the size is not a positive multiple of 4096 below 2**46, or `fd` is no file that can be used: not
+            open, no memfd, smaller, not sealed against shrinking, or not writable.
         OSError: the host has no memory or address space for it.
+
+    Attributes:
     """
 
-    def __cinit__(self, size, *, bint mapped=True, int fd=-1):
+    def __cinit__(self, size, *, bint mapped=True, fd=-1):
         self.fd = -1
         self.sources = set()
         if not 0 < size < MOST_MEMORY or size % PAGE_BYTES:
             raise ValueError(f"guest memory of {size} bytes: not a positive multiple of {PAGE_BYTES} below 2**46")
         cdef uint64_t length = size, page
         cdef int flags = MAP_PRIVATE | MAP_ANONYMOUS
-        if fd >= 0:
-            if os.fstat(fd).st_size < size or not fcntl_module.fcntl(fd, fcntl_module.F_GET_SEALS) & F_SEAL_SHRINK:
-                raise ValueError("guest memory in a file that is too small or not sealed against shrinking")
+        cdef bint theirs = fd != -1
+        if theirs:
+            _check_file(fd, length)
             self.fd = fcntl_module.fcntl(fd, fcntl_module.F_DUPFD_CLOEXEC, 0)
             self.backs = _backing(self.fd)
             mapped = True
@@ -58,6 +93,8 @@ cdef class GuestMemory:
             raise _os_error("guest memory")
         self.c.size = length
         if mmap(self.c.base, length, PROT_READ | PROT_WRITE, flags | MAP_NORESERVE | MAP_FIXED, self.fd, 0) == MAP_FAILED:
+            if theirs and errno != ENOMEM:
+                raise ValueError(f"guest memory in a file that cannot be mapped for writing: {os.strerror(errno)}")
             raise _os_error("guest memory")
         self.c.pages = <guest_page_t *>calloc(length >> 12, sizeof(guest_page_t))
         if self.c.pages == NULL:
@@ -72,6 +109,8 @@ cdef class GuestMemory:
         if self.c.base != NULL:
             _give_back(self.c.base, self.c.size)
         free(self.c.pages)
+        self.breaks = 0
+        self._settle()
 
     def __repr__(self):
         return f"<GuestMemory of {self.c.size:#x} bytes>" if self.c.base != NULL else "<GuestMemory, closed>"
@@ -141,6 +180,37 @@ cdef class GuestMemory:
     def __releasebuffer__(self, Py_buffer *buffer):
         self.exports -= 1
 
+    @property
+    def allowance(self):
+        """What the process's mappings are charged to, those of windows and those that the space falls apart into by
+        `map` and `unmap`, or None.
+
+        An object with ``charge(count)``, which raises what `window` then raises, ``release(count)`` and, for what has
+        happened already, ``adjust(count)``. A window keeps it until it is unmapped.
+        """
+        return self._allowance
+
+    @allowance.setter
+    def allowance(self, allowance):
+        if self._allowance is not None:
+            self._allowance.adjust(-self.charged)
+        self.charged = 0
+        self._allowance = allowance
+        self._settle()
+
+    cdef int _settle(self) except -1:
+        """Charge what the space falls apart into now."""
+        cdef Py_ssize_t more = <Py_ssize_t>self.breaks - self.charged
+        if self._allowance is not None and more:
+            self.charged += more
+            self._allowance.adjust(more)
+        return 0
+
+    @property
+    def mappings(self) -> int:
+        """How many mappings of the process the space takes: runs of pages that are adjacent in what backs them."""
+        return self.breaks + 1 if self.c.base != NULL else 0
+
     def access(self, uint64_t gpa) -> int:
         """The access rights of the page at `gpa`; 0 where nothing is mapped or outside the space."""
         return self.c.pages[gpa >> 12].access if gpa < self.c.size else 0
@@ -183,20 +253,25 @@ cdef class GuestMemory:
             if source.c.pages[(source_gpa >> 12) + page].fd < 0:
                 raise GuestMemoryError(f"the source has no page at {source_gpa + (page << 12):#x}")
         page = 0
-        while page < pages:
-            backing = &source.c.pages[(source_gpa >> 12) + page]
-            ours = &self.c.pages[(gpa >> 12) + page]
-            run = 1
-            while page + run < pages and backing[run].fd == backing.fd and backing[run].offset == backing.offset + (run << 12):
-                run += 1
-            if mmap(self.c.base + gpa + (page << 12), run << 12, PROT_READ | PROT_WRITE,
-                    MAP_SHARED | MAP_FIXED | MAP_NORESERVE, backing.fd, backing.offset) == MAP_FAILED:
-                raise _os_error("mapping guest pages")
-            page += run
-            while run:
-                run -= 1
-                ours[run] = backing[run]
-                ours[run].access = access
+        self.breaks -= _breaks(&self.c, gpa >> 12, pages)
+        try:
+            while page < pages:
+                backing = &source.c.pages[(source_gpa >> 12) + page]
+                ours = &self.c.pages[(gpa >> 12) + page]
+                run = 1
+                while page + run < pages and _continues(&backing[run], &backing[run - 1]):
+                    run += 1
+                if mmap(self.c.base + gpa + (page << 12), run << 12, PROT_READ | PROT_WRITE,
+                        MAP_SHARED | MAP_FIXED | MAP_NORESERVE, backing.fd, backing.offset) == MAP_FAILED:
+                    raise _os_error("mapping guest pages")
+                page += run
+                while run:
+                    run -= 1
+                    ours[run] = backing[run]
+                    ours[run].access = access
+        finally:
+            self.breaks += _breaks(&self.c, gpa >> 12, pages)
+            self._settle()
         if source is not self:
             # The descriptors behind our pages must stay open as long as windows may be made of them, also when the
             # source is closed: the number would soon be another file's.
@@ -215,13 +290,16 @@ cdef class GuestMemory:
         self._check_extent(gpa, length)
         if length == 0:
             return
+        self.breaks -= _breaks(&self.c, gpa >> 12, length >> 12)
         for page in range(gpa >> 12, (gpa + length) >> 12):
             self.c.pages[page].access = 0
             self.c.pages[page].fd = -1
+        self.breaks += _breaks(&self.c, gpa >> 12, length >> 12)
         # Harmless anonymous pages instead of a hole: code that runs without the GIL may still be copying. Should the
         # host refuse (too many mappings), the pages are out of reach all the same: every access looks at the rights.
         mmap(self.c.base + gpa, length, PROT_READ | PROT_WRITE,
              MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0)
+        self._settle()
 
     def protect(self, uint64_t gpa, uint64_t length, uint32_t access) -> None:
         """Change the access rights of mapped pages.
@@ -249,6 +327,7 @@ cdef class GuestMemory:
             GuestMemoryError: a page is outside the space, or not both readable and writable.
             ValueError: no pages, or too few for a ring.
             OSError: the host cannot map it.
+            BudgetExceeded: whatever `allowance` raises.
         """
         cdef Window window = Window.__new__(Window)
         cdef uint64_t pfn
@@ -266,7 +345,11 @@ cdef class GuestMemory:
                     raise GuestMemoryError(f"page {pfn:#x} is mapped without the access")
                 pages[index] = self.c.pages[pfn]
                 index += 1
-            window._map(pages, len(numbers), mirrored)
+            self.exports += 1   # while the allowance is asked: what backs the pages stays open
+            try:
+                window._map(pages, index, mirrored, self._allowance)
+            finally:
+                self.exports -= 1
         finally:
             free(pages)
         return window
@@ -279,6 +362,8 @@ cdef class GuestMemory:
         """
         if self.exports:
             raise BufferError("views of this guest memory still exist")
+        self.breaks = 0
+        self._settle()
         if self.c.base != NULL:
             _give_back(self.c.base, self.c.size)
             self.c.base = NULL

@@ -1,5 +1,21 @@
 # Scattered pages as one flat range. Included by memory.pyx.
 
+cdef enum:
+    GUARDS = 2                  # mappings of the pages before and after a window that nobody may touch
+
+
+cdef inline size_t _run(const guest_page_t *pages, size_t count, size_t total, size_t index) noexcept nogil:
+    """How many pages of a window from `index` on go into one mapping: adjacent pages of one file; the mirror of the
+    data, which begins at `count`, starts a new one."""
+    cdef const guest_page_t *page = &pages[index if index < count else index - (count - 1)]
+    cdef size_t run = 1
+    while (index + run < total and index + run != count and page[run].fd == page.fd
+           and page[run].offset == page.offset + (run << 12)):
+        run += 1
+    return run
+
+
+@cython.no_gc_clear     # the destructor needs what it refers to: cleared references are None
 cdef class Window:
     """Guest pages mapped as one flat range of host addresses; made by `GuestMemory.window` or `Window.allocate`.
 
@@ -9,39 +25,54 @@ cdef class Window:
     Attributes:
         size: bytes of the pages, each counted once.
         mirrored: the pages after the first are mapped twice in a row.
+        mappings: how many mappings of the process it takes: one for each run of adjacent pages, and the guard pages.
     """
 
-    cdef int _map(self, const guest_page_t *pages, size_t count, bint mirrored) except -1:
+    cdef int _map(self, const guest_page_t *pages, size_t count, bint mirrored, object allowance) except -1:
         cdef size_t index = 0, run
+        cdef Py_ssize_t mappings = GUARDS
+        cdef const guest_page_t *page
         if count < (2 if mirrored else 1):
             raise ValueError("a ring needs a control page and at least one data page" if mirrored else "no pages")
         if count > MOST_WINDOW_PAGES:
             raise ValueError(f"a window of {count} pages is too large")
         cdef size_t data = count - 1
         cdef size_t total = count + (data if mirrored else 0)
+        while index < total:
+            index += _run(pages, count, total, index)
+            mappings += 1
+        if allowance is not None:
+            allowance.charge(mappings)
+            self.allowance = allowance
+        self.mappings = mappings
+        index = 0
         self.base = _reserve(total << 12)
         if self.base == NULL:
             raise _os_error("mapping a window")
         self.mapped = total << 12
         self.size = count << 12
         self.mirrored = mirrored
-        cdef const guest_page_t *page
         while index < total:
             page = &pages[index if index < count else index - data]
-            run = 1
-            # Adjacent pages of one file go into one mapping; the mirror starts a new one.
-            while (index + run < total and index + run != count and page[run].fd == page.fd
-                   and page[run].offset == page.offset + (run << 12)):
-                run += 1
+            run = _run(pages, count, total, index)
             if mmap(self.base + (index << 12), run << 12, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED,
                     page.fd, page.offset) == MAP_FAILED:
                 raise _os_error("mapping a window")
             index += run
         return 0
 
-    def __dealloc__(self):
+    cdef int _unmap(self) except -1:
+        """Give the address space back, and what was charged for it."""
+        allowance, self.allowance = self.allowance, None
         if self.base != NULL:
             _give_back(self.base, self.mapped)
+            self.base = NULL
+        if allowance is not None:
+            allowance.release(self.mappings)
+        return 0
+
+    def __dealloc__(self):
+        self._unmap()
 
     def __repr__(self):
         kind = " and their mirror" if self.mirrored else ""
@@ -88,7 +119,7 @@ cdef class Window:
                     raise ValueError(f"page {number} of a file of {limit} pages")
                 backing[index].fd = fd
                 backing[index].offset = <uint64_t>number << 12
-            window._map(backing, len(numbers), mirrored)
+            window._map(backing, len(numbers), mirrored, None)
         finally:
             free(backing)
         return window
@@ -119,6 +150,4 @@ cdef class Window:
         """
         if self.exports:
             raise BufferError("rings or views over this window still exist")
-        if self.base != NULL:
-            _give_back(self.base, self.mapped)
-            self.base = NULL
+        self._unmap()

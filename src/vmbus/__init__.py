@@ -5,7 +5,7 @@ The parts from the bottom up; each room of the package has more:
 * the compiled core: `GuestMemory`, `GpaRanges`, `Window`, `RingWriter`, `RingReader`, `Packet`,
   `Dispatcher`, `Doorbell`
 * the hypervisor: `Hypervisor`, `Partition`, `VirtualProcessor`, `HostClock`, `VirtualClock`, `PERSONALITIES`;
-  `ChildProcess`, a child in a process of its own, and its `Sandbox`
+  `Budget` of what a guest makes its host spend; `ChildProcess`, a child in a process of its own, and its `Sandbox`
 * VMBus: `VmbusHost` in the parent, `VmbusGuest` in the child, `Offer`, `Channel`, `loopback`
 * storage: `RawDisk`, `MemoryDisk`, `open_disk` for images and NBD, `RedirectDisk`, `StorageVsp`, `StorageVsc`
 * networking: `Switch`, `NetworkAdapter` in the parent with its `AdapterConfig`, `NetworkVsc` in the child with its
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from vmbus.core.memory import GpaRanges, GuestMemory, Window
     from vmbus.core.ring import Packet, RingReader, RingWriter
     from vmbus.errors import (
+        BudgetExceeded,
         DeviceError,
         EngineError,
         GuestMemoryError,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     )
     from vmbus.hypervisor import (
         PERSONALITIES,
+        Budget,
         ChildProcess,
         HostClock,
         Hypervisor,
@@ -84,6 +86,7 @@ _ROOMS = {
         "RingWriter",
     ),
     "vmbus.errors": (
+        "BudgetExceeded",
         "DeviceError",
         "EngineError",
         "GuestMemoryError",
@@ -99,6 +102,7 @@ _ROOMS = {
     ),
     "vmbus.hypervisor": (
         "PERSONALITIES",
+        "Budget",
         "ChildProcess",
         "HostClock",
         "Hypervisor",
@@ -152,6 +156,8 @@ __all__ = [
     "PERSONALITIES",
     "Account",
     "AdapterConfig",
+    "Budget",
+    "BudgetExceeded",
     "Channel",
     "ChildProcess",
     "Comparison",

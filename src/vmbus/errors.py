@@ -7,6 +7,7 @@ these at the edge. Whatever a message quotes from a guest, an image or a server 
 from typing import Any
 
 __all__ = [
+    "BudgetExceeded",
     "DeviceError",
     "EngineError",
     "GuestMemoryError",
@@ -103,6 +104,13 @@ class HypercallError(VmbusError):
         status_name = f"HV_STATUS_{name} (0x{status:04x})" if name else f"HV_STATUS 0x{status:04x}"
         super().__init__(message or f"hypercall failed with {status_name}")
         self.status = status
+
+
+class BudgetExceeded(VmbusError):
+    """A guest asked for more of its host than its budget, or the process, has for it; nothing was taken.
+
+    It costs the guest what it asked for (a channel, a GPADL, a hypercall's success), and others nothing.
+    """
 
 
 class DeviceError(VmbusError):

@@ -3,7 +3,7 @@
 The machines do no I/O: they return these, to be carried out in order.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 from uuid import UUID
 
@@ -165,9 +165,15 @@ class Retarget:
 
 @dataclass(frozen=True, slots=True)
 class UseMonitorPages:
-    """The guest changed its monitor pages."""
+    """The guest changed its monitor pages.
+
+    Attributes:
+        pages: those to use from now on.
+        previous: those until now, should it not be possible.
+    """
 
     pages: MonitorPages | None
+    previous: MonitorPages | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

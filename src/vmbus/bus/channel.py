@@ -12,6 +12,7 @@ from threading import Lock
 from typing import Protocol, Self
 from uuid import UUID
 
+from vmbus.bus.held_pages import HeldPages
 from vmbus.bus.offer import Offer
 from vmbus.core.memory import PAGE_SIZE, Buffer, GpaRanges, GuestMemory, Window
 from vmbus.core.ring import IN_BAND, Packet, RingReader, RingWriter
@@ -31,15 +32,30 @@ class Gpadl:
         gpadl_id: the guest's name for it.
         ranges: the guest physical ranges; no page content is copied until asked for.
         memory: the guest's memory.
+
+    Args:
+        held: the bus's index of pages that windows stand on.
+        key: the GPADL's there.
     """
 
-    __slots__ = ("_window", "gpadl_id", "memory", "ranges")
+    __slots__ = ("_closed", "_held", "_key", "_lock", "_window", "gpadl_id", "memory", "ranges")
 
-    def __init__(self, gpadl_id: int, ranges: GpaRanges, memory: GuestMemory) -> None:
+    def __init__(
+        self,
+        gpadl_id: int,
+        ranges: GpaRanges,
+        memory: GuestMemory,
+        held: HeldPages | None = None,
+        key: int = 0,
+    ) -> None:
         self.gpadl_id = gpadl_id
         self.ranges = ranges
         self.memory = memory
+        self._held = held
+        self._key = key
         self._window: Window | None = None
+        self._closed = False
+        self._lock = Lock()
 
     def __len__(self) -> int:
         return self.ranges.total
@@ -52,22 +68,33 @@ class Gpadl:
     @property
     def is_mapped(self) -> bool:
         """Whether a window of it exists, which keeps the pages that were there when it was made."""
-        return self._window is not None
-
-    def covers(self, gpa: int) -> bool:
-        """Whether the page at `gpa` is one of them."""
-        pfn = gpa // PAGE_SIZE
-        return any(pfn in part.pfns for part in self.ranges)
+        window = self._window
+        return window is not None and window.address != 0
 
     def window(self) -> Window:
-        """The pages mapped as one contiguous `Window` (made once, closed with the GPADL).
+        """The pages mapped as one contiguous `Window`: the same until it is closed, at the latest with the GPADL.
 
         Raises:
             GuestMemoryError: a page is outside the partition.
+            BudgetExceeded: the guest has used up its mappings.
+            RemoteProtocolError: the guest has torn the GPADL down.
+            OSError: the host cannot map it.
         """
-        if self._window is None:
-            self._window = self.memory.window(self.pfns, mirrored=False)
-        return self._window
+        with self._lock:
+            if self._closed:
+                raise RemoteProtocolError(f"GPADL {self.gpadl_id:#x} is torn down")
+            if self._window is None or not self._window.address:
+                pfns = self.pfns
+                if self._held is not None and self._window is None:
+                    # Before: should a page be taken from the guest meanwhile, the window is found and ends.
+                    self._held.hold(self._key, pfns)
+                try:
+                    self._window = self.memory.window(pfns, mirrored=False)
+                except BaseException:
+                    if self._held is not None and self._window is None:
+                        self._held.let_go(self._key)
+                    raise
+            return self._window
 
     def read(self, offset: int, length: int) -> bytes:
         """Copy `length` bytes at `offset` out of the described memory."""
@@ -79,8 +106,12 @@ class Gpadl:
 
     def close(self) -> None:
         """Drop the mapping; the guest may use its pages for something else."""
-        window, self._window = self._window, None
+        with self._lock:
+            self._closed = True
+            window, self._window = self._window, None
         if window is not None:
+            if self._held is not None:
+                self._held.let_go(self._key)
             with suppress(BufferError):  # somebody still looks at it; it goes with the last view
                 window.close()
 

@@ -14,12 +14,13 @@ from vmbus.bus import wire
 from vmbus.bus.codec import Sender, message_number, parse
 from vmbus.bus.gpadl import GpadlPhase
 from vmbus.bus.host_channels import ChannelMessages
-from vmbus.bus.host_state import EVENT_FLAG_COUNT, NO_GUID, HostChannel, Link
+from vmbus.bus.host_state import EVENT_FLAG_COUNT, NO_GUID, PAGE_NUMBER_SIZE, HostChannel, Link
 from vmbus.bus.offer import Offer
 from vmbus.bus.transitions import CHANNEL, CONNECTION, ChannelState, GpadlState, LinkState, allowed, step
 from vmbus.bus.versions import SUPPORTED_FEATURES, FeatureFlags, Version, features_of
 from vmbus.bus.wire import ConnectionState, MessageType, OfferFlags, Status
 from vmbus.errors import LocalProtocolError, RemoteProtocolError
+from vmbus.hypervisor.budget import Meter
 
 __all__ = ["HostMachine"]
 
@@ -40,6 +41,7 @@ class HostMachine(ChannelMessages):
         versions: the versions granted; others are refused, so that a guest tries its next one.
         features: the feature flags granted with `Version.V6_0`.
         message_connection_id: where guests from version 5.0 on send what follows INITIATE_CONTACT.
+        meter: what GPADLs are charged to; one with `Budget`'s defaults if None.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class HostMachine(ChannelMessages):
         versions: frozenset[int] = frozenset(Version),
         features: int = SUPPORTED_FEATURES,
         message_connection_id: int = wire.MESSAGE_CONNECTION_ID_V5,
+        meter: Meter | None = None,
     ) -> None:
         super().__init__(
             page_count,
@@ -57,6 +60,7 @@ class HostMachine(ChannelMessages):
             versions=versions,
             features=features,
             message_connection_id=message_connection_id,
+            meter=meter,
         )
         self._handlers: dict[MessageType, Callable[[Any, bytes], None]] = {
             MessageType.REQUEST_OFFERS: self._on_request_offers,
@@ -183,6 +187,20 @@ class HostMachine(ChannelMessages):
             if not ok:
                 gpadl.phase = GpadlPhase.UNUSED  # there is nothing to unmap
             self._answer_gpadl(self._offers[gpadl.offer_id], gpadl, ok=ok)
+        return self._take()
+
+    def refuse_connection(self) -> list[act.HostAction]:
+        """The host cannot do what an `Established` connection needs: it ends, and the guest is told so instead."""
+        version, features = self._link.version, self._link.features
+        self._disconnect()
+        supported = int(version >= Version.V2_4)  # before, there is no way to say more
+        self._answer_contact(version, features, supported, ConnectionState.FAILED_UNKNOWN_FAILURE)
+        return self._take()
+
+    def refuse_monitor_pages(self, previous: act.MonitorPages | None) -> list[act.HostAction]:
+        """The host cannot use the pages of `UseMonitorPages`: those before stay, and the guest is told so instead."""
+        self._link.monitor_pages = previous
+        self._send(wire.ModifyConnectionResponse(ConnectionState.FAILED_UNKNOWN_FAILURE))
         return self._take()
 
     def refuse_tl_connect(self, endpoint_id: UUID, service_id: UUID) -> list[act.HostAction]:
@@ -381,8 +399,8 @@ class HostMachine(ChannelMessages):
         if pages != self._link.monitor_pages and any(c.is_monitored for c in self._by_id.values()):
             ok = False  # an open channel is being rung through the old pages
         if ok:
+            self._out.append(act.UseMonitorPages(pages, self._link.monitor_pages))
             self._link.monitor_pages = pages
-            self._out.append(act.UseMonitorPages(pages))
         state = ConnectionState.SUCCESSFUL if ok else ConnectionState.FAILED_UNKNOWN_FAILURE
         self._send(wire.ModifyConnectionResponse(state))
 
@@ -431,9 +449,10 @@ class HostMachine(ChannelMessages):
             assert gpadl.offer_id in self._offers
             assert gpadl.state in (GpadlState.BUILDING, GpadlState.CREATED)
             assert len(gpadl.data) <= gpadl.length
-            total += gpadl.length
+            total += gpadl.length // PAGE_NUMBER_SIZE * PAGE_NUMBER_SIZE
         total += sum(c.reserved_gpadl.length for c in self._offers.values() if c.reserved_gpadl)
-        assert total == self._gpadl_bytes
+        charged = self._meter.gpadls.used, self._meter.gpadl_pages.used * PAGE_NUMBER_SIZE
+        assert self._shared_meter or charged == (len(self._gpadl_serials), total)
         monitors = [c.monitor_id for c in self._offers.values() if c.monitor_id is not None]
         assert sorted(monitors) == sorted(self._monitors)
         assert self._by_key == {c.offer.key: c for c in self._offers.values()}

@@ -6,11 +6,11 @@ from contextlib import suppress
 from vmbus.bus import actions as act
 from vmbus.bus import wire
 from vmbus.bus.gpadl import GpadlPhase, HostGpadl, ring_pages
-from vmbus.bus.host_state import EVENT_FLAG_COUNT, MAX_GPADL_TOTAL, MAX_GPADLS, HostChannel, HostState
+from vmbus.bus.host_state import EVENT_FLAG_COUNT, PAGE_NUMBER_SIZE, HostChannel, HostState
 from vmbus.bus.transitions import CHANNEL, GPADL, ChannelState, LinkState, allowed, step
 from vmbus.bus.versions import FeatureFlags, Version
 from vmbus.bus.wire import MessageType, Status
-from vmbus.errors import RemoteProtocolError
+from vmbus.errors import BudgetExceeded, RemoteProtocolError
 
 __all__ = ["ChannelMessages"]
 
@@ -30,25 +30,33 @@ class ChannelMessages(HostState):
     def _on_gpadl_header(self, message: wire.GpadlHeader, tail: bytes) -> None:
         channel = self._by_id.get(message.channel_id)
         gpadl_id, length = message.gpadl_id, message.length & ~7
-        if channel is not None and self._may_add_gpadl(channel, gpadl_id, length):
+        if channel is not None and self._may_add_gpadl(channel, gpadl_id):
             gpadl = HostGpadl(gpadl_id, channel.offer_id, next(self._serials), message.count, length)
-            with suppress(RemoteProtocolError):
+            with suppress(RemoteProtocolError, BudgetExceeded):
                 complete = gpadl.append(tail)
+                self._charge_gpadl(length)
                 self._gpadls[gpadl_id] = self._gpadl_serials[gpadl.serial] = gpadl
-                self._gpadl_bytes += length
                 if complete:
                     self._gpadl_complete(channel, gpadl)
                 return
         # The guest waits for an answer, whatever is wrong with its request.
         self._send(wire.GpadlCreated(message.channel_id, gpadl_id, Status.UNSUCCESSFUL.signed))
 
-    def _may_add_gpadl(self, channel: HostChannel, gpadl_id: int, length: int) -> bool:
-        return (
-            allowed(CHANNEL, channel.state, MessageType.GPADL_HEADER)
-            and gpadl_id not in self._gpadls
-            and len(self._gpadls) < MAX_GPADLS
-            and self._gpadl_bytes + length <= MAX_GPADL_TOTAL
-        )
+    def _may_add_gpadl(self, channel: HostChannel, gpadl_id: int) -> bool:
+        return allowed(CHANNEL, channel.state, MessageType.GPADL_HEADER) and gpadl_id not in self._gpadls
+
+    def _charge_gpadl(self, length: int) -> None:
+        """Charge a GPADL of `length` bytes of ranges to the guest's budget.
+
+        Raises:
+            BudgetExceeded: it holds too many, or too large ones; nothing was charged.
+        """
+        self._meter.gpadls.charge()
+        try:
+            self._meter.gpadl_pages.charge(length // PAGE_NUMBER_SIZE)
+        except BudgetExceeded:
+            self._meter.gpadls.release()
+            raise
 
     def _on_gpadl_body(self, message: wire.GpadlBody, tail: bytes) -> None:
         gpadl = self._gpadls.get(message.gpadl_id)

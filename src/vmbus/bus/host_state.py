@@ -18,15 +18,14 @@ from vmbus.bus.offer import Offer
 from vmbus.bus.transitions import RESERVED_STATES, ChannelState, LinkState
 from vmbus.bus.versions import SUPPORTED_FEATURES, FeatureFlags, Version
 from vmbus.errors import RemoteProtocolError
+from vmbus.hypervisor.budget import Budget, Meter
 
 __all__ = ["EVENT_FLAG_COUNT", "HostChannel", "HostState", "Link"]
 
 EVENT_FLAG_COUNT: Final = 2048
 """Event flags of a SINT (TLFS 11.3); flag 0 means the shared interrupt page, the others name channels."""
-MAX_GPADLS: Final = 4096
-"""GPADLs that one guest may hold at once: a ring and a buffer for every channel fit."""
-MAX_GPADL_TOTAL: Final = 16 << 20
-"""Bytes of GPA ranges that one guest may make the host keep: enough to describe 8 GiB."""
+PAGE_NUMBER_SIZE: Final = 8
+"""Bytes of a page number, and of a range's header, in a GPADL."""
 MONITORS: Final = 128
 """Triggers of a monitor page: four groups of 32 (TLFS 11.9)."""
 NO_GUID: Final = UUID(int=0)
@@ -111,7 +110,10 @@ class HostState:
         versions: frozenset[int] = frozenset(Version),
         features: int = SUPPORTED_FEATURES,
         message_connection_id: int = wire.MESSAGE_CONNECTION_ID_V5,
+        meter: Meter | None = None,
     ) -> None:
+        self._shared_meter = meter is not None
+        self._meter = Meter(Budget()) if meter is None else meter
         self._page_count = page_count
         self.vp_count = vp_count
         self._versions = versions
@@ -122,7 +124,6 @@ class HostState:
         self._by_id: dict[int, HostChannel] = {}
         self._gpadls: dict[int, HostGpadl] = {}
         self._gpadl_serials: dict[int, HostGpadl] = {}
-        self._gpadl_bytes = 0
         self._by_key: dict[OfferKey, HostChannel] = {}
         self._opening: dict[int, HostChannel] = {}
         self._predecessors: dict[int, HostChannel] = {}
@@ -182,6 +183,11 @@ class HostState:
         """A GPADL that the guest may name."""
         return self._gpadls.get(gpadl_id)
 
+    def gpadl_owner(self, serial: int) -> int | None:
+        """The `offer_id` of the channel that a GPADL was made for, by the host's number of it; reserved ones, too."""
+        gpadl = self._gpadl_serials.get(serial)
+        return None if gpadl is None else gpadl.offer_id
+
     def channel(self, channel_id: int) -> HostChannel | None:
         """The channel that the guest knows by this id."""
         return self._by_id.get(channel_id)
@@ -222,7 +228,8 @@ class HostState:
         if self._gpadls.get(gpadl.gpadl_id) is gpadl:
             del self._gpadls[gpadl.gpadl_id]
         del self._gpadl_serials[gpadl.serial]
-        self._gpadl_bytes -= gpadl.length
+        self._meter.gpadls.release()
+        self._meter.gpadl_pages.release(gpadl.length // PAGE_NUMBER_SIZE)
         self._unmap(gpadl)
 
     def _unmap(self, gpadl: HostGpadl) -> None:

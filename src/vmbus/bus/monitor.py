@@ -99,13 +99,11 @@ class HostMonitor:
 
     def use(self, pages: MonitorPages | None) -> None:
         """Poll these pages from now on, or none."""
+        bits = None if pages is None else EventFlags(self._memory, pages.child_to_parent, 0)
         with self._lock:
-            self._bits = None
-            self._page = 0
-            if pages is not None:
-                self._page = pages.child_to_parent
-                self._bits = EventFlags(self._memory, self._page, 0)
-            else:
+            self._bits = bits
+            self._page = 0 if pages is None else pages.child_to_parent
+            if pages is None:
                 self._triggers.clear()
                 self._stop()
 

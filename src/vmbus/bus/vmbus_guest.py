@@ -291,9 +291,13 @@ class VmbusGuest:
             raise LocalProtocolError(f"channel {channel_id} cannot be opened")
         up_count = outgoing_pages + 1
         pfns = self.pages.allocate(up_count + incoming_pages + 1)
-        for pfn in (pfns[0], pfns[up_count]):
-            self.memory.write(pfn * PAGE_SIZE, bytes(PAGE_SIZE))
-        up, down = self.memory.window(pfns[:up_count]), self.memory.window(pfns[up_count:])
+        try:
+            for pfn in (pfns[0], pfns[up_count]):
+                self.memory.write(pfn * PAGE_SIZE, bytes(PAGE_SIZE))
+            up, down = self.memory.window(pfns[:up_count]), self.memory.window(pfns[up_count:])
+        except BaseException:
+            self.pages.free(pfns)
+            raise
         channel = Channel(
             self,
             offer,

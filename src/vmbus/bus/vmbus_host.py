@@ -8,29 +8,28 @@ lock per child; what rings a channel runs as a task of the hosting.
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Final, Self
 from uuid import UUID
-from weakref import WeakSet
 
 from vmbus.bus import actions as act
 from vmbus.bus import wire
 from vmbus.bus.channel import Channel, Gpadl
-from vmbus.bus.codec import message_name, message_number
+from vmbus.bus.codec import message_name
+from vmbus.bus.held_pages import HeldPages
 from vmbus.bus.host import HostMachine
 from vmbus.bus.hosting import Hosting, Task, hosting_of
 from vmbus.bus.monitor import HostMonitor
 from vmbus.bus.offer import Offer
+from vmbus.bus.outbox import Outbox
 from vmbus.bus.versions import SUPPORTED_FEATURES, FeatureFlags, Version, version_name
 from vmbus.bus.wire import MessageType
 from vmbus.core.dispatch import EventFlags
-from vmbus.core.memory import READ, WRITE, GpaRanges, Window
+from vmbus.core.memory import PAGE_SIZE, READ, WRITE, GpaRanges, Window
 from vmbus.core.ring import RingReader, RingWriter
-from vmbus.errors import HypercallError, RemoteProtocolError, VmbusError
+from vmbus.errors import BudgetExceeded, GuestMemoryError, HypercallError, RemoteProtocolError, VmbusError
 from vmbus.hypervisor import Hypervisor, Partition, PartitionEvent
-from vmbus.hypervisor.synic import Synic
-from vmbus.hypervisor.tlfs import Status
 from vmbus.trace.events import EventTrace
 from vmbus.trace.ledger import Account
 
@@ -38,9 +37,8 @@ __all__ = ["Offered", "VmbusHost"]
 
 log = logging.getLogger(__name__)
 
-BACKLOG_LIMIT: Final = 8192
-"""Messages that wait behind the hypervisor's own queue. All offers there can be fit; a guest that lets more pile up
-does not read its messages, and its connection is reset."""
+FAILURES: Final = (VmbusError, OSError, MemoryError)
+"""What the work for one guest may end in, its own fault or the host's lack of something: that guest has the loss."""
 FROM_HOST_SINT: Final = 0
 FROM_GUEST_SINT: Final = 8
 """The halves of the shared interrupt page, as event-flag pages count them: 2 KiB are eight SINTs of 256 bytes."""
@@ -77,6 +75,9 @@ class Offered:
         )
         self.request: act.OpenRequest | None = None
         self.windows: tuple[Window, ...] = ()
+        self.told = False  # `on_open` was called for the channel: so `on_close` has to be
+        self.ring_serial = 0
+        """The host's number of the GPADL that the rings of the open channel are in."""
 
     @property
     def is_present(self) -> bool:
@@ -122,7 +123,11 @@ class VmbusHost:
         self.child = child
         self.hosting = hosting_of(hypervisor, hosting)
         self.machine = HostMachine(
-            child.memory.size >> 12, len(child.vps), versions=versions, features=features
+            child.memory.size >> 12,
+            len(child.vps),
+            versions=versions,
+            features=features,
+            meter=child.meter,
         )
         self.offered: dict[int, Offered] = {}
         self.violations = 0
@@ -132,11 +137,13 @@ class VmbusHost:
         self._lock = threading.RLock()
         self._todo: deque[act.HostAction] = deque()
         self._performing = False
-        self._backlog: deque[act.Send] = deque()
+        self._outbox = Outbox(
+            hypervisor, child, self._lock, is_read=self._is_read, on_room=self._interrupt_again
+        )
         self._unrung: set[Channel] = set()
         """Channels whose guest could not be interrupted."""
-        self._watched: WeakSet[Synic] = WeakSet()
         self._gpadls: dict[int, Gpadl] = {}
+        self._held = HeldPages(child.memory.size >> 12)
         self._by_flag: dict[int, Offered] = {}
         self._event_ports: set[int] = set()
         self._to_guest_flags: EventFlags | None = None
@@ -212,7 +219,7 @@ class VmbusHost:
     def reset(self) -> None:
         """The guest restarts: every channel closes, its memory is let go; the offers stay."""
         with self._lock:
-            self._backlog.clear()
+            self._outbox.clear()
             self._perform(self.machine.reset())
 
     def close(self) -> None:
@@ -224,7 +231,7 @@ class VmbusHost:
             self._perform(self.machine.reset())
             for offer_id in list(self.offered):
                 self._perform(self.machine.rescind(offer_id))
-            self._backlog.clear()
+            self._outbox.clear()
             for connection_id in (wire.MESSAGE_CONNECTION_ID, wire.MESSAGE_CONNECTION_ID_V5):
                 with suppress(HypercallError):  # gone with the child
                     self.hypervisor.delete_port(self.child, connection_id)
@@ -247,13 +254,13 @@ class VmbusHost:
         now, with the rights that the child has now.
         """
         with self._lock:
-            for gpadl in list(self._gpadls.values()):
-                known = self.machine.gpadl(gpadl.gpadl_id)
-                offered = self.offered.get(known.offer_id) if known is not None else None
-                if offered is None or not gpadl.covers(gpa):
-                    continue
-                request = offered.request
-                if gpadl.is_mapped or (request is not None and request.gpadl_id == gpadl.gpadl_id):
+            for serial in self._held.holders(gpa // PAGE_SIZE):
+                gpadl = self._gpadls.get(serial)
+                owner = self.machine.gpadl_owner(serial)
+                offered = self.offered.get(owner) if owner is not None else None
+                if gpadl is None or offered is None:
+                    continue  # it ended with the one before
+                if gpadl.is_mapped or (offered.channel is not None and offered.ring_serial == serial):
                     log.warning("%s: %s loses page 0x%x and ends", self.child.name, offered.name, gpa)
                     self.rescind(offered)
                     gpadl.close()
@@ -294,11 +301,40 @@ class VmbusHost:
                     action = self._todo.popleft()
                     try:
                         self._do(action)
-                    except VmbusError as error:
+                    except FAILURES as error:
                         # One thing that fails (a provider's, or pages that are gone) must not stop the others.
                         log.warning("%s: %s: %s", self.child.name, type(action).__name__, error)
+                        self._failed(action)
             finally:
                 self._performing = False
+
+    def _failed(self, action: act.HostAction) -> None:
+        """An action could not be carried out: whoever waits for it is refused, and a channel that needs it ends."""
+        machine = self.machine
+        match action:
+            case act.MapGpadl():
+                self._todo += machine.complete_gpadl(action.serial, False)
+            case act.OpenDevice():
+                self._todo += machine.complete_open(action.serial, False)
+            case act.Retarget():
+                self._todo += machine.rescind(action.offer_id)
+            case act.Established():
+                self._unsay(MessageType.VERSION_RESPONSE)
+                self._todo += machine.refuse_connection()
+            case act.UseMonitorPages():
+                self._unsay(MessageType.MODIFY_CONNECTION_RESPONSE)
+                self._todo += machine.refuse_monitor_pages(action.previous)
+            case act.TlConnect():
+                self._todo += machine.refuse_tl_connect(action.endpoint_id, action.service_id)
+            case _:
+                pass  # the end of something: it has ended all the same
+
+    def _unsay(self, kind: MessageType) -> None:
+        """Take back the message of that type that was about to be sent."""
+        for action in self._todo:
+            if isinstance(action, act.Send) and int.from_bytes(action.payload[:4], "little") == kind:
+                self._todo.remove(action)
+                return
 
     def _do(self, action: act.HostAction) -> None:
         match action:
@@ -336,65 +372,23 @@ class VmbusHost:
     def _send(self, action: act.Send) -> None:
         if self._trace is not None:
             self._record_message(self._parent_name, self.child.name, action.payload)
-        if self._backlog or not self._post(action):
-            if len(self._backlog) >= BACKLOG_LIMIT:
-                log.warning("%s does not read its messages; its connection is reset", self.child.name)
-                self._backlog.clear()
-                self._todo += self.machine.reset()
-                return
-            first = not self._backlog
-            self._backlog.append(action)
-            if first:
-                self._watch_for_room(action.vp)
-                self._flush_backlog()  # all may have been read in between
-
-    def _post(self, action: act.Send) -> bool:
-        """Give a message to the hypervisor; False if it has no room."""
         try:
-            self.hypervisor.post_message(
-                self.child, action.vp, action.sint, wire.VMBUS_MESSAGE_TYPE, 0, action.payload
-            )
-        except HypercallError as error:
-            if error.status == Status.INSUFFICIENT_BUFFERS:
-                return False
-            if (
-                error.status == Status.INVALID_SYNIC_STATE
-                and self.machine.version
-                and (action.vp, action.sint) == self.machine.message_target
-            ):
-                return False  # it has disabled its message page or the SynIC, and waits with it
-            # Who is not connected, or named another processor, may be gone for good.
-            log.debug("%s cannot be sent a message: %s", self.child.name, error)
-        return True
+            self._outbox.send(action)
+        except BudgetExceeded as error:
+            log.warning("%s does not read its messages; its connection is reset: %s", self.child.name, error)
+            self._outbox.clear()
+            self._todo += self.machine.reset()
 
-    def _watch_for_room(self, vp: int) -> None:
-        """Have what waits tried again when the guest has taken messages, or has enabled its SynIC or a page of it."""
-        try:
-            synic = self.child.vp(vp).synic
-        except HypercallError:
-            return  # deleted just now: `_post` drops what was meant for it
-        if synic in self._watched:
-            return
-        self._watched.add(synic)
-        previous = synic.slot_free
+    def _is_read(self, vp: int, sint: int) -> bool:
+        return bool(self.machine.version) and (vp, sint) == self.machine.message_target
 
-        def freed(sint: int) -> None:
-            if previous is not None:
-                previous(sint)
-            if self._backlog:
-                with self._lock:
-                    self._flush_backlog()
-            while self._unrung:
-                channel = self._unrung.pop()
-                self.ring(channel)
-                if channel in self._unrung:
-                    break  # refused again: it waits for the next time
-
-        synic.slot_free = freed
-
-    def _flush_backlog(self) -> None:
-        while self._backlog and self._post(self._backlog[0]):
-            self._backlog.popleft()
+    def _interrupt_again(self) -> None:
+        """Ring the channels whose guest could not be interrupted before."""
+        while self._unrung:
+            channel = self._unrung.pop()
+            self.ring(channel)
+            if channel in self._unrung:
+                break  # refused again: it waits for the next time
 
     def _record_message(self, source: str, target: str, payload: bytes) -> None:
         assert self._trace is not None
@@ -417,12 +411,15 @@ class VmbusHost:
             memory, page = self.child.memory, action.interrupt_page
             self._to_guest_flags = EventFlags(memory, page, FROM_HOST_SINT)
             self._from_guest_flags = EventFlags(memory, page, FROM_GUEST_SINT)
-        self.monitor.use(action.monitor_pages)
+        try:
+            self.monitor.use(action.monitor_pages)
+        except GuestMemoryError as error:  # taken from it: what rings by hypercall is served all the same
+            log.warning("%s: its monitor pages cannot be used: %s", self.child.name, error)
+            self.monitor.use(None)
 
     def _disconnected(self, action: act.Disconnected) -> None:
         # What was said to somebody who is gone; reserved channels outlive the connection.
-        kept = MessageType.CLOSE_RESERVED_RESPONSE
-        self._backlog = deque(send for send in self._backlog if message_number(send.payload) == kept)
+        self._outbox.clear(keep=frozenset({MessageType.CLOSE_RESERVED_RESPONSE}))
         kind = "unload" if action.unloaded else "disconnect"
         self._record(kind, self.child.name, self._parent_name)
         self._delete_event_port(wire.EVENT_CONNECTION_ID)
@@ -453,7 +450,7 @@ class VmbusHost:
             log.debug("%s: %s", self.child.name, error)
             self._todo += self.machine.complete_gpadl(action.serial, False)
             return
-        self._gpadls[action.serial] = Gpadl(action.gpadl_id, ranges, memory)
+        self._gpadls[action.serial] = Gpadl(action.gpadl_id, ranges, memory, self._held, action.serial)
         self._todo += self.machine.complete_gpadl(action.serial, True)
 
     def _open(self, action: act.OpenDevice) -> None:
@@ -462,12 +459,13 @@ class VmbusHost:
             self._open_rings(offered, action.channel_id, request)
             channel = offered.channel
             assert channel is not None
+            offered.told = True
             if offered.on_open is not None:
                 offered.on_open(channel)
-        except VmbusError as error:
+        except FAILURES as error:
             log.warning("%s: %s cannot be opened: %s", self.child.name, offered.name, error)
-            self._close(offered)
             self._todo += self.machine.complete_open(action.serial, False)
+            self._close(offered)
             return
         self._record(
             "open", self.child.name, self._parent_name, device=offered.name, channel=action.channel_id
@@ -475,12 +473,37 @@ class VmbusHost:
         self._todo += self.machine.complete_open(action.serial, True)
 
     def _open_rings(self, offered: Offered, channel_id: int, request: act.OpenRequest) -> None:
-        memory = self.child.memory
         known = self.machine.offered(offered.offer_id)
         assert known is not None
         ring = known.reserved_gpadl or self.machine.gpadl(request.gpadl_id)
         assert ring is not None
         pfns = self._gpadls[ring.serial].pfns
+        # Before they are mapped: should a page be taken from the guest meanwhile, the channel is found and ends.
+        self._held.hold(ring.serial, pfns)
+        try:
+            channel = self._rings(offered, channel_id, request, pfns)
+        except BaseException:
+            self._held.let_go(ring.serial)
+            raise
+        offered.channel, offered.request, offered.ring_serial = channel, request, ring.serial
+        task = offered.task = self.hosting.task(
+            f"{self.child.name}/{offered.name}", lambda: self._serve(offered, channel)
+        )
+        self._by_flag[channel_id] = offered
+        # The port exists before the guest learns that the channel is open: a guest may ring at once, and hosts that
+        # were slower than that have lost its first interrupt.
+        self._make_event_port(request.connection_id, lambda flag: self.hosting.ring(task))
+        if known.is_monitored and known.monitor_id is not None:
+            self.hosting.keep_time(self.hypervisor.clock)
+            self.monitor.watch(
+                known.monitor_id, offered.offer.monitor_latency or 0, request.connection_id, task.name
+            )
+
+    def _rings(
+        self, offered: Offered, channel_id: int, request: act.OpenRequest, pfns: Sequence[int]
+    ) -> Channel:
+        """Map the two rings; the channel over them."""
+        memory = self.child.memory
         up = memory.window(pfns[: request.downstream_page])
         down = memory.window(pfns[request.downstream_page :])
         channel = Channel(
@@ -494,20 +517,8 @@ class VmbusHost:
             user_data=request.user_data,
             target_vp=request.target_vp if request.target_vp is not None else -1,
         )
-        offered.channel, offered.request = channel, request
         offered.windows = (up, down)
-        task = offered.task = self.hosting.task(
-            f"{self.child.name}/{offered.name}", lambda: self._serve(offered, channel)
-        )
-        self._by_flag[channel_id] = offered
-        # The port exists before the guest learns that the channel is open: a guest may ring at once, and hosts that
-        # were slower than that have lost its first interrupt.
-        self._make_event_port(request.connection_id, lambda flag: self.hosting.ring(task))
-        if known.is_monitored and known.monitor_id is not None:
-            self.hosting.keep_time(self.hypervisor.clock)
-            self.monitor.watch(
-                known.monitor_id, offered.offer.monitor_latency or 0, request.connection_id, task.name
-            )
+        return channel
 
     def _account(self, offered: Offered) -> Account:
         return self.hypervisor.ledger.account(self._parent_name, f"{self.child.name}/{offered.name}")
@@ -530,9 +541,11 @@ class VmbusHost:
         )
         try:
             channel.ended()
-            if offered.on_close is not None:
+            told, offered.told = offered.told, False
+            if offered.on_close is not None and told:
                 offered.on_close(channel)
         finally:
+            self._held.let_go(offered.ring_serial)
             windows, offered.windows = offered.windows, ()
             for window in windows:
                 with suppress(BufferError):  # its rings are still referred to; it goes with them
@@ -546,7 +559,7 @@ class VmbusHost:
             self._record("doorbell", self.child.name, self._parent_name, channel=channel.channel_id)
         try:
             channel.deliver_signal()
-        except VmbusError as error:
+        except FAILURES as error:
             log.warning("%s: %s is taken away: %s", self.child.name, offered.name, error)
             self.rescind(offered)
 
@@ -594,7 +607,7 @@ class VmbusHost:
         ):  # the guest has disabled its event flags page or the SynIC: it hears of it afterwards
             if channel not in self._unrung:
                 self._unrung.add(channel)
-                self._watch_for_room(vp)
+                self._outbox.watch(vp)
                 with suppress(HypercallError):  # it may have done so in between
                     self.hypervisor.signal_event(self.child, vp, wire.VMBUS_SINT, flag)
                     self._unrung.discard(channel)

@@ -32,6 +32,9 @@ cdef class MessageSlot:
 cdef class Doorbell:
     cdef readonly int fd
     cdef bint owned
+    cdef int waiting        # threads that use the descriptor without the GIL
+    cdef int closing        # the descriptor, once closed while they do; else -1
+    cdef int _leave(self) except -1
     cdef readonly uint64_t spins_paid
     cdef readonly uint64_t sleeps
 

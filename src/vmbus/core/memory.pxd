@@ -94,6 +94,10 @@ cdef class GuestMemory:
     cdef guest_memory_t c
     cdef readonly int fd
     cdef Py_ssize_t exports
+    cdef uint64_t breaks    # pages that do not continue the one before: each begins a mapping of the process
+    cdef Py_ssize_t charged # of them to the allowance
+    cdef object _allowance
+    cdef int _settle(self) except -1
     cdef object backs       # the memfd of its own
     cdef object sources     # those of others whose pages it has
     cdef uint8_t *pointer(self, uint64_t gpa, uint64_t length, uint32_t access) except NULL
@@ -104,8 +108,11 @@ cdef class Window:
     cdef size_t mapped          # bytes of address space, the mirror included
     cdef readonly Py_ssize_t size
     cdef readonly bint mirrored
+    cdef readonly Py_ssize_t mappings
     cdef Py_ssize_t exports
-    cdef int _map(self, const guest_page_t *pages, size_t count, bint mirrored) except -1
+    cdef object allowance       # what was charged for them
+    cdef int _map(self, const guest_page_t *pages, size_t count, bint mirrored, object allowance) except -1
+    cdef int _unmap(self) except -1
 
 cdef class GpaRanges:
     cdef readonly bytes raw

@@ -20,6 +20,8 @@ class GuestMemory:
     size: int
     fd: int
     address: int
+    mappings: int
+    allowance: Any
     def __new__(cls, size: int, *, mapped: bool = True, fd: int = -1) -> GuestMemory: ...
     def read(self, gpa: int, length: int) -> bytes: ...
     def write(self, gpa: int, data: Buffer) -> None: ...
@@ -39,6 +41,7 @@ class Window:
     address: int
     size: int
     mirrored: bool
+    mappings: int
     @staticmethod
     def allocate(data_pages: int) -> Window: ...
     @staticmethod

@@ -1,5 +1,6 @@
 """Partitions, virtual processors, the synthetic interrupt controller and hypercalls (TLFS)."""
 
+from vmbus.hypervisor.budget import Allowance, Budget, Meter
 from vmbus.hypervisor.clock import Clock, HostClock, VirtualClock
 from vmbus.hypervisor.faults import (
     GeneralProtectionFault,
@@ -18,6 +19,8 @@ from vmbus.hypervisor.vp import VirtualProcessor
 
 __all__ = [
     "PERSONALITIES",
+    "Allowance",
+    "Budget",
     "ChildProcess",
     "Clock",
     "CrashReport",
@@ -25,6 +28,7 @@ __all__ = [
     "GuestFault",
     "HostClock",
     "Hypervisor",
+    "Meter",
     "PageFault",
     "Partition",
     "PartitionEvent",

@@ -42,6 +42,9 @@ CREATION_FLAGS: Final = 0
 INITIALIZE_PAGES: Final = 2
 """Deposited pages that initialising a partition uses (a cost of this model; real ones vary by version)."""
 
+SPLIT: Final = 2
+"""Mappings by which a memory map can grow when one of its pages changes: one becomes three."""
+
 _MANAGE: Final = Privilege.CREATE_PARTITIONS
 
 
@@ -166,7 +169,9 @@ def _deposit(vp: "VirtualProcessor", header: bytes) -> RepStep:
         with giver.hypervisor.map_lock:
             if target.state is PartitionState.DELETED:  # meanwhile: nobody would give the page back
                 raise HypercallError(Status.INVALID_PARTITION_STATE)
-            target.pool.deposit(giver, int.from_bytes(element, "little") * HV_PAGE_SIZE, gone)
+            page = int.from_bytes(element, "little") * HV_PAGE_SIZE
+            giver.loans.check_budgets(page)
+            target.pool.deposit(giver, page, gone)
         tell_watchers(gone)
 
     return step
@@ -219,6 +224,17 @@ def _map_target(vp: "VirtualProcessor", call: MapGpaPages) -> "Partition":
     return child
 
 
+def _check_budgets(child: "Partition", gpa: int) -> None:
+    """One page of `child` will be mapped or unmapped: see whether it can afford what its memory map falls apart into.
+
+    Raises:
+        BudgetExceeded: it cannot, or a partition below it that has the page cannot; nothing changed.
+    """
+    child.loans.check_budgets(gpa)
+    child.meter.mappings.charge(SPLIT)
+    child.meter.mappings.release(SPLIT)  # the memory charges what it really takes
+
+
 def _map(vp: "VirtualProcessor", header: bytes) -> RepStep:
     call = MapGpaPages.unpack(header)
     parent = vp.partition
@@ -238,6 +254,7 @@ def _map(vp: "VirtualProcessor", header: bytes) -> RepStep:
                 raise HypercallError(
                     Status.ACCESS_DENIED
                 )  # a page can be passed on with no more than one's own rights
+            _check_budgets(child, target)
             child.take_page(target, gone)
             try:
                 child.memory.map(target, parent.memory, source, HV_PAGE_SIZE, rights)
@@ -263,6 +280,7 @@ def _unmap(vp: "VirtualProcessor", header: bytes) -> RepStep:
         with vp.partition.hypervisor.map_lock:
             if target >= child.memory.size:
                 raise HypercallError(Status.INVALID_PARAMETER)
+            _check_budgets(child, target)
             child.take_page(target, gone)
             child.memory.unmap(target, HV_PAGE_SIZE)
         tell_watchers(gone)

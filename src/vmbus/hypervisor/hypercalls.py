@@ -6,7 +6,7 @@ All checks are on copies: input is copied out of the guest's page once, before a
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
-from vmbus.errors import GuestMemoryError, HypercallError
+from vmbus.errors import BudgetExceeded, GuestMemoryError, HypercallError
 from vmbus.hypervisor import calls_ipc, calls_partition, calls_vp
 from vmbus.hypervisor.abi import (
     FAST,
@@ -37,6 +37,16 @@ _REGISTER_PAIR: Final = 16
 _FAST_SIGNAL: Final = CallCode.SIGNAL_EVENT | FAST
 
 
+_NO_ROOM: Final = (BudgetExceeded, OSError, MemoryError)
+"""What means that the host, or the caller's budget, has no room for what a hypercall asks."""
+
+
+def _no_room(vp: "VirtualProcessor", error: Exception) -> Status:
+    """An event about the caller, which learns that there is no memory; the host and its other guests go on."""
+    vp.partition.provider_failed(error)
+    return Status.INSUFFICIENT_MEMORY
+
+
 def dispatch(vp: "VirtualProcessor", control: int, input: int, output: int, xmm: bytes) -> int:
     """Perform one hypercall of `vp`; the 64-bit result (`VirtualProcessor.hypercall` documents the arguments)."""
     try:
@@ -55,6 +65,8 @@ def dispatch(vp: "VirtualProcessor", control: int, input: int, output: int, xmm:
         return _simple(vp, call, control, input, output, xmm)
     except HypercallError as error:
         return error.status
+    except _NO_ROOM as error:
+        return _no_room(vp, error)
 
 
 def _simple(vp: "VirtualProcessor", call: Call, control: int, input: int, output: int, xmm: bytes) -> int:
@@ -88,6 +100,8 @@ def _rep(vp: "VirtualProcessor", call: RepCall, control: int, input: int, output
         done = count
     except HypercallError as error:
         status = Status(error.status)
+    except _NO_ROOM as error:
+        status = _no_room(vp, error)
     if call.output_element_size and results:
         produced = b"".join(result or bytes(call.output_element_size) for result in results)
         _output(vp, control, output, size, start * call.output_element_size, produced)

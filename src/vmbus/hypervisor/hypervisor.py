@@ -7,6 +7,7 @@ from typing import Final, Self
 
 from vmbus.core.memory import GuestMemory
 from vmbus.errors import HypercallError, LocalProtocolError
+from vmbus.hypervisor.budget import Budget, Meter
 from vmbus.hypervisor.calls_ipc import connect, delete_port
 from vmbus.hypervisor.clock import Clock, HostClock
 from vmbus.hypervisor.partition import Partition
@@ -35,6 +36,11 @@ MAX_DEPTH: Final = 8
 """How deep partitions may nest (HV_STATUS_PARTITION_TOO_DEEP beyond)."""
 GPA_SPACE: Final = 1 << 30
 """Bytes of guest physical address space of a partition that was made by hypercall."""
+
+
+PARTITION_COST: Final = 5 << 20
+"""Bytes of the host's memory that a partition made by hypercall costs before anything is deposited for it: 16 for each
+page of its address space, and its objects."""
 
 
 class Hypervisor:
@@ -91,15 +97,25 @@ class Hypervisor:
         memory_size: int = 16 << 20,
         vps: int = 1,
         personality: Personality = SERVER_2022,
+        budget: Budget | None = None,
     ) -> Partition:
         """Create the root partition, which holds every privilege.
+
+        Args:
+            name: of its ledger account.
+            memory_size: bytes of its memory.
+            vps: how many virtual processors.
+            personality: what it presents itself to.
+            budget: what it may make the host spend; without limit by default, since it is who runs the experiment.
 
         Raises:
             LocalProtocolError: there is one already.
         """
         if self.root is not None:
             raise LocalProtocolError("a hypervisor has exactly one root partition")
-        self.root = self._create(None, name, GuestMemory(memory_size), vps, personality, ROOT_PRIVILEGES)
+        meter = Meter(Budget.unlimited() if budget is None else budget, name)
+        memory = GuestMemory(memory_size)
+        self.root = self._create(None, name, memory, vps, personality, ROOT_PRIVILEGES, meter=meter)
         self.root.state = PartitionState.ACTIVE
         return self.root
 
@@ -113,6 +129,7 @@ class Hypervisor:
         personality: Personality = SERVER_2022,
         privileges: int | None = None,
         memory: GuestMemory | None = None,
+        budget: Budget | None = None,
     ) -> Partition:
         """Create a running child of `parent` with memory of its own.
 
@@ -124,6 +141,7 @@ class Hypervisor:
             personality: the guest operating system to present the partition to.
             privileges: its privilege mask; the personality's by default.
             memory: an existing memory object instead of a new one.
+            budget: what its guest may make the host spend; `Budget`'s defaults if None.
 
         Raises:
             LocalProtocolError: the parent is not active, or the nesting too deep.
@@ -139,6 +157,7 @@ class Hypervisor:
             vps,
             personality,
             personality.privileges if privileges is None else privileges,
+            meter=Meter(Budget() if budget is None else budget, name),
         )
         child.state = PartitionState.ACTIVE
         return child
@@ -152,6 +171,8 @@ class Hypervisor:
         personality: Personality,
         privileges: int,
         pool: MemoryPool | None = None,
+        *,
+        meter: Meter,
     ) -> Partition:
         with self._lock:
             if parent is not None and (parent.ending or parent.state is not PartitionState.ACTIVE):
@@ -165,6 +186,7 @@ class Hypervisor:
                 personality,
                 privileges,
                 pool if pool is not None else MemoryPool(limited=False),
+                meter,
             )
             self._next_id += 1
             for _ in range(vps):
@@ -185,16 +207,28 @@ class Hypervisor:
     def create_uninitialized(self, parent: Partition) -> Partition:
         """HvCallCreatePartition: a child without memory or processors, still to be initialised.
 
+        Its guest spends the budget of the `parent`; only that of a root without limits gets a budget of its own.
+
         Raises:
             HypercallError: PARTITION_TOO_DEEP, INSUFFICIENT_MEMORY.
+            BudgetExceeded: the parent's guest has made too many.
         """
         if parent.depth + 1 > MAX_DEPTH:
             raise HypercallError(Status.PARTITION_TOO_DEEP)
         if len(self.partitions) >= MAX_PARTITIONS:
             raise HypercallError(Status.INSUFFICIENT_MEMORY)
-        memory = GuestMemory(GPA_SPACE, mapped=False)
+        meter = parent.meter if parent.meter.budget != Budget.unlimited() else Meter(Budget())
         privileges = CHILD_PRIVILEGES & parent.privileges
-        return self._create(parent, "", memory, 0, SERVER_2022, privileges, pool=MemoryPool(limited=True))
+        parent.meter.host_memory.charge(PARTITION_COST)
+        try:
+            memory = GuestMemory(GPA_SPACE, mapped=False)
+            pool = MemoryPool(limited=True)
+            child = self._create(parent, "", memory, 0, SERVER_2022, privileges, pool, meter=meter)
+        except BaseException:
+            parent.meter.host_memory.release(PARTITION_COST)
+            raise
+        child.cost = PARTITION_COST
+        return child
 
     def initialize(self, partition: Partition, pages: int) -> None:
         """HvCallInitializePartition: `partition` may run, for `pages` of its deposited pages.
@@ -273,6 +307,7 @@ class Hypervisor:
             with self._lock:
                 del self.partitions[partition.id]
                 if partition.parent is not None:
+                    partition.parent.meter.host_memory.release(partition.cost)
                     partition.parent.children.pop(partition.id, None)
                 else:
                     self.root = None

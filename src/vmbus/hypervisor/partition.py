@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from vmbus.core.memory import GuestMemory
 from vmbus.errors import GuestMemoryError, HypercallError
+from vmbus.hypervisor.budget import Meter
 from vmbus.hypervisor.calls_ipc import delete_port
 from vmbus.hypervisor.clock import ReferenceTime
 from vmbus.hypervisor.devices import DeviceBus
@@ -79,6 +80,7 @@ class Partition:
         personality: the guest operating system that it presents itself to.
         privileges: its privilege mask (`Privilege` bits).
         account: its ledger account.
+        meter: what it has made its host spend, and may. Partitions that it makes by hypercall spend from the same.
         state: `PartitionState`.
         connections: what it can send to, by connection id.
         ports: where it receives, by port id.
@@ -110,6 +112,7 @@ class Partition:
         personality: Personality,
         privileges: int,
         pool: MemoryPool,
+        meter: Meter,
     ) -> None:
         self.hypervisor = hypervisor
         self.id = partition_id
@@ -122,6 +125,10 @@ class Partition:
         self.account = hypervisor.ledger.account(name)
         self.state = PartitionState.CREATED
         self.pool = pool
+        self.meter = meter
+        memory.allowance = meter.mappings
+        self.cost = 0
+        """Bytes of the host's memory that it was charged for when it was made; its creator pays them."""
         self.deposits: dict[int, Deposit] = {}
         self.loans = Loans(self)
         self.page_watchers: list[Callable[[int], None]] = []

@@ -22,7 +22,7 @@ from vmbus.bus.channel import TURN, Channel
 from vmbus.core.memory import Window
 from vmbus.core.netio import DONE, FULL, HostQueue, ReceivePool
 from vmbus.core.ring import COMPLETION, COMPLETION_REQUESTED, GPA_DIRECT, IN_BAND, Packet
-from vmbus.errors import GuestMemoryError, RemoteProtocolError, RingError
+from vmbus.errors import GuestMemoryError, RemoteProtocolError, RingError, VmbusError
 from vmbus.network import rndis
 from vmbus.network.offload import complete, segment
 from vmbus.network.rndis import Frame, LargeSend, RndisType, TransmitChecksum
@@ -347,8 +347,8 @@ class NetworkVsp(Delivery):
         if len(parts) != 1 or parts[0].byte_offset or parts[0].byte_count % 4096:
             raise RemoteProtocolError(f"GPADL {gpadl_id:#x} is not one run of whole pages")
         try:
-            self._candidate = channel.memory.window(parts[0].pfns, mirrored=False)
-        except (GuestMemoryError, OSError, ValueError) as error:
+            self._candidate = gpadl.window()
+        except (VmbusError, OSError, MemoryError) as error:
             raise RemoteProtocolError(f"GPADL {gpadl_id:#x} cannot be mapped: {error}") from error
         return self._candidate.size
 
