@@ -35,6 +35,15 @@ cdef extern from "<dlfcn.h>" nogil:
 cdef extern from "<stdlib.h>" nogil:
     void *aligned_alloc(size_t alignment, size_t size)
 
+cdef extern from "<time.h>" nogil:
+    enum:
+        CLOCK_MONOTONIC_COARSE
+    ctypedef long time_t
+    struct timespec:
+        time_t tv_sec
+        long tv_nsec
+    int clock_gettime(int clock, timespec *now)
+
 cdef extern from "<sys/mman.h>" nogil:
     int mincore(void *address, size_t length, unsigned char *vector)
 
@@ -57,6 +66,11 @@ cdef enum:
     PAGE_DIRTY = 0x40
     PAGE_LARGE = 0x80
     RDTSC_TICKS = 20            # what reading the time costs, so that a loop that waits for it ends
+    EXCEPTION_TICKS = 20        # what an exception costs, so that a loop of nothing else ends
+    LOOK_TICKS = 4096           # how often the host's clock is looked at: some 20 us, or 0.1 s of code that changes itself
+    LOOKS_EXITS = 16            # the same in exits, each of which may take the host long
+    HOST_DUE_NS = 20_000_000    # how often such a look calls Python
+    MOST_TRANSLATIONS = 1 << 20     # of which the library keeps notes, about 100 bytes each
     MOST_PROCESSORS = 16
     CONTROL_SIZE = 0x10000
 
@@ -129,12 +143,17 @@ cdef struct cpu_t:
     uint8_t *memory
     uint64_t memory_size
     uint64_t ticks
-    uint64_t next_event         # in ticks: when Python wants to be called
+    uint64_t next_event         # in ticks: the next moment at which anything is to be done, the smaller one of …
+    uint64_t wanted_event       # … when Python wants to be called
+    uint64_t next_look          # … and when the host's clock is looked at
+    int64_t host_due            # host time, in ns, from which on such a look calls Python
     uint64_t tsc_offset
     uint64_t blocks
     bint interrupt              # an interrupt waits that the guest can take as soon as it enables them, or an NMI
     bint nmi                    # an NMI waits
     bint stopping
+    bint renewing               # the library is to be left for a moment, see `Cpu._renew`
+    bint given_up               # the library cannot go on
     void (*attend)(cpu_t *m, uint64_t address, uint32_t size) noexcept nogil
     uint64_t block_address      # of the block that was counted last
     uint64_t block_size
@@ -143,6 +162,9 @@ cdef struct cpu_t:
     uint64_t syscalls
     uint64_t time_reads
     uint64_t pages_forgotten
+    uint64_t translations
+    uint64_t renewed            # `translations` when the library's notes about them were thrown away
+    size_t block_hook
     int stop_reason
     uint8_t *code               # CODE_… per guest page, and one byte more: some page is CODE_WRITTEN
     uint32_t *stored            # per guest page: the flush since which a TLB entry may let stores through
@@ -157,10 +179,12 @@ cdef struct cpu_t:
 cdef unicorn_t library
 cdef str library_path = ""
 
+include "unicorn/giving_up.pxi"
 include "unicorn/library.pxi"
 include "unicorn/events.pxi"
 include "unicorn/hooks.pxi"
 include "unicorn/code.pxi"
+include "unicorn/refused.pxi"
 include "unicorn/tlb.pxi"
 include "unicorn/processors.pxi"
 include "unicorn/exits.pxi"
@@ -181,6 +205,7 @@ cdef class Cpu:
         after: called without argument when it was answered.
         after_port: the same for port I/O, the most frequent exits.
         on_event: called with the time in ticks once that has reached `next_event`.
+        on_look: called with the time in ticks every 20 ms of the host's time or so, whatever the guest does.
         on_halt: called with the time and RFLAGS.IF when the guest executes HLT; returns when it may go on.
         translation_cache: bytes for translated code.
 
@@ -195,20 +220,20 @@ cdef class Cpu:
 
     cdef cpu_t m
     cdef GuestMemory memory
-    cdef object fault, before, after, after_port, on_event, on_halt
+    cdef object fault, before, after, after_port, on_event, on_look, on_halt
     cdef object io_read, io_write, mmio_read, mmio_write, rdmsr, wrmsr, cpuid_answer, hypercall, pop_interrupt, take_nmi, cpuid
     cdef object error
     cdef bint running, holds_memory
     cdef tuple processors
 
-    def __cinit__(self, GuestMemory memory, processors, *, fault, before, after, after_port, on_event, on_halt,
+    def __cinit__(self, GuestMemory memory, processors, *, fault, before, after, after_port, on_event, on_look, on_halt,
                   uint32_t translation_cache=256 << 20):
         cdef cpu_t *m = &self.m
         if not library_path:
             raise EngineError("the unicorn library is not loaded")
         self.memory = memory
         self.fault, self.before, self.after, self.after_port = fault, before, after, after_port
-        self.on_event, self.on_halt = on_event, on_halt
+        self.on_event, self.on_look, self.on_halt = on_event, on_look, on_halt
         self.processors = tuple(processors)
         if not 0 < len(self.processors) <= MOST_PROCESSORS:
             raise EngineError(f"the engine runs 1 to {MOST_PROCESSORS} processors, not {len(self.processors)}")
@@ -218,9 +243,7 @@ cdef class Cpu:
         m.memory = memory.c.base
         m.memory_size = memory.c.size
         m.attend = _attend
-        _open(m)
-        _check(m.lib, m.lib.ctl(m.uc, UC_CTL_TCG_BUFFER_SIZE, translation_cache), "setting the translation cache")
-        _check(m.lib, m.lib.ctl(m.uc, UC_CTL_USE_EXITS, 1), "exits")  # no address ends a run
+        _open(m, translation_cache)
         if memory.c.code != NULL:
             raise EngineError("another engine runs code of this partition")
         m.code = <uint8_t *>calloc((m.memory_size >> 12) + 1, 1)
@@ -235,7 +258,7 @@ cdef class Cpu:
         _check(m.lib, m.lib.mmio_map(m.uc, m.memory_size, MMIO_END - m.memory_size, _on_mmio_read, m, _on_mmio_write, m),
                "mapping device memory")
         self._hook(UC_HOOK_INTR, <void *>_on_interrupt)
-        self._hook(UC_HOOK_BLOCK, <void *>_on_block)
+        m.block_hook = self._hook(UC_HOOK_BLOCK, <void *>_on_block)
         self._hook(UC_HOOK_EDGE_GENERATED, <void *>_on_translation)
         self._hook(UC_HOOK_INSN, <void *>_on_in, UC_X86_INS_IN)
         self._hook(UC_HOOK_INSN, <void *>_on_out, UC_X86_INS_OUT)
@@ -243,6 +266,7 @@ cdef class Cpu:
         self._hook(UC_HOOK_INSN, <void *>_on_cpuid, UC_X86_INS_CPUID)
         self._hook(UC_HOOK_INSN, <void *>_on_syscall, UC_X86_INS_SYSCALL)
         _serve_tlb(m)
+        _watch_translation(m)
         # Under a memory hook a TLB entry never comes to let stores through by itself (see code.pxi). This one never fires: all
         # memory may be fetched from.
         self._hook(UC_HOOK_MEM_FETCH_PROT, <void *>_never)
@@ -270,10 +294,21 @@ cdef class Cpu:
             raise EngineError("the processor runs")
         self._release()
 
-    cdef int _hook(self, int kind, void *callback, int instruction=0) except -1:
+    cdef size_t _hook(self, int kind, void *callback, int instruction=0) except 0:
         cdef size_t hook
-        return _check(self.m.lib, self.m.lib.hook_add(self.m.uc, &hook, kind, callback, &self.m, <uint64_t>1, <uint64_t>0,
-                                                      instruction), "adding a hook")
+        _check(self.m.lib, self.m.lib.hook_add(self.m.uc, &hook, kind, callback, &self.m, <uint64_t>1, <uint64_t>0,
+                                               instruction), "adding a hook")
+        return hook
+
+    cdef int _renew(self) except -1:
+        """Throw away all translations, and what the library keeps of each even when it has dropped it: where a hook was put in."""
+        cdef cpu_t *m = &self.m
+        _check(m.lib, m.lib.ctl(m.uc, UC_CTL_TB_FLUSH), "dropping translations")
+        _check(m.lib, m.lib.hook_del(m.uc, m.block_hook), "removing a hook")
+        m.block_hook = self._hook(UC_HOOK_BLOCK, <void *>_on_block)
+        m.renewed = m.translations
+        m.renewing = False
+        return 0
 
     cdef int _bind(self, processor) except -1:
         self.io_read, self.io_write = processor.io_read, processor.io_write
@@ -346,15 +381,24 @@ cdef class Cpu:
             raise EngineError("the processor runs already" if self.running else "the processor is closed")
         m.stopping = False
         m.stop_reason = 0
-        m.next_event = 0
+        m.next_event = m.wanted_event = 0
+        m.next_look = m.ticks + LOOK_TICKS
+        m.host_due = 0
         self.error = None
-        m.lib.reg_read(m.uc, UC_X86_REG_RIP, &rip)
-        if not m.blocks:
-            _note_code(m, rip, rip + PAGE)          # the library does not tell of the first translation
         self.running = True
         try:
-            with nogil:
-                code = _emulate(m, rip)
+            while True:
+                if m.given_up:
+                    raise EngineError(f"the unicorn library gave up on this guest's code ({self.describe()})")
+                if m.renewing:
+                    self._renew()
+                m.lib.reg_read(m.uc, UC_X86_REG_RIP, &rip)
+                if not m.blocks:
+                    _note_code(m, rip, rip + PAGE)  # the library does not tell of the first translation
+                with nogil:
+                    code = _emulate(m, rip)
+                if code or m.stopping and not m.given_up or not (m.renewing or m.given_up):
+                    break
         finally:
             self.running = False
         if self.error is not None:
@@ -402,12 +446,12 @@ cdef class Cpu:
 
     @property
     def next_event(self) -> int:
-        return self.m.next_event
+        return self.m.wanted_event
 
     @next_event.setter
     def next_event(self, uint64_t ticks):
-        # Translations to be dropped are an event that is due at once.
-        self.m.next_event = 0 if self.m.code[self.m.memory_size >> 12] or self.m.stopping else ticks
+        self.m.wanted_event = ticks
+        _arm(&self.m)
 
     @property
     def interrupt(self) -> bool:

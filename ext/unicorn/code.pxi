@@ -52,4 +52,9 @@ cdef void _note_code(cpu_t *m, uint64_t first, uint64_t last) noexcept nogil:
 
 
 cdef void _on_translation(void *uc, uc_block_t *block, uc_block_t *previous, void *user) noexcept nogil:
-    _note_code(<cpu_t *>user, block.pc, block.pc + (block.size - 1 if block.size else 0))
+    cdef cpu_t *m = <cpu_t *>user
+    _note_code(m, block.pc, block.pc + (block.size - 1 if block.size else 0))
+    m.translations += 1
+    if m.translations - m.renewed >= MOST_TRANSLATIONS:
+        m.renewing = True
+        m.next_event = 0

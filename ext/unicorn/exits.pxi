@@ -9,6 +9,14 @@ cdef void _event(cpu_t *m) noexcept with gil:
         cpu._fail(error)
 
 
+cdef void _look(cpu_t *m) noexcept with gil:
+    cdef Cpu cpu = <Cpu>m.owner
+    try:
+        cpu.on_look(m.ticks)
+    except BaseException as error:
+        cpu._fail(error)
+
+
 cdef int _accept(cpu_t *m, bint nmi) noexcept with gil:
     cdef Cpu cpu = <Cpu>m.owner
     try:
@@ -30,6 +38,7 @@ cdef void _exit_msr(cpu_t *m, bint write) noexcept with gil:
     cdef uint32_t index = m.head.regs[RCX] & MASK32
     cdef uint64_t value = m.head.regs[RAX] & MASK32 | m.head.regs[RDX] << 32
     try:
+        _look_soon(m)
         cpu.before(m.ticks)
         try:
             if write:
@@ -56,6 +65,7 @@ cdef void _exit_hypercall(cpu_t *m) noexcept with gil:
     cdef uint64_t control = m.head.regs[RCX]
     cdef bytes registers = b""
     try:
+        _look_soon(m)
         cpu.before(m.ticks)
         if control & 0x10000:                       # a fast call may have input in XMM0 to XMM5
             for index in range(6):
@@ -109,6 +119,7 @@ cdef uint32_t _exit_in(cpu_t *m, uint32_t port, int size) noexcept with gil:
     cdef Cpu cpu = <Cpu>m.owner
     cdef uint32_t value = <uint32_t>MASK32
     try:
+        _look_soon(m)
         cpu.before(m.ticks)
         value = cpu.io_read(port, size)
         cpu.after_port()
@@ -122,6 +133,7 @@ cdef uint32_t _exit_in(cpu_t *m, uint32_t port, int size) noexcept with gil:
 cdef void _exit_out(cpu_t *m, uint32_t port, int size, uint32_t value) noexcept with gil:
     cdef Cpu cpu = <Cpu>m.owner
     try:
+        _look_soon(m)
         cpu.before(m.ticks)
         cpu.io_write(port, size, value)
         cpu.after_port()
@@ -136,6 +148,7 @@ cdef uint64_t _on_mmio_read(void *uc, uint64_t offset, unsigned size, void *user
     cdef Cpu cpu = <Cpu>m.owner
     cdef uint64_t value = 0
     try:
+        _look_soon(m)
         cpu.before(m.ticks)
         value = cpu.mmio_read(m.memory_size + offset, size)
         cpu.after()
@@ -148,6 +161,7 @@ cdef void _on_mmio_write(void *uc, uint64_t offset, unsigned size, uint64_t valu
     cdef cpu_t *m = <cpu_t *>user
     cdef Cpu cpu = <Cpu>m.owner
     try:
+        _look_soon(m)
         cpu.before(m.ticks)
         cpu.mmio_write(m.memory_size + offset, size, value)
         cpu.after()
@@ -161,6 +175,7 @@ cdef int _on_cpuid(void *uc, void *user) noexcept with gil:
     cdef uint64_t rax = 0, rbx = 0, rcx = 0, rdx = 0
     m.lib.reg_read(uc, UC_X86_REG_RAX, &rax)
     m.lib.reg_read(uc, UC_X86_REG_RCX, &rcx)
+    _look_soon(m)
     try:
         rax, rbx, rcx, rdx = cpu.cpuid(rax & MASK32, rcx & MASK32)
     except BaseException as error:

@@ -24,7 +24,7 @@ cdef void _attend(cpu_t *m, uint64_t address, uint32_t size) noexcept nogil:
             m.lib.reg_write(m.uc, UC_X86_REG_RIP, &address)
             m.next_event = 0
         else:
-            _event(m)
+            _due(m)
             again = m.stopping
             if not again and m.next_processor != m.processor:
                 again = True                        # this block comes when its processor runs again
@@ -46,7 +46,7 @@ cdef void _attend(cpu_t *m, uint64_t address, uint32_t size) noexcept nogil:
                 m.lib.context_restore(m.uc, m.context)
                 address = m.head.rip
                 m.lib.reg_write(m.uc, UC_X86_REG_RIP, &address)     # makes the library leave this block, too
-    if m.stopping:
+    if m.stopping or m.renewing:
         again = True
         m.lib.emu_stop(m.uc)                        # it leaves before it runs this block
     if again:
@@ -55,11 +55,50 @@ cdef void _attend(cpu_t *m, uint64_t address, uint32_t size) noexcept nogil:
         m.block_size = 0
 
 
+cdef void _due(cpu_t *m) noexcept nogil:
+    """`next_event` is reached: Python's own event, or a look at the host's clock.
+
+    The guest's time says little about the host's: two bytes of code that change themselves are translated anew each time,
+    which takes as long as executing some thousand. So the host's clock is looked at often, and once it has gone on, whoever
+    waits for the host (limits, keys, signals) gets his turn. What the guest sees does not depend on it.
+    """
+    cdef int64_t now
+    m.next_look = m.ticks + LOOK_TICKS
+    if m.ticks >= m.wanted_event:
+        _event(m)
+    else:
+        now = _host_ns()
+        if now >= m.host_due:
+            m.host_due = now + HOST_DUE_NS
+            _look(m)
+    _arm(m)
+
+
+cdef void _arm(cpu_t *m) noexcept nogil:
+    """Set `next_event`. A stop is due at once, and so are translations to be dropped."""
+    if m.stopping or m.renewing or m.code[m.memory_size >> 12]:
+        m.next_event = 0
+    else:
+        m.next_event = min(m.wanted_event, m.next_look)
+
+
+cdef void _look_soon(cpu_t *m) noexcept nogil:
+    """An exit takes the host far longer than its few bytes say."""
+    m.next_look -= min(m.next_look, <uint64_t>(LOOK_TICKS // LOOKS_EXITS))
+    m.next_event = min(m.next_event, m.next_look)
+
+
+cdef int64_t _host_ns() noexcept nogil:
+    cdef timespec now
+    clock_gettime(CLOCK_MONOTONIC_COARSE, &now)     # exact to some milliseconds, and read without a system call
+    return <int64_t>now.tv_sec * 1_000_000_000 + now.tv_nsec
+
+
 cdef void _uncount(cpu_t *m) noexcept nogil:
     """What is left of the running block will be counted when `run` is called again."""
-    cdef uint64_t end = m.block_address + m.block_size
-    if m.block_address < m.live.rip < end:
-        m.ticks -= end - m.live.rip
+    cdef uint64_t end = m.block_address + m.block_size, here = m.live.rip + m.live.segs[CS].base
+    if m.block_address < here < end:
+        m.ticks -= end - here
         m.blocks -= 1
 
 
@@ -79,7 +118,11 @@ cdef void _on_interrupt(void *uc, uint32_t number, void *user) noexcept nogil:
         m.icpt.old_exception = -1
         _exit_msr(m, m.icpt.error_code & 1)
     elif number == INTERCEPT + SVM_EXIT_HLT:
-        m.head.rip += 1
+        if _ended_before(m):                        # see refused.pxi: the next block starts with what was refused
+            m.icpt.old_exception = -1
+            m.lib.context_restore(uc, m.context)
+            return
+        m.head.rip = m.block_address + m.block_size - m.head.segs[CS].base     # HLT may have prefixes
         m.head.hflags &= ~<uint32_t>HF_INHIBIT_IRQ
         _exit_halt(m, _flags(m) & FLAG_INTERRUPT != 0)
     elif number == INTERCEPT + SVM_EXIT_VMMCALL:
@@ -93,15 +136,20 @@ cdef void _on_interrupt(void *uc, uint32_t number, void *user) noexcept nogil:
         else:
             if vector == VECTOR_PAGE_FAULT:
                 m.head.cr[2] = (<uint64_t *>(m.control + VMCB_EXIT_INFO_2))[0]
+            m.ticks += EXCEPTION_TICKS
             _deliver(m, vector, _has_error(vector), <uint32_t>m.icpt.error_code)
     elif number < INTERCEPT:
+        m.ticks += EXCEPTION_TICKS
         _software_interrupt(m, number)
     elif number == INTERCEPT + SVM_EXIT_SHUTDOWN:
         _halt_with(m, 1)
         return
     else:
+        m.ticks += EXCEPTION_TICKS
         _deliver(m, VECTOR_INVALID_OPCODE, False, 0)
     m.lib.context_restore(uc, m.context)
+    if m.ticks >= m.next_event and not m.stopping:
+        _due(m)                                     # an exception whose handler cannot be fetched never comes to a block
     if m.next_processor != m.processor and not m.stopping:
         _switch(m)                                  # this one halted
 

@@ -40,6 +40,7 @@ class Cpu:
         after: Callable[[], object],
         after_port: Callable[[], object],
         on_event: Callable[[int], object],
+        on_look: Callable[[int], object],
         on_halt: Callable[[int, bool], object],
         translation_cache: int = ...,
     ) -> Self: ...

@@ -112,10 +112,25 @@ enum { HF2_NMI = 1 << 2 };      /* of hflags2: an NMI is being handled; IRET end
  */
 enum {
     UC_CPU_OFFSET = 0x1b8,              /* of the pointer to the processor in the engine */
+    UC_EXITS_OFFSET = 0x798,            /* of the pointer to the addresses at which translation ends, a uc_tree_t */
     UC_NO_EXIT_REQUEST_OFFSET = 0x7f2,  /* of a flag: translate without the check behind every memory access */
     UC_SEARCH = 0x400,                  /* bytes of the engine in which its function pointers lie */
     CPU_SEARCH = 0x20000,               /* the same of the processor */
 };
+
+/*
+ * The sorted tree of addresses that the API sets with UC_CTL_EXITS. The translator looks up every instruction in it before
+ * it fetches the first byte; `compare` is called with (&address, &key of the node, user) and orders them as memcmp does.
+ */
+typedef int (*uc_compare_t)(const void *address, const void *key, void *user);
+typedef struct {
+    uint64_t **root;            /* the first node, which starts with the pointer to its key */
+    uc_compare_t compare;
+    void *free_key;
+    void *free_value;
+    void *user;
+    unsigned nodes;
+} uc_tree_t;
 
 /* How the library's TLB is filled: kinds of access, rights, and the three indexes that x86 has. */
 enum { ACCESS_LOAD, ACCESS_STORE, ACCESS_FETCH };
@@ -186,7 +201,9 @@ enum {
     UC_X86_REG_GS_BASE = 251,
     /* uc_ctl requests that write, with their number of arguments in bits 29:26 */
     UC_CTL_USE_EXITS = 4 | 1 << 26 | 1 << 30,
+    UC_CTL_EXITS = 6 | 2 << 26 | 1 << 30,
     UC_CTL_TB_REMOVE = 9 | 2 << 26 | 1 << 30,
+    UC_CTL_TB_FLUSH = 10 | 0 << 26 | 1 << 30,
     UC_CTL_TLB_FLUSH = 11 | 0 << 26 | 1 << 30,
     UC_CTL_TLB_TYPE = 12 | 1 << 26 | 1 << 30,
     UC_CTL_TCG_BUFFER_SIZE = 13 | 1 << 26 | 1 << 30,
@@ -223,6 +240,7 @@ typedef struct {
     int (*mem_map_ptr)(void *uc, uint64_t address, size_t size, uint32_t perms, void *pointer);
     int (*mmio_map)(void *uc, uint64_t address, size_t size, uc_mmio_read_t read, void *read_user,
                     uc_mmio_write_t write, void *write_user);
+    int (*hook_del)(void *uc, size_t hook);
     int (*hook_add)(void *uc, size_t *hook, int type, void *callback, void *user, uint64_t begin, uint64_t end, ...);
     int (*emu_start)(void *uc, uint64_t begin, uint64_t until, uint64_t timeout, size_t count);
     int (*emu_stop)(void *uc);
@@ -240,6 +258,8 @@ typedef struct {
                          uint64_t size);
     void (*tlb_set_dirty)(void *cpu, uint64_t address);
     void (*loop_exit)(void *cpu);
+    uint32_t (*fetch_byte)(void *state, uint64_t address);  /* as the translator does: may raise a page fault */
+    void (*raise_exception)(void *state, int vector);       /* a long jump */
 } unicorn_t;
 
 #endif

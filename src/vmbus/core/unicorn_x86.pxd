@@ -9,7 +9,7 @@ cdef extern from "unicorn_x86.h" nogil:
         CC_OP_EFLAGS
         STATE_OFFSET, STATE_SIZE, SYSCALL_OFFSET, INTERCEPT_OFFSET
         HF_CPL_MASK, HF_INHIBIT_IRQ, HF_CS32, HF_SS32, HF_ADDSEG, HF_LMA, HF_CS64, HF_GUEST, HF2_NMI
-        UC_CPU_OFFSET, UC_NO_EXIT_REQUEST_OFFSET, UC_SEARCH, CPU_SEARCH
+        UC_CPU_OFFSET, UC_EXITS_OFFSET, UC_NO_EXIT_REQUEST_OFFSET, UC_SEARCH, CPU_SEARCH
         ACCESS_LOAD, ACCESS_STORE, ACCESS_FETCH, RIGHT_READ, RIGHT_WRITE, RIGHT_EXECUTE
         MMU_KERNEL_SMAP, MMU_USER, MMU_KERNEL
         INTERCEPT, SVM_EXIT_EXCEPTION, SVM_EXIT_FIRST, SVM_EXIT_HLT, SVM_EXIT_INVLPGA, SVM_EXIT_MSR
@@ -22,7 +22,7 @@ cdef extern from "unicorn_x86.h" nogil:
         UC_X86_REG_RSP, UC_X86_REG_RSI, UC_X86_REG_CR0, UC_X86_REG_CR3, UC_X86_REG_CR4, UC_X86_REG_DR0
         UC_X86_REG_R15, UC_X86_REG_XMM0, UC_X86_REG_IDTR, UC_X86_REG_GDTR, UC_X86_REG_MSR, UC_X86_REG_FS_BASE
         UC_X86_REG_GS_BASE
-        UC_CTL_USE_EXITS, UC_CTL_TB_REMOVE, UC_CTL_TLB_FLUSH, UC_CTL_TLB_TYPE, UC_CTL_TCG_BUFFER_SIZE
+        UC_CTL_USE_EXITS, UC_CTL_EXITS, UC_CTL_TB_REMOVE, UC_CTL_TB_FLUSH, UC_CTL_TLB_FLUSH, UC_CTL_TLB_TYPE, UC_CTL_TCG_BUFFER_SIZE
 
     ctypedef struct x86_segment_t:
         uint32_t selector
@@ -76,6 +76,12 @@ cdef extern from "unicorn_x86.h" nogil:
     ctypedef uint8_t (*uc_tlb_fill_t)(void *cpu, uint64_t address, int size, int access, int mmu_index, uint8_t probe,
                                       size_t origin) noexcept nogil
     ctypedef void *(*uc_memory_mapping_t)(void *uc, uint64_t address) noexcept nogil
+    ctypedef int (*uc_compare_t)(const void *address, const void *key, void *user) noexcept nogil
+    ctypedef struct uc_tree_t:
+        uint64_t **root
+        uc_compare_t compare
+        void *user
+        unsigned nodes
     ctypedef struct unicorn_t:
         unsigned (*version)(unsigned *major, unsigned *minor) noexcept nogil
         int (*open)(int arch, int mode, void **uc) noexcept nogil
@@ -86,6 +92,7 @@ cdef extern from "unicorn_x86.h" nogil:
         int (*mem_map_ptr)(void *uc, uint64_t address, size_t size, uint32_t perms, void *pointer) noexcept nogil
         int (*mmio_map)(void *uc, uint64_t address, size_t size, uc_mmio_read_t read, void *read_user,
                         uc_mmio_write_t write, void *write_user) noexcept nogil
+        int (*hook_del)(void *uc, size_t hook) noexcept nogil
         int (*hook_add)(void *uc, size_t *hook, int type, void *callback, void *user, uint64_t begin, uint64_t end,
                         ...) noexcept nogil
         int (*emu_start)(void *uc, uint64_t begin, uint64_t until, uint64_t timeout, size_t count) noexcept nogil
@@ -103,3 +110,5 @@ cdef extern from "unicorn_x86.h" nogil:
                              int mmu_index, uint64_t size) noexcept nogil
         void (*tlb_set_dirty)(void *cpu, uint64_t address) noexcept nogil
         void (*loop_exit)(void *cpu) noexcept nogil
+        uint32_t (*fetch_byte)(void *state, uint64_t address) noexcept nogil
+        void (*raise_exception)(void *state, int vector) noexcept nogil

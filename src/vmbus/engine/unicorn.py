@@ -119,6 +119,7 @@ class UnicornEngine:
             after=self._after,
             after_port=self._after_port,
             on_event=self._event,
+            on_look=self._look,
             on_halt=self._halt,
             translation_cache=translation_cache,
         )
@@ -268,6 +269,11 @@ class UnicornEngine:
             other = self._next()
             self._turn(self._current if other is None else other)
         self._after()
+
+    def _look(self, ticks: int) -> None:
+        """The host's time has moved on, however little the guest's has."""
+        self._next_poll = ticks
+        self._event(ticks)
 
     def _halt(self, ticks: int, interruptible: bool) -> None:
         clock = self._clock
