@@ -48,13 +48,17 @@ class IoApic:
 
     def __init__(self, partition: Partition) -> None:
         self._partition = partition
+        self.reset()
+        partition.devices.add_mmio(IO_APIC_ADDRESS, IO_APIC_SIZE, self)
+        partition.devices.set_line = self.set_line
+        partition.on_eoi = self.end_of_interrupt
+
+    def reset(self) -> None:
+        """As at power-on: all lines masked, and released until their devices say otherwise."""
         self._select = 0
         self._id = 0
         self._entries = [MASKED] * LINES
         self._levels = [False] * LINES
-        partition.devices.add_mmio(IO_APIC_ADDRESS, IO_APIC_SIZE, self)
-        partition.devices.set_line = self.set_line
-        partition.on_eoi = self.end_of_interrupt
 
     def mmio_read(self, offset: int, size: int) -> int:
         """Read the selector or, through the window, the selected register."""

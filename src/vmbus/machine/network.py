@@ -325,6 +325,12 @@ class GuestNetwork:
         """Whether frames may come from outside of this process, so that the guest's idle time has to be real."""
         return any(i.uplink is not None and i.uplink.uplink.fileno() >= 0 for i in self.interfaces)
 
+    def reset(self) -> None:
+        """The machine restarts: emulated adapters are as at power-on; synthetic ones close with the bus."""
+        for interface in self.interfaces:
+            if isinstance(interface.device, TulipAdapter):
+                interface.device.reset()
+
     def poll(self) -> None:
         """Bring in what has come from the uplinks; where the other side is gone, the guest's cable is pulled."""
         for interface in self.interfaces:

@@ -93,6 +93,11 @@ class TulipAdapter:
         if self.tulip.link_up:
             self.port.send([frame])
 
+    def reset(self) -> None:
+        """The machine restarts: the chip is as at power-on, and no frame waits for it."""
+        self._backlog.clear()
+        self.tulip.reset()
+
     def set_link(self, up: bool) -> None:
         """Connect or disconnect the cable; the guest's driver looks now and then."""
         self.tulip.link_up = up
