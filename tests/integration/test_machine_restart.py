@@ -89,7 +89,7 @@ def test_a_kernel_that_restarts_because_it_panicked_has_panicked(enlightenments:
 
 # Restarts
 
-COUNTER = f"""
+COUNTER = """
     _start: mov $0x70, %dx; mov $0x40, %al; out %al, %dx     # a byte of the battery-backed memory counts the starts
         inc %dx; in %dx, %al; inc %al; out %al, %dx
         mov %al, %bl; lea '0'(%rbx), %eax; putc
@@ -98,7 +98,7 @@ COUNTER = f"""
         mov %cr2, %rax; add $'A', %al; putc                  # and so is the processor
         mov $5, %eax; mov %rax, %cr2
         cmp $3, %bl; je 5f
-        {{reset}}
+        {reset}
     5:  power_off
 """
 
@@ -158,7 +158,11 @@ def test_without_enlightenments_the_devices_start_again_too() -> None:
     enable = "mov $5, %al; out %al, %dx"
     source = f"_start: {reads}; mov $0xcfc, %dx; {enable}; {reads}; cmpb $0, 0x300000; {RESET}"
     machine = Machine(
-        tiny_guest(source), memory=MEMORY, enlightenments=False, disks=[MemoryDisk(1 << 20)], networks=["none"]
+        tiny_guest(source),
+        memory=MEMORY,
+        enlightenments=False,
+        disks=[MemoryDisk(1 << 20)],
+        networks=["none"],
     )
     with machine:
         for _ in range(3):

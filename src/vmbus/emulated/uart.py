@@ -157,6 +157,11 @@ class Uart16550:
         """Bytes sent by the host that the guest has not read yet."""
         return len(self._wire) + len(self._fifo)
 
+    @property
+    def is_listening(self) -> bool:
+        """Whether the guest would be interrupted by what the host sends."""
+        return bool(self._ier & Ier.RECEIVED and self._mcr & Mcr.OUT2)
+
     # guest side
 
     def io_read(self, port: int, size: int) -> int:

@@ -1,8 +1,8 @@
 """What a guest's crash means for its run: a report is an event, and the end is what the guest does next.
 
 A kernel that panics says so on its console and, with enlightenments, in the crash registers. Then it may start a crash
-kernel (kdump), restart the machine (``panic=SECONDS``), or wait for ever. Only the last is an end by itself: it is known
-by the line that Linux prints then, or by a time without any new kernel.
+kernel (kdump), restart the machine (``panic=SECONDS``), or wait for ever. Only the last is an end by itself: it is
+known by the line that Linux prints then, or by a time without any new kernel.
 """
 
 from collections.abc import Callable
@@ -34,9 +34,7 @@ class CrashWatch:
         report: what the guest reported last, None if it never did.
     """
 
-    def __init__(
-        self, clock: VirtualClock, seconds: float | None, on_panic: Callable[[], None]
-    ) -> None:
+    def __init__(self, clock: VirtualClock, seconds: float | None, on_panic: Callable[[], None]) -> None:
         self.report: CrashReport | None = None
         self._clock = clock
         self._seconds = seconds

@@ -17,8 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from enum import Enum
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self, TypeAlias
@@ -28,7 +27,7 @@ from vmbus.bus import Offered, Version, VmbusHost
 from vmbus.emulated.ioapic import IoApic
 from vmbus.emulated.pci import PciBus, host_bridge
 from vmbus.emulated.piix import MOST_DISKS, PiixIde
-from vmbus.emulated.rtc import RTC_PORT, RealTimeClock
+from vmbus.emulated.rtc import CENTURY, EPOCH, RTC_PORT, RealTimeClock
 from vmbus.emulated.uart import COM1_IRQ, COM1_PORT, Uart16550
 from vmbus.engine.unicorn import Stop, UnicornEngine
 from vmbus.errors import DeviceError, LocalProtocolError
@@ -41,6 +40,7 @@ from vmbus.machine.kernel_payload import unpack_kernel
 from vmbus.machine.linux import ACPI_ADDRESS, BootError, Kernel, KernelError, load_linux, parse_kernel
 from vmbus.machine.network import GuestNetwork
 from vmbus.machine.nic import TulipAdapter
+from vmbus.machine.outcome import OUTCOMES, RESUMABLE, Outcome, Result
 from vmbus.network.switch import Port
 from vmbus.storage.disk import Disk
 from vmbus.storage.images import open_disk
@@ -48,7 +48,7 @@ from vmbus.storage.scsi import CdromUnit, LogicalUnit
 from vmbus.storage.vsp import Address, StorageVsp
 from vmbus.trace.ledger import Ledger
 
-__all__ = ["PLAIN_PC", "Machine", "Outcome", "Result"]
+__all__ = ["PLAIN_PC", "RESUMABLE", "Machine", "Outcome", "Result"]
 
 log = logging.getLogger(__name__)
 
@@ -73,64 +73,6 @@ Medium: TypeAlias = str | os.PathLike[str] | Disk | LogicalUnit
 """What can be attached: an image's path or URI, an open disk, or a unit that is ready."""
 
 
-class Outcome(Enum):
-    """How a run ended."""
-
-    MATCHED = "the awaited output came"
-    POWER_OFF = "the guest turned the machine off"
-    REBOOT = "the guest restarted the machine"
-    PANIC = "the guest's kernel panicked"
-    TRIPLE_FAULT = "the guest's processor shut down (triple fault)"
-    HALTED = "the guest halted with interrupts disabled"
-    IDLE = "the guest waits for an interrupt that nothing will raise"
-    VIRTUAL_TIME = "the virtual time limit was reached"
-    WALL_TIME = "the wall-clock time limit was reached"
-    STOPPED = "stopped by request"
-    SUSPENDED = "its parent suspended the processor"
-
-
-_OUTCOMES: Final = {
-    Stop.TRIPLE_FAULT: Outcome.TRIPLE_FAULT,
-    Stop.HALTED: Outcome.HALTED,
-    Stop.IDLE: Outcome.IDLE,
-    Stop.VIRTUAL_TIME: Outcome.VIRTUAL_TIME,
-    Stop.WALL_TIME: Outcome.WALL_TIME,
-    Stop.REQUESTED: Outcome.STOPPED,
-    Stop.SUSPENDED: Outcome.SUSPENDED,
-}
-RESUMABLE: Final = (
-    Outcome.MATCHED,
-    Outcome.STOPPED,
-    Outcome.SUSPENDED,
-    Outcome.VIRTUAL_TIME,
-    Outcome.WALL_TIME,
-    Outcome.IDLE,
-)
-"""Outcomes after which the same guest can be run on."""
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """What `Machine.run` came to.
-
-    Attributes:
-        outcome: how it ended.
-        virtual_seconds: the guest's time at that moment.
-        wall_seconds: host time that this run took.
-        cpu_seconds: processor time of this process that this run took.
-        crash: what the guest reported to the hypervisor when it crashed last, if it did. A report is not an end: a crash
-            kernel may have gone on after it.
-        reboots: how often the guest restarted the machine in this run (`Machine` with ``reboot=True``).
-    """
-
-    outcome: Outcome
-    virtual_seconds: float
-    wall_seconds: float
-    cpu_seconds: float
-    crash: CrashReport | None = None
-    reboots: int = 0
-
-
 class Machine:
     """One hypervisor instance with a root partition and a Linux child.
 
@@ -151,11 +93,13 @@ class Machine:
             when that is possible.
         name: of the child partition, in the ledger.
         versions: the VMBus versions that the host speaks; all of them if None.
-        reboot: a guest that restarts the machine starts again within the same run, as on a real one. Otherwise the run ends
-            as `REBOOT`, and `restart` goes on.
-        panic_seconds: the guest's time that it has after a crash report, until its run ends as `PANIC`, to start a crash
-            kernel or to restart; None for ever. A kernel that says on the serial console that it will do nothing more
-            ends at once.
+        reboot: a guest that restarts the machine starts again within the same run, as on a real one. Otherwise the run
+            ends as `REBOOT`, and `restart` goes on.
+        clock: what the real-time clock shows: ``"fixed"``, the beginning of 2024 at the start, so that runs repeat;
+            ``"host"``, the host's time; or a date and time at the start (UTC if it has no time zone).
+        panic_seconds: the guest's time that it has after a crash report, until its run ends as `PANIC`, to start a
+            crash kernel or to restart; None for ever. A kernel that says on the serial console that it will do nothing
+            more ends at once.
 
     Raises:
         BootError: the kernel or the sizes do not fit together.
@@ -185,6 +129,7 @@ class Machine:
         name: str = "linux",
         versions: frozenset[int] | None = None,
         reboot: bool = False,
+        clock: str | datetime = "fixed",
         panic_seconds: float | None = PANIC_SECONDS,
     ) -> None:
         self._opened: list[Disk] = []
@@ -210,9 +155,10 @@ class Machine:
         try:
             opened = [self._open(disk) for disk in disks]
             opened += [self._drive(iso, lun) for lun, iso in enumerate(cdroms, len(opened))]
-            clock = VirtualClock()
-            self.hypervisor = Hypervisor(clock=clock)
-            self._crash = CrashWatch(clock, panic_seconds, lambda: self._end(Outcome.PANIC))
+            self._clock = VirtualClock()
+            self.hypervisor = Hypervisor(clock=self._clock)
+            self._rtc = _real_time_clock(clock, self._clock)
+            self._crash = CrashWatch(self._clock, panic_seconds, lambda: self._end(Outcome.PANIC))
             root = self.hypervisor.create_root()
             self.partition: Partition = self.hypervisor.create_child(
                 root,
@@ -260,6 +206,7 @@ class Machine:
                 ACPI_ADDRESS,
                 processors=len(self.partition.vps),
                 com1=(COM1_PORT, COM1_IRQ),
+                rtc=(RTC_PORT, CENTURY),
                 vmbus=(0xF800_0000, 0x0400_0000) if enlightened else None,
                 io_apic=True,
                 pci=None if enlightened else {IDE_SLOT: IDE_LINE, **NIC_LINES},
@@ -290,7 +237,7 @@ class Machine:
         )
         self.console = Console(self._uart.receive)
         devices.add_ports(COM1_PORT, 8, self._uart)
-        devices.add_ports(RTC_PORT, 2, RealTimeClock(self.hypervisor.clock.now))
+        devices.add_ports(RTC_PORT, 2, self._rtc)
         devices.add_ports(SLEEP_CONTROL_PORT, POWER_PORTS, PowerPorts(self._on_power))
 
     def _add_storage(self, disks: Sequence[Disk | LogicalUnit]) -> None:
@@ -404,6 +351,7 @@ class Machine:
         wall_seconds: float | None = None,
         idle: Callable[[int | None], bool] | None = None,
         poll: Callable[[], None] | None = None,
+        paced: bool = False,
     ) -> Result:
         """Run the guest until it ends, says something, or reaches a limit.
 
@@ -413,7 +361,9 @@ class Machine:
             virtual_seconds: stop after so much of the guest's time.
             wall_seconds: stop after so much host time.
             idle, poll: see `UnicornEngine`. The machine's networks are polled in any case; without `idle`, a guest
-                with a network to the outside waits in real time, and idle time of others is skipped.
+                with a network to the outside waits in real time, and idle time of others is skipped. The run ends as
+                `IDLE` when the guest waits without a timer and no driver of its listens on such a network.
+            paced: hold its clock to the host's while it waits (`vmbus.engine.pace`) also without such a network.
 
         Raises:
             LocalProtocolError: the guest has ended already, or the machine is closed.
@@ -436,7 +386,8 @@ class Machine:
         self._running = True
         try:
             while True:
-                self.engine.idle = self.network.idle if idle is None else idle
+                self.engine.idle = self._idle if idle is None else idle
+                self.engine.paced = lambda: paced or self.network.is_live
                 self.engine.poll = lambda: self._poll(poll)
                 outcome = self._outcome_of(self.engine.run(virtual_limit=limit, wall_limit=deadline))
                 if not (self._reboot and self._reset_asked):
@@ -454,7 +405,7 @@ class Machine:
         return self._result(outcome, wall, cpu, reboots)
 
     def _outcome_of(self, stop: Stop) -> Outcome:
-        outcome = self._outcome if self._outcome is not None else _OUTCOMES[stop]
+        outcome = self._outcome if self._outcome is not None else OUTCOMES[stop]
         if self._crash.crashed and outcome in (Outcome.HALTED, Outcome.TRIPLE_FAULT):
             return Outcome.PANIC  # how some kernels end after they have reported it
         return outcome
@@ -504,6 +455,16 @@ class Machine:
         self.network.poll()
         if more is not None:
             more()
+
+    def _idle(self, until_timer: int | None) -> bool:
+        if until_timer is None and not self.network.is_listening:
+            return False  # no frame could wake it
+        return self.network.idle(until_timer)
+
+    @property
+    def takes_input(self) -> bool:
+        """Whether what is typed interrupts the guest, so that it may wake it."""
+        return self._uart.is_listening
 
     def stop(self) -> None:
         """Make `run` return; for calls from inside it."""
@@ -578,6 +539,16 @@ class Machine:
 
 def _address(lun: int) -> Address:
     return (0, lun)
+
+
+def _real_time_clock(wanted: str | datetime, clock: VirtualClock) -> RealTimeClock:
+    if wanted == "host":
+        return RealTimeClock(time.time_ns, EPOCH)
+    if wanted == "fixed":
+        return RealTimeClock(clock.now)
+    if isinstance(wanted, str):
+        raise BootError(f"a clock is 'fixed', 'host' or a date and time, not {wanted!r}")
+    return RealTimeClock(clock.now, wanted if wanted.tzinfo else wanted.replace(tzinfo=UTC))
 
 
 def _contents(source: str | os.PathLike[str] | bytes) -> bytes:

@@ -93,6 +93,11 @@ class TulipAdapter:
         if self.tulip.link_up:
             self.port.send([frame])
 
+    @property
+    def is_listening(self) -> bool:
+        """Whether the guest's driver receives."""
+        return self.tulip.link_up and self.tulip.is_receiving
+
     def reset(self) -> None:
         """The machine restarts: the chip is as at power-on, and no frame waits for it."""
         self._backlog.clear()
