@@ -110,7 +110,8 @@ def test_identify(host: Host) -> None:
     assert data.capabilities & 0x0200
     assert data.supported83 & 0x0400
     assert (data.cylinders, data.heads, data.sectors_per_track) == (2, 16, 63)
-    assert data.multiple_current == 0
+    assert data.multiple_most == 0x8080
+    assert data.multiple_current == 0x0110
 
 
 @pytest.mark.parametrize(
@@ -146,9 +147,29 @@ def test_write_sectors(host: Host) -> None:
     assert host.medium.calls == [("write", 7, 2)]
 
 
+def test_a_disk_powers_on_with_sixteen_sectors_a_block(host: Host) -> None:
+    """As firmware leaves real ones: Linux's libata uses what word 59 says and sets nothing itself."""
+    for command in (Command.READ_MULTIPLE, Command.READ_MULTIPLE_EXT):
+        host.levels.clear()
+        assert host.command(command, 3, 40, extended=command == Command.READ_MULTIPLE_EXT) == DRQ
+        data = b""
+        for sectors in (16, 16, 8):
+            assert host.get(STATUS) == DRQ
+            data += host.words(256 * sectors)
+        assert data == bytes(host.medium.data[3 * 512 : 43 * 512])
+        assert host.levels == [True, False] * 3, "an interrupt for each block"
+    host.command(Command.WRITE_MULTIPLE, 50, 20)
+    host.send(bytes(20 * 512))
+    assert host.get(STATUS) == READY
+    assert bytes(host.medium.data[50 * 512 : 70 * 512]) == bytes(20 * 512)
+
+
 def test_multiple_mode_moves_several_sectors_a_block(host: Host) -> None:
+    assert host.command(Command.SET_MULTIPLE, count=0) == READY
     assert host.command(Command.READ_MULTIPLE, 0, 8) == ERR
     assert host.get(ERROR) == ABRT
+    host.command(Command.IDENTIFY_DEVICE)
+    assert IdentifyDevice.unpack(host.words(256)).multiple_current == 0
     assert host.command(Command.SET_MULTIPLE, count=3) == ERR
     assert host.command(Command.SET_MULTIPLE, count=4) == READY
     host.get(STATUS)

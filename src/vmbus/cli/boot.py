@@ -13,6 +13,7 @@ import tty
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,9 +22,10 @@ from rich.table import Table
 from vmbus.cli.output import Screen, check_output, write_output
 from vmbus.cli.units import seconds, size
 from vmbus.errors import DeviceError, EngineError, VmbusError, printable
+from vmbus.machine.crash import PANIC_SECONDS
 from vmbus.machine.guest import Machine, Outcome, Result
 from vmbus.machine.linux import BootError, KernelError, SizeError
-from vmbus.machine.network import FORMS, OPTIONS
+from vmbus.machine.network import FORMS, OPTIONS, parse_network
 from vmbus.machine.packages import load_guest
 
 __all__ = ["EXIT_STATUS", "START_STATUS", "add_parser", "run"]
@@ -54,7 +56,7 @@ ESCAPE: Final = 0x1D
 LONGEST_WAIT: Final = 0.1
 """Seconds that a guest without a timer waits for a key before limits are looked at again."""
 LONGEST_IDLE: Final = 2.0
-"""Seconds that an idle guest is held back for its next timer; what is longer is skipped."""
+"""Seconds that a guest waits for its next timer before limits are looked at again."""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -127,6 +129,31 @@ def add_parser(subparsers: Any) -> None:
         default="auto",
         help="who decompresses a bzImage; the guest itself is slower and truer (default: auto)",
     )
+    parser.add_argument(
+        "--clock",
+        default="auto",
+        metavar="fixed|host|DATE",
+        help=(
+            "what the real-time clock shows at the start: 2024-01-01 (fixed), the host's time, or a date as "
+            "2025-06-30T12:00:00 (UTC). By default the host's for a run that cannot repeat anyway, at a terminal or "
+            "with a network to the outside, else fixed"
+        ),
+    )
+    parser.add_argument(
+        "--no-reboot",
+        action="store_true",
+        help="end when the guest restarts the machine, instead of starting it again",
+    )
+    parser.add_argument(
+        "--panic-timeout",
+        type=seconds,
+        default=PANIC_SECONDS,
+        metavar="SECONDS",
+        help=(
+            "guest time after a crash report in which a crash kernel or a restart must have begun "
+            f"(default: {PANIC_SECONDS:g})"
+        ),
+    )
     parser.add_argument("--until", metavar="TEXT", help="stop as soon as the guest prints this")
     parser.add_argument("--send", metavar="TEXT", help="type this line once --until has matched, and go on")
     parser.add_argument("--timeout", type=seconds, metavar="SECONDS", help="stop after so much host time")
@@ -180,6 +207,9 @@ def _boot(args: argparse.Namespace, started: list[Machine]) -> int:
         processors=args.processors,
         enlightenments=not args.no_enlightenments,
         unpack=args.unpack,
+        clock=_clock(args),
+        reboot=not args.no_reboot,
+        panic_seconds=args.panic_timeout,
     ) as machine:
         for number, description in enumerate(args.net):
             interface = machine.network.add(description, capture=args.pcap if number == 0 else None)
@@ -196,6 +226,19 @@ def _boot(args: argparse.Namespace, started: list[Machine]) -> int:
         return EXIT_STATUS[result.outcome]
 
 
+def _clock(args: argparse.Namespace) -> str | datetime:
+    """What `--clock` means; by default the host's time for runs that cannot repeat."""
+    if args.clock == "auto":
+        outside = any(parse_network(description).kind != "none" for description in args.net)
+        return "host" if outside or _is_terminal(sys.stdin) else "fixed"
+    if args.clock in ("fixed", "host"):
+        return str(args.clock)
+    try:
+        return datetime.fromisoformat(args.clock)
+    except ValueError as error:
+        raise BootError(f"--clock {args.clock}: neither fixed nor host nor a date ({error})") from error
+
+
 def _run_guest(machine: Machine, args: argparse.Namespace, keyboard: "_Keyboard") -> Result:
     deadline = None if args.timeout is None else time.monotonic() + args.timeout
 
@@ -209,6 +252,7 @@ def _run_guest(machine: Machine, args: argparse.Namespace, keyboard: "_Keyboard"
             wall_seconds=None if deadline is None else deadline - time.monotonic(),
             idle=keyboard.idle,
             poll=keyboard.poll,
+            paced=keyboard.is_interactive,
         )
 
     result = step(args.until)
@@ -218,6 +262,7 @@ def _run_guest(machine: Machine, args: argparse.Namespace, keyboard: "_Keyboard"
         result = step(None)
         result = replace(
             result,
+            reboots=first.reboots + result.reboots,
             wall_seconds=first.wall_seconds + result.wall_seconds,
             cpu_seconds=first.cpu_seconds + result.cpu_seconds,
         )
@@ -238,18 +283,21 @@ class _Keyboard:
     """What is typed goes to the guest; a terminal is put into raw mode meanwhile.
 
     While the guest waits and a terminal or a network is there, its time goes at the host's pace; otherwise idle
-    time is skipped.
+    time is skipped. A guest without a timer is waited for as long as a key or a frame could wake it.
+
+    Attributes:
+        is_interactive: somebody sits at a terminal.
     """
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
         self._fd = sys.stdin.fileno() if _has_descriptor(sys.stdin) else -1
-        self._interactive = self._fd >= 0 and os.isatty(self._fd)
+        self.is_interactive = _is_terminal(sys.stdin)
         self._mode: list[Any] | None = None
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> "_Keyboard":
-        if self._interactive:
+        if self.is_interactive:
             if threading.current_thread() is threading.main_thread():
                 for number in (signal.SIGTERM, signal.SIGHUP):
                     self._handlers[number] = signal.signal(number, _leave)
@@ -275,11 +323,16 @@ class _Keyboard:
         self._take(0.0)
 
     def idle(self, until_timer: int | None) -> bool:
-        """The guest waits: for a key, or for its next timer in `until_timer` virtual ns."""
-        if self._machine.network.is_live:
-            came = self._machine.network.idle(until_timer, [self._fd] if self._fd >= 0 else [])
+        """The guest waits: for a key, or for its next timer in `until_timer` ns."""
+        network = self._machine.network
+        if until_timer is None and not (
+            network.is_listening or (self._fd >= 0 and self._machine.takes_input)
+        ):
+            return False  # nothing could wake it
+        if network.is_live:
+            came = network.idle(until_timer, [self._fd] if self._fd >= 0 else [])
             return self._take(0.0) or came
-        if not self._interactive:
+        if not self.is_interactive:
             return False  # time is skipped; a pipe's input was passed on by poll
         if until_timer is None:
             self._take(LONGEST_WAIT)
@@ -288,7 +341,7 @@ class _Keyboard:
         while (rest := end - time.monotonic()) > 0:
             if self._take(rest):
                 return True
-        return False
+        return until_timer > LONGEST_IDLE * 1e9
 
     def _take(self, wait: float) -> bool:
         if self._fd < 0 or not select.select([self._fd], [], [], wait)[0]:
@@ -297,7 +350,7 @@ class _Keyboard:
         if not data:
             self._fd = -1
             return False
-        if self._interactive and ESCAPE in data:
+        if self.is_interactive and ESCAPE in data:
             self._machine.stop()
             data = data[: data.index(ESCAPE)]
         self._machine.console.send(data)
@@ -307,6 +360,10 @@ class _Keyboard:
 def _leave(number: int, _: object) -> None:
     """End as the signal does by itself, but give the terminal and the disks back first."""
     raise SystemExit(128 + number)
+
+
+def _is_terminal(stream: Any) -> bool:
+    return _has_descriptor(stream) and os.isatty(stream.fileno())
 
 
 def _has_descriptor(stream: Any) -> bool:
@@ -325,6 +382,8 @@ def _report(machine: Machine, result: Result, args: argparse.Namespace) -> None:
         f"{result.outcome.value}; {result.virtual_seconds:.3f} s of the guest's time, "
         f"{result.wall_seconds:.2f} s here ({result.cpu_seconds:.2f} s of processor time)",
     )
+    if result.reboots:
+        _note(args, f"it restarted the machine {result.reboots} times")
     if result.crash is not None and result.crash.message:
         _note(args, "it reported: " + result.crash.message.decode(errors="replace").strip().splitlines()[-1])
     if args.ledger:
@@ -335,6 +394,7 @@ def _report(machine: Machine, result: Result, args: argparse.Namespace) -> None:
             "virtual_seconds": result.virtual_seconds,
             "wall_seconds": result.wall_seconds,
             "cpu_seconds": result.cpu_seconds,
+            "reboots": result.reboots,
             "counts": machine.counts,
             "ledger": machine.ledger.to_dict(),
         }

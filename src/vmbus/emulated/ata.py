@@ -10,6 +10,7 @@ from typing import Annotated, Protocol
 from vmbus.wire import U16, U32, U64, Fixed, Structure, wire
 
 __all__ = [
+    "MULTIPLE_AT_POWER_ON",
     "SECTOR",
     "Backend",
     "Command",
@@ -32,6 +33,9 @@ MOST_CYLINDERS = 16383
 LBA28_SECTORS = 0x0FFFFFFF
 MULTIPLE_MOST = 128
 """The most sectors of one DRQ block of READ and WRITE MULTIPLE; what Hyper-V's disks announce (OpenVMM)."""
+MULTIPLE_AT_POWER_ON = 16
+"""Sectors of a DRQ block that a disk is set to when a guest finds it, as firmware leaves real ones: a driver that does
+not choose itself (Linux's libata) takes word 59's value, and without one an interrupt for each sector."""
 
 
 class Backend(Protocol):

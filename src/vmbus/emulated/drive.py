@@ -8,6 +8,7 @@ from typing import TypeVar
 from vmbus.emulated.ata import (
     HEADS,
     LBA28_SECTORS,
+    MULTIPLE_AT_POWER_ON,
     MULTIPLE_MOST,
     SECTOR,
     SECTORS_PER_TRACK,
@@ -64,14 +65,19 @@ class AtaDrive:
         self.pending = False
         self._account = account
         self._update = update
-        self._heads = HEADS
-        self._sectors = SECTORS_PER_TRACK
-        self._multiple = 0
-        self._write_cache = True
         self._commands = self._table()
         self._buffer = memoryview(b"")
         self._extended = self._lba_mode = False
         self._lba = self._block = 0
+        self.power_on()
+
+    def power_on(self) -> None:
+        """The settings that a disk has when the machine starts, and a reset."""
+        self.device = 0
+        self._heads = HEADS
+        self._sectors = SECTORS_PER_TRACK
+        self._multiple = MULTIPLE_AT_POWER_ON
+        self._write_cache = True
         self.reset()
 
     def reset(self) -> None:

@@ -55,6 +55,15 @@ class IdeChannel:
         self._device = 0
         self._selected: AtaDrive | None = self.drives[0]
 
+    def reset(self) -> None:
+        """The machine restarts: both drives and the registers are as at power-on."""
+        for drive in self.drives:
+            if drive is not None:
+                drive.power_on()
+        self._control = 0
+        self._select_first()
+        self._update()
+
     # ports
 
     def io_read(self, port: int, size: int) -> int:

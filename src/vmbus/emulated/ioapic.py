@@ -48,14 +48,18 @@ class IoApic:
 
     def __init__(self, partition: Partition) -> None:
         self._partition = partition
-        self._select = 0
-        self._id = 0
-        self._entries = [MASKED] * LINES
-        self._levels = [False] * LINES
+        self.reset()
         partition.devices.add_mmio(IO_APIC_ADDRESS, IO_APIC_SIZE, self)
         partition.devices.set_line = self.set_line
         partition.on_eoi = self.end_of_interrupt
         partition.on_apic_enabled = self._apic_enabled
+
+    def reset(self) -> None:
+        """As at power-on: all lines masked, and released until their devices say otherwise."""
+        self._select = 0
+        self._id = 0
+        self._entries = [MASKED] * LINES
+        self._levels = [False] * LINES
 
     def mmio_read(self, offset: int, size: int) -> int:
         """Read the selector or, through the window, the selected register."""

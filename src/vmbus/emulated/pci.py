@@ -167,6 +167,7 @@ class PciFunction:
         self._writable[ConfigOffset.COMMAND : ConfigOffset.COMMAND + 2] = command.to_bytes(2, "little")
         for offset in (ConfigOffset.CACHE_LINE_SIZE, ConfigOffset.LATENCY_TIMER, ConfigOffset.INTERRUPT_LINE):
             self._writable[offset] = 0xFF
+        self._at_power_on = bytes(self._space)
 
     @property
     def command(self) -> int:
@@ -186,6 +187,13 @@ class PciFunction:
         """Decode the ranges on `bus` from now on."""
         self._bus = bus
         self._remap()
+
+    def reset(self) -> None:
+        """Configuration space as at power-on: nothing is decoded, and the function masters no bus."""
+        self._space[:] = self._at_power_on
+        self._remap()
+        if self.on_command is not None:
+            self.on_command(self.command)
 
     def detach(self) -> None:
         """Stop decoding."""
@@ -281,6 +289,12 @@ class PciBus:
         function = self._functions.pop(slot << 3, None)
         if function is not None:
             function.detach()
+
+    def reset(self) -> None:
+        """All functions, and the address register, as at power-on."""
+        self._address = 0
+        for function in self._functions.values():
+            function.reset()
 
     def io_read(self, port: int, size: int) -> int:
         """IN from the configuration ports."""

@@ -79,6 +79,11 @@ class PiixIde:
 
         return set_level
 
+    def reset(self) -> None:
+        """The machine restarts: both channels are as at power-on."""
+        for channel in self.channels:
+            channel.reset()
+
     def bar_read(self, bar: int, offset: int, size: int) -> int:
         """Read a channel's command block or, in every second range, its alternate status."""
         channel = self.channels[bar // 2]

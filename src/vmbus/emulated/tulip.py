@@ -153,9 +153,10 @@ class Tulip:
         self._rom = SerialRom(tulip_rom(address))
         self._level = False
         self._busy = False
-        self._reset()
+        self.reset()
 
-    def _reset(self) -> None:
+    def reset(self) -> None:
+        """What a software reset and a restart of the machine leave; the cable stays."""
         self._csr = [0] * 16
         self._csr[Csr.BUS_MODE] = 0xFE000000
         self._csr[Csr.OPERATION_MODE] = RESET_MODE
@@ -198,7 +199,7 @@ class Tulip:
 
     def _write(self, number: int, value: int) -> None:
         if number == Csr.BUS_MODE and value & 1:
-            self._reset()
+            self.reset()
         elif number == Csr.STATUS:
             self._csr[number] &= ~value
             self._update()

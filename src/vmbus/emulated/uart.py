@@ -126,6 +126,11 @@ class Uart16550:
         self._output = output
         self._interrupt = interrupt
         self._account = account
+        self._level = False
+        self.reset()
+
+    def reset(self) -> None:
+        """As at power-on; what the host sent and the guest has not read is lost."""
         self.divisor = 12  # 9600 baud, what firmware commonly leaves
         self._ier = 0
         self._fcr = 0
@@ -137,7 +142,7 @@ class Uart16550:
         self._fifo: deque[int] = deque()
         self._wire: deque[int] = deque()
         self._thr_interrupt = False
-        self._level = False
+        self._update()
 
     # host side
 
@@ -151,6 +156,11 @@ class Uart16550:
     def pending(self) -> int:
         """Bytes sent by the host that the guest has not read yet."""
         return len(self._wire) + len(self._fifo)
+
+    @property
+    def is_listening(self) -> bool:
+        """Whether the guest would be interrupted by what the host sends."""
+        return bool(self._ier & Ier.RECEIVED and self._mcr & Mcr.OUT2)
 
     # guest side
 

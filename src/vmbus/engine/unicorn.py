@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from vmbus.core import cpu_unicorn
+from vmbus.engine.pace import Pace
 from vmbus.errors import EngineError
 from vmbus.hypervisor import GuestFault, VirtualClock, VirtualProcessor
 from vmbus.hypervisor.apic import DeliveryMode, Ipi
@@ -83,9 +84,11 @@ class UnicornEngine:
     Attributes:
         cpu: the compiled processor, which executes all of them.
         vp: the one that executes now.
-        idle: called with the virtual ns until the next timer (None if none is set) while the guest waits for an
+        idle: called with the ns until the next timer (None if none is set) while the guest waits for an
             interrupt; returns True to be called again (something came from outside, or may still come), False to
             go on to that timer. Without it idle time is skipped.
+        paced: whether the guest's clock goes with the host's while it waits, now (see `vmbus.engine.pace`): asked
+            before each call of `idle`, whose ns are the host's then. Without it the clock stands still meanwhile.
         poll: called now and then while the guest runs, for the host's own business.
     """
 
@@ -101,6 +104,8 @@ class UnicornEngine:
         self._states = [_State.RUNS] + [_State.WAITS] * (len(vps) - 1)
         self._slice_end = 0
         self.idle: Callable[[int | None], bool] | None = None
+        self.paced: Callable[[], bool] | None = None
+        self._pace = Pace()
         self.poll: Callable[[], None] | None = None
         self._clock = hypervisor.clock
         self._stop = Stop.REQUESTED
@@ -149,7 +154,12 @@ class UnicornEngine:
         self._stop = Stop.REQUESTED
         self._stopping = False
         self._next_poll = self.cpu.ticks
+        self._pace.start(self.cpu.ticks)
         self._after()
+        if self._states[self._current] in (_State.HALTED, _State.PARKED):  # it waited when it was stopped
+            self._rest()
+            if self._stopping:
+                return self._stop
         reason = self.cpu.run()
         self._clock.advance_to(self.cpu.ticks)
         if reason == cpu_unicorn.STOP_TRIPLE_FAULT:
@@ -276,17 +286,23 @@ class UnicornEngine:
         self._event(ticks)
 
     def _halt(self, ticks: int, interruptible: bool) -> None:
-        clock = self._clock
         self.vp.account.exits["halt"] += 1
-        clock.advance_to(ticks)
+        self._clock.advance_to(ticks)
         self._states[self._current] = _State.HALTED if interruptible else _State.PARKED
         if not any(self._awake(i) or s is _State.HALTED for i, s in enumerate(self._states)):
             self.stop(Stop.HALTED)
+        self._rest()
+
+    def _rest(self) -> None:
+        """Let time pass until a processor has something to execute, or the run ends."""
+        clock = self._clock
         while not (self._stopping or self._any_awake()):
             due = clock.next_deadline()
-            if self._wait_outside(None if due is None else due - clock.now()):
+            if self._wait_outside(due):
                 if time.monotonic() >= self._wall_limit:
                     self.stop(Stop.WALL_TIME)
+                elif clock.now() >= self._limit:
+                    self.stop(Stop.VIRTUAL_TIME)
                 continue
             if due is None:
                 self.stop(Stop.IDLE)
@@ -298,17 +314,30 @@ class UnicornEngine:
             else:
                 clock.advance_to(due)
         self.cpu.advance_to(clock.now())
-        other = None if self._awake(self._current) else self._next()
-        self._turn(self._current if other is None else other)
+        if self._awake(self._current):
+            self._turn(self._current)
+        elif (other := self._next()) is not None:
+            self._turn(other)
         self._after()
 
     def _any_awake(self) -> bool:
         return self._awake(self._current) or self._next() is not None
 
-    def _wait_outside(self, until_timer: int | None) -> bool:
+    def _wait_outside(self, due: int | None) -> bool:
+        """Wait for the outside world until the timer that is `due`; whether to look again instead of going on to it."""
         if self.idle is None:
             return False
         if self.poll is not None:
             self.poll()
-        # The host's own business may have woken the guest.
-        return self._any_awake() or self.idle(until_timer)
+        if self._any_awake():  # the host's own business has woken the guest
+            return True
+        now = self._clock.now()
+        if self.paced is None or not self.paced():
+            return self.idle(None if due is None else due - now)
+        end = self._limit if due is None else min(due, self._limit)
+        wait = self._pace.wait(now, None if due is None else end)
+        left = (self._wall_limit - time.monotonic()) * 1e9
+        cut = wait is not None and wait > left
+        again = self.idle(max(0, int(left)) if cut else wait)
+        self._clock.advance_to(self._pace.reached(end))
+        return again or cut or self._clock.now() >= self._limit

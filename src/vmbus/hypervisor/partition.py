@@ -41,9 +41,10 @@ class PartitionEvent(NamedTuple):
     """Something that a partition's parent is told about it.
 
     Attributes:
-        kind: ``"crash"`` (detail: `CrashReport`), ``"reset"`` (the processor's index), ``"provider-error"`` (the
-            exception that the child's input caused in a provider), ``"stopped"`` (the exit status of the process
-            that it ran in, after ``"reset"``), ``"destroyed"`` (None).
+        kind: ``"crash"`` (detail: `CrashReport`), ``"reset"`` (the processor's index), ``"identified"`` (the guest OS
+            identity that it has set, not zero), ``"provider-error"`` (the exception that the child's input caused in a
+            provider), ``"stopped"`` (the exit status of the process that it ran in, after ``"reset"``),
+            ``"destroyed"`` (None).
         partition: whom it is about.
         detail: see kind.
     """
@@ -261,6 +262,8 @@ class Partition:
                 self._hypercall_page.remove()
             self.hypercall_msr &= ~1
             self.hypercalls_enabled = False
+        else:
+            self.notify("identified", value)
 
     def set_hypercall_page(self, value: int) -> None:
         """HV_X64_MSR_HYPERCALL: bit 0 enables, bit 1 locks, bits 63:12 are the page number.

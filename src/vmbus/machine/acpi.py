@@ -1,8 +1,9 @@
 """ACPI tables of a machine without legacy hardware, and the ports behind them.
 
 A hardware-reduced platform (ACPI 6.4, section 4.1): no power management timer, no SCI. Power-off and reset are
-two ports that the FADT names. The DSDT describes the serial port and, under a module device (``ACPI0004``) with the
-range of addresses that VMBus devices may use for their memory, the VMBus itself (``_HID "VMBUS"``), as Hyper-V does.
+two ports that the FADT names. The DSDT describes the serial port, the real-time clock and, under a module device
+(``ACPI0004``) with the range of addresses that VMBus devices may use for their memory, the VMBus itself
+(``_HID "VMBUS"``), as Hyper-V does.
 """
 
 import struct
@@ -43,6 +44,7 @@ FADT_RESET_REGISTER = 1 << 10
 FADT_HARDWARE_REDUCED = 1 << 20
 BOOT_NO_VGA = 1 << 2
 BOOT_NO_CMOS_RTC = 1 << 5
+"""Without this flag Linux takes its time from the clock at ports 0x70 and 0x71 before it has looked for devices."""
 PROFILE_ENTERPRISE_SERVER = 4
 
 
@@ -103,7 +105,7 @@ def _io_register(port: int) -> bytes:
     return struct.pack("<BBBBQ", 1, 8, 0, 1, port)
 
 
-def _fadt(dsdt: int) -> bytes:
+def _fadt(dsdt: int, century: int | None) -> bytes:
     table = bytearray(FADT_SIZE - 36)
 
     def put(offset: int, data: bytes) -> None:
@@ -111,7 +113,8 @@ def _fadt(dsdt: int) -> bytes:
 
     put(40, dsdt.to_bytes(4, "little"))
     put(45, bytes([PROFILE_ENTERPRISE_SERVER]))
-    put(109, (BOOT_NO_VGA | BOOT_NO_CMOS_RTC).to_bytes(2, "little"))
+    put(108, bytes([century or 0]))
+    put(109, (BOOT_NO_VGA | (BOOT_NO_CMOS_RTC if century is None else 0)).to_bytes(2, "little"))
     put(112, (FADT_WBINVD | FADT_RESET_REGISTER | FADT_HARDWARE_REDUCED).to_bytes(4, "little"))
     put(116, _io_register(RESET_PORT))
     put(128, bytes([RESET_VALUE]))
@@ -155,7 +158,10 @@ def _host_bridge(interrupts: Mapping[int, int]) -> bytes:
 
 
 def _dsdt(
-    com1: tuple[int, int | None] | None, vmbus: tuple[int, int] | None, pci: Mapping[int, int] | None
+    com1: tuple[int, int | None] | None,
+    rtc: int | None,
+    vmbus: tuple[int, int] | None,
+    pci: Mapping[int, int] | None,
 ) -> bytes:
     devices = _host_bridge(pci) if pci is not None else b""
     if com1 is not None:
@@ -169,6 +175,14 @@ def _dsdt(
             aml.name("_UID", aml.integer(1)),
             aml.name("_STA", aml.integer(0x0F)),
             aml.name("_CRS", aml.buffer(resources)),
+        )
+    if rtc is not None:
+        devices += aml.device(
+            "RTC0",
+            aml.name("_HID", aml.eisa_id("PNP0B00")),
+            aml.name("_UID", aml.integer(0)),
+            aml.name("_STA", aml.integer(0x0F)),
+            aml.name("_CRS", aml.buffer(aml.io_ports(rtc, 2) + aml.end_tag())),
         )
     if vmbus is not None:
         devices += aml.device(
@@ -196,6 +210,7 @@ def build_tables(
     *,
     processors: int = 1,
     com1: tuple[int, int | None] | None = (0x3F8, None),
+    rtc: tuple[int, int] | None = None,
     vmbus: tuple[int, int] | None = (0xF800_0000, 0x0400_0000),
     io_apic: bool = False,
     pci: Mapping[int, int] | None = None,
@@ -206,6 +221,7 @@ def build_tables(
         base: where they will lie; a multiple of 16 below 4 GiB.
         processors: virtual processors, with APIC ids from 0.
         com1: first port and interrupt line (None: polled) of the serial port, or no serial port.
+        rtc: first port of the real-time clock, and the index of its byte for the century; or no clock.
         vmbus: first address and length of the memory that VMBus devices may use, or no VMBus.
         io_apic: an I/O APIC with the ISA lines is there.
         pci: PCI bus 0 is there; the interrupt line of each slot that has one.
@@ -222,7 +238,8 @@ def build_tables(
         parts.append(table.ljust(-(-len(table) // 16) * 16, b"\0"))
         return address
 
-    fadt = add(_fadt(add(_dsdt(com1, vmbus, pci))))
+    port, century = rtc if rtc is not None else (None, None)
+    fadt = add(_fadt(add(_dsdt(com1, port, vmbus, pci)), century))
     madt = add(_madt(processors, io_apic))
     xsdt = add(_table(b"XSDT", 1, struct.pack("<QQ", fadt, madt)))
     root = bytearray(struct.pack("<8sB6sBIIQB3x", b"RSD PTR ", 0, OEM_ID, 2, 0, 36, xsdt, 0))

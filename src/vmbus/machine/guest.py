@@ -11,12 +11,13 @@ is executed by the engine in `vmbus.engine.unicorn` on a virtual clock: the same
 """
 
 import logging
+import mmap
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from enum import Enum
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self, TypeAlias
@@ -26,7 +27,7 @@ from vmbus.bus import Offered, Version, VmbusHost
 from vmbus.emulated.ioapic import IoApic
 from vmbus.emulated.pci import PciBus, host_bridge
 from vmbus.emulated.piix import MOST_DISKS, PiixIde
-from vmbus.emulated.rtc import RTC_PORT, RealTimeClock
+from vmbus.emulated.rtc import CENTURY, EPOCH, RTC_PORT, RealTimeClock
 from vmbus.emulated.uart import COM1_IRQ, COM1_PORT, Uart16550
 from vmbus.engine.unicorn import Stop, UnicornEngine
 from vmbus.errors import DeviceError, LocalProtocolError
@@ -34,10 +35,12 @@ from vmbus.hypervisor import CrashReport, Hypervisor, Partition, PartitionEvent,
 from vmbus.hypervisor.personality import LINUX, Personality
 from vmbus.machine.acpi import POWER_PORTS, SLEEP_CONTROL_PORT, PowerAction, PowerPorts, build_tables
 from vmbus.machine.console import Console, Pattern
+from vmbus.machine.crash import PANIC_SECONDS, CrashWatch
 from vmbus.machine.kernel_payload import unpack_kernel
 from vmbus.machine.linux import ACPI_ADDRESS, BootError, Kernel, KernelError, load_linux, parse_kernel
 from vmbus.machine.network import GuestNetwork
 from vmbus.machine.nic import TulipAdapter
+from vmbus.machine.outcome import OUTCOMES, RESUMABLE, Outcome, Result
 from vmbus.network.switch import Port
 from vmbus.storage.disk import Disk
 from vmbus.storage.images import open_disk
@@ -45,7 +48,7 @@ from vmbus.storage.scsi import CdromUnit, LogicalUnit
 from vmbus.storage.vsp import Address, StorageVsp
 from vmbus.trace.ledger import Ledger
 
-__all__ = ["PLAIN_PC", "Machine", "Outcome", "Result"]
+__all__ = ["PLAIN_PC", "RESUMABLE", "Machine", "Outcome", "Result"]
 
 log = logging.getLogger(__name__)
 
@@ -60,10 +63,6 @@ NIC_LINES: Final = {10: 17, 11: 18, 12: 19, 13: 20}
 MOST_PROCESSORS: Final = 16
 STORAGE_INSTANCE: Final = UUID("6c2ab6f0-4f0e-4f4e-9d5e-0f2b1f7a5c01")
 """The controller's instance: fixed, because serial numbers of disks come from it and runs have to repeat."""
-PANIC_TEXT: Final = b"---[ end Kernel panic"
-"""What every Linux kernel prints when it has panicked and will do nothing more but wait."""
-PANIC_GRACE: Final = 2_000_000_000
-"""Virtual ns that a guest has after it reported a crash, to print about it or to restart."""
 SECOND: Final = 1_000_000_000
 
 PLAIN_PC: Final = Personality("plain-pc", privileges=type(LINUX.privileges)(0), hypervisor_present=False)
@@ -72,61 +71,6 @@ PLAIN_PC: Final = Personality("plain-pc", privileges=type(LINUX.privileges)(0), 
 
 Medium: TypeAlias = str | os.PathLike[str] | Disk | LogicalUnit
 """What can be attached: an image's path or URI, an open disk, or a unit that is ready."""
-
-
-class Outcome(Enum):
-    """How a run ended."""
-
-    MATCHED = "the awaited output came"
-    POWER_OFF = "the guest turned the machine off"
-    REBOOT = "the guest restarted the machine"
-    PANIC = "the guest's kernel panicked"
-    TRIPLE_FAULT = "the guest's processor shut down (triple fault)"
-    HALTED = "the guest halted with interrupts disabled"
-    IDLE = "the guest waits for an interrupt that nothing will raise"
-    VIRTUAL_TIME = "the virtual time limit was reached"
-    WALL_TIME = "the wall-clock time limit was reached"
-    STOPPED = "stopped by request"
-    SUSPENDED = "its parent suspended the processor"
-
-
-_OUTCOMES: Final = {
-    Stop.TRIPLE_FAULT: Outcome.TRIPLE_FAULT,
-    Stop.HALTED: Outcome.HALTED,
-    Stop.IDLE: Outcome.IDLE,
-    Stop.VIRTUAL_TIME: Outcome.VIRTUAL_TIME,
-    Stop.WALL_TIME: Outcome.WALL_TIME,
-    Stop.REQUESTED: Outcome.STOPPED,
-    Stop.SUSPENDED: Outcome.SUSPENDED,
-}
-RESUMABLE: Final = (
-    Outcome.MATCHED,
-    Outcome.STOPPED,
-    Outcome.SUSPENDED,
-    Outcome.VIRTUAL_TIME,
-    Outcome.WALL_TIME,
-    Outcome.IDLE,
-)
-"""Outcomes after which the same guest can be run on."""
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """What `Machine.run` came to.
-
-    Attributes:
-        outcome: how it ended.
-        virtual_seconds: the guest's time at that moment.
-        wall_seconds: host time that this run took.
-        cpu_seconds: processor time of this process that this run took.
-        crash: what the guest reported to the hypervisor when it crashed, if it did.
-    """
-
-    outcome: Outcome
-    virtual_seconds: float
-    wall_seconds: float
-    cpu_seconds: float
-    crash: CrashReport | None = None
 
 
 class Machine:
@@ -149,6 +93,13 @@ class Machine:
             when that is possible.
         name: of the child partition, in the ledger.
         versions: the VMBus versions that the host speaks; all of them if None.
+        reboot: a guest that restarts the machine starts again within the same run, as on a real one. Otherwise the run
+            ends as `REBOOT`, and `restart` goes on.
+        clock: what the real-time clock shows: ``"fixed"``, the beginning of 2024 at the start, so that runs repeat;
+            ``"host"``, the host's time; or a date and time at the start (UTC if it has no time zone).
+        panic_seconds: the guest's time that it has after a crash report, until its run ends as `PANIC`, to start a
+            crash kernel or to restart; None for ever. A kernel that says on the serial console that it will do nothing
+            more ends at once.
 
     Raises:
         BootError: the kernel or the sizes do not fit together.
@@ -158,8 +109,8 @@ class Machine:
         TypeError: `disks`, `cdroms` or `networks` is one thing instead of a list.
 
     Attributes:
-        hypervisor, partition, engine, console, bus, storage, network: the parts.
-        crash: what the guest reported when it crashed.
+        hypervisor, partition, engine, console, bus, storage, network: the parts; the engine is another one after a
+            restart.
     """
 
     def __init__(
@@ -177,18 +128,24 @@ class Machine:
         unpack: str = "auto",
         name: str = "linux",
         versions: frozenset[int] | None = None,
+        reboot: bool = False,
+        clock: str | datetime = "fixed",
+        panic_seconds: float | None = PANIC_SECONDS,
     ) -> None:
         self._opened: list[Disk] = []
         self._nic_slots: list[int] = []
         self._outcome: Outcome | None = None
         self._ended: Outcome | None = None
-        self._closed = False
-        self.crash: CrashReport | None = None
+        self._running = self._closed = False
+        self._reboot = reboot
+        self._reset_asked = self._matched = False
+        self._counted: Counter[str] = Counter()
         for what, given in (("disks", disks), ("cdroms", cdroms), ("networks", networks)):
             if isinstance(given, str | bytes | os.PathLike):
                 raise TypeError(f"{what} is a list, also of one: {what}=[{given!r}]")
-        image = _parse(kernel, unpack)
-        initial = b"" if initrd is None else _contents(initrd)
+        self._image = _parse(kernel, unpack)
+        self._initrd = b"" if initrd is None else _contents(initrd)
+        self._command_line = append
         if memory % 4096 or memory <= 0:
             raise BootError(f"{memory} bytes of memory are not whole pages")
         if not 0 < processors <= MOST_PROCESSORS:
@@ -198,7 +155,10 @@ class Machine:
         try:
             opened = [self._open(disk) for disk in disks]
             opened += [self._drive(iso, lun) for lun, iso in enumerate(cdroms, len(opened))]
-            self.hypervisor = Hypervisor(clock=VirtualClock())
+            self._clock = VirtualClock()
+            self.hypervisor = Hypervisor(clock=self._clock)
+            self._rtc = _real_time_clock(clock, self._clock)
+            self._crash = CrashWatch(self._clock, panic_seconds, lambda: self._end(Outcome.PANIC))
             root = self.hypervisor.create_root()
             self.partition: Partition = self.hypervisor.create_child(
                 root,
@@ -223,7 +183,7 @@ class Machine:
                 if opened:
                     self._add_ide(opened)
             self.network = GuestNetwork(self.bus, None if enlightenments else self._plug_nic)
-            self._load(image, initial, append)
+            self._load()
             for description in networks:
                 self.network.add(description)
         except BaseException:
@@ -234,18 +194,19 @@ class Machine:
 
     # Assembly
 
-    def _load(self, image: Kernel, initrd: bytes, command_line: str) -> None:
+    def _load(self) -> None:
         """Put the kernel into memory, and the boot processor where it begins."""
         enlightened = self.bus is not None
         entry = load_linux(
             self.partition.memory,
-            image,
-            command_line=command_line,
-            initrd=initrd,
+            self._image,
+            command_line=self._command_line,
+            initrd=self._initrd,
             acpi=build_tables(
                 ACPI_ADDRESS,
                 processors=len(self.partition.vps),
                 com1=(COM1_PORT, COM1_IRQ),
+                rtc=(RTC_PORT, CENTURY),
                 vmbus=(0xF800_0000, 0x0400_0000) if enlightened else None,
                 io_apic=True,
                 pci=None if enlightened else {IDE_SLOT: IDE_LINE, **NIC_LINES},
@@ -276,7 +237,7 @@ class Machine:
         )
         self.console = Console(self._uart.receive)
         devices.add_ports(COM1_PORT, 8, self._uart)
-        devices.add_ports(RTC_PORT, 2, RealTimeClock(self.hypervisor.clock.now))
+        devices.add_ports(RTC_PORT, 2, self._rtc)
         devices.add_ports(SLEEP_CONTROL_PORT, POWER_PORTS, PowerPorts(self._on_power))
 
     def _add_storage(self, disks: Sequence[Disk | LogicalUnit]) -> None:
@@ -368,7 +329,14 @@ class Machine:
     @property
     def counts(self) -> dict[str, int]:
         """What the engine counted: blocks, virtual time, exceptions, interrupts, system calls."""
-        return {"ticks": self.engine.cpu.ticks, **self.engine.cpu.counts}
+        counts = Counter(self.engine.cpu.counts)
+        counts.update(self._counted)
+        return {"ticks": self.engine.cpu.ticks, **counts}
+
+    @property
+    def crash(self) -> CrashReport | None:
+        """What the guest reported when it crashed last."""
+        return self._crash.report
 
     @property
     def virtual_seconds(self) -> float:
@@ -383,6 +351,7 @@ class Machine:
         wall_seconds: float | None = None,
         idle: Callable[[int | None], bool] | None = None,
         poll: Callable[[], None] | None = None,
+        paced: bool = False,
     ) -> Result:
         """Run the guest until it ends, says something, or reaches a limit.
 
@@ -392,7 +361,9 @@ class Machine:
             virtual_seconds: stop after so much of the guest's time.
             wall_seconds: stop after so much host time.
             idle, poll: see `UnicornEngine`. The machine's networks are polled in any case; without `idle`, a guest
-                with a network to the outside waits in real time, and idle time of others is skipped.
+                with a network to the outside waits in real time, and idle time of others is skipped. The run ends as
+                `IDLE` when the guest waits without a timer and no driver of its listens on such a network.
+            paced: hold its clock to the host's while it waits (`vmbus.engine.pace`) also without such a network.
 
         Raises:
             LocalProtocolError: the guest has ended already, or the machine is closed.
@@ -401,42 +372,111 @@ class Machine:
         if self._ended is not None:
             raise LocalProtocolError(f"this guest has ended: {self._ended.value}")
         self._check_open()
-        self.engine.idle = self.network.idle if idle is None else idle
-        self.engine.poll = lambda: self._poll(poll)
         self._outcome = None
+        self._matched = False
         wall, cpu = time.monotonic(), time.process_time()
         if until is not None:
-            self.console.expect(until, lambda: self._end(Outcome.MATCHED))
+            self.console.expect(until, self._on_match)
             if self.console.search():
                 self.console.forget()
                 return self._result(Outcome.MATCHED, wall, cpu)
         limit = None if virtual_seconds is None else self.engine.cpu.ticks + int(virtual_seconds * SECOND)
+        deadline = None if wall_seconds is None else wall + wall_seconds
+        reboots = 0
+        self._running = True
         try:
-            stop = self.engine.run(
-                virtual_limit=limit, wall_limit=None if wall_seconds is None else wall + wall_seconds
-            )
+            while True:
+                self.engine.idle = self._idle if idle is None else idle
+                self.engine.paced = lambda: paced or self.network.is_live
+                self.engine.poll = lambda: self._poll(poll)
+                outcome = self._outcome_of(self.engine.run(virtual_limit=limit, wall_limit=deadline))
+                if not (self._reboot and self._reset_asked):
+                    break
+                reboots += 1
+                self._start_again()
+                if self._matched:
+                    outcome = Outcome.MATCHED
+                    break
         finally:
+            self._running = False
             self.console.forget()
-        outcome = self._outcome if self._outcome is not None else _OUTCOMES[stop]
-        if self.crash is not None and outcome not in RESUMABLE:
-            outcome = Outcome.PANIC
         if outcome not in RESUMABLE:
             self._ended = outcome
-        return self._result(outcome, wall, cpu)
+        return self._result(outcome, wall, cpu, reboots)
 
-    def _result(self, outcome: Outcome, wall: float, cpu: float) -> Result:
-        return Result(
-            outcome, self.virtual_seconds, time.monotonic() - wall, time.process_time() - cpu, self.crash
-        )
+    def _outcome_of(self, stop: Stop) -> Outcome:
+        outcome = self._outcome if self._outcome is not None else OUTCOMES[stop]
+        if self._crash.crashed and outcome in (Outcome.HALTED, Outcome.TRIPLE_FAULT):
+            return Outcome.PANIC  # how some kernels end after they have reported it
+        return outcome
+
+    def _result(self, outcome: Outcome, wall: float, cpu: float, reboots: int = 0) -> Result:
+        wall, cpu = time.monotonic() - wall, time.process_time() - cpu
+        return Result(outcome, self.virtual_seconds, wall, cpu, self.crash, reboots)
+
+    def restart(self) -> None:
+        """Start the guest again from its kernel, whatever it was doing, as the button on a machine does.
+
+        Memory and processors are as at the start. Disks, networks, counts, the console's transcript, the ledger and the
+        clocks go on; the VMBus is there, with its connection gone.
+
+        Raises:
+            LocalProtocolError: it runs, or the machine is closed.
+        """
+        self._check_open()
+        if self._running:
+            raise LocalProtocolError("the guest runs: stop it before you start it again")
+        self._start_again()
+
+    def _start_again(self) -> None:
+        if self.bus is not None:
+            self.bus.reset()
+        else:
+            self._pci.reset()
+            if self.ide is not None:
+                self.ide.reset()
+        self.network.reset()
+        self._uart.reset()
+        self.partition.reset()
+        self._io_apic.reset()
+        self._counted.update(self.engine.cpu.counts)
+        self.engine.close()
+        memory = self.partition.memory
+        with mmap.mmap(memory.fd, memory.size) as pages:
+            pages.madvise(mmap.MADV_REMOVE)  # gives the pages back: what is read there is zero again
+        self.engine = UnicornEngine(self.partition.vps)
+        self.engine.cpu.advance_to(self.hypervisor.clock.now())
+        self._crash.new_kernel()
+        self._load()
+        self._outcome = self._ended = None
+        self._reset_asked = False
 
     def _poll(self, more: Callable[[], None] | None) -> None:
         self.network.poll()
         if more is not None:
             more()
 
+    def _idle(self, until_timer: int | None) -> bool:
+        if until_timer is None and not self.network.is_listening:
+            return False  # no frame could wake it
+        return self.network.idle(until_timer)
+
+    @property
+    def takes_input(self) -> bool:
+        """Whether what is typed interrupts the guest, so that it may wake it."""
+        return self._uart.is_listening
+
     def stop(self) -> None:
         """Make `run` return; for calls from inside it."""
         self._end(Outcome.STOPPED)
+
+    def _on_match(self) -> None:
+        self._matched = True
+        self._end(Outcome.MATCHED)
+
+    def _on_reset(self) -> None:
+        self._reset_asked = True
+        self._end(Outcome.PANIC if self._crash.panicked else Outcome.REBOOT)
 
     def _end(self, outcome: Outcome) -> None:
         if self._outcome is None or self._outcome in RESUMABLE:
@@ -444,22 +484,22 @@ class Machine:
         self.engine.stop()
 
     def _on_output(self, data: bytes) -> None:
-        start = max(0, len(self.console.output) - len(PANIC_TEXT))
         self.console.feed(data)
-        if b"c" in data and self.console.output.find(PANIC_TEXT, start) >= 0:
-            self._end(Outcome.PANIC)
+        self._crash.read(data)
 
     def _on_power(self, action: PowerAction) -> None:
-        self._end(Outcome.POWER_OFF if action is PowerAction.POWER_OFF else Outcome.REBOOT)
+        if action is PowerAction.POWER_OFF:
+            self._end(Outcome.POWER_OFF)
+        else:
+            self._on_reset()
 
     def _on_event(self, event: PartitionEvent) -> None:
         if event.kind == "crash":
-            self.crash = event.detail
-            self.hypervisor.clock.schedule(
-                self.hypervisor.clock.now() + PANIC_GRACE, lambda: self._end(Outcome.PANIC)
-            )
+            self._crash.take_report(event.detail)
+        elif event.kind == "identified":
+            self._crash.new_kernel()
         elif event.kind == "reset":
-            self._end(Outcome.REBOOT)
+            self._on_reset()
 
     # End of life
 
@@ -499,6 +539,16 @@ class Machine:
 
 def _address(lun: int) -> Address:
     return (0, lun)
+
+
+def _real_time_clock(wanted: str | datetime, clock: VirtualClock) -> RealTimeClock:
+    if wanted == "host":
+        return RealTimeClock(time.time_ns, EPOCH)
+    if wanted == "fixed":
+        return RealTimeClock(clock.now)
+    if isinstance(wanted, str):
+        raise BootError(f"a clock is 'fixed', 'host' or a date and time, not {wanted!r}")
+    return RealTimeClock(clock.now, wanted if wanted.tzinfo else wanted.replace(tzinfo=UTC))
 
 
 def _contents(source: str | os.PathLike[str] | bytes) -> bytes:

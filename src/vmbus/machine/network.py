@@ -6,7 +6,8 @@ with Machine(kernel, initrd=…, append="console=ttyS0 ip=dhcp", networks=["pass
     lan.adapter.set_link(False)
 
 A guest on a virtual clock skips idle time. With a network it must not: what the world answers takes real time. So
-`GuestNetwork.idle` lets a guest that waits for its next timer wait as long in real time, unless a frame comes.
+`GuestNetwork.idle` lets a guest that waits for its next timer wait in real time, unless a frame comes; the engine keeps
+the guest's clock with the host's meanwhile (`vmbus.engine.pace`).
 """
 
 import logging
@@ -38,7 +39,7 @@ log = logging.getLogger(__name__)
 NAMESPACE: Final = UUID("5d0b0b6c-3f0e-4a53-9f4e-8b6a3f1f0d11")
 """Instance ids of adapters come from their address, so that runs repeat."""
 LONGEST_IDLE: Final = 2.0
-"""Seconds that an idle guest is held back for its next timer; what is longer is skipped."""
+"""Seconds that a guest waits for its next timer before limits are looked at again."""
 LONGEST_WAIT: Final = 0.1
 """Seconds that a guest without a timer waits before limits are looked at again."""
 MICROSOFT_PREFIX: Final = b"\x00\x15\x5d"
@@ -325,6 +326,20 @@ class GuestNetwork:
         """Whether frames may come from outside of this process, so that the guest's idle time has to be real."""
         return any(i.uplink is not None and i.uplink.uplink.fileno() >= 0 for i in self.interfaces)
 
+    @property
+    def is_listening(self) -> bool:
+        """Whether the guest would take a frame from outside, so that one may wake it."""
+        return any(
+            i.uplink is not None and i.uplink.uplink.fileno() >= 0 and i.device.is_listening
+            for i in self.interfaces
+        )
+
+    def reset(self) -> None:
+        """The machine restarts: emulated adapters are as at power-on; synthetic ones close with the bus."""
+        for interface in self.interfaces:
+            if isinstance(interface.device, TulipAdapter):
+                interface.device.reset()
+
     def poll(self) -> None:
         """Bring in what has come from the uplinks; where the other side is gone, the guest's cable is pulled."""
         for interface in self.interfaces:
@@ -344,7 +359,7 @@ class GuestNetwork:
         """The guest waits: for a frame, or for its next timer in `until_timer` virtual nanoseconds.
 
         Args:
-            until_timer: as the engine gives it.
+            until_timer: as the engine gives it; None if there is no timer.
             also: descriptors that end the wait as well, such as a keyboard's.
 
         Returns:
@@ -367,7 +382,7 @@ class GuestNetwork:
                 self.poll()
                 return True
             if left == 0.0 or not writable:
-                return until_timer is None
+                return until_timer is None or until_timer > LONGEST_IDLE * 1e9
             writers = []
 
     def close(self) -> None:

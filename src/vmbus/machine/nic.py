@@ -93,6 +93,16 @@ class TulipAdapter:
         if self.tulip.link_up:
             self.port.send([frame])
 
+    @property
+    def is_listening(self) -> bool:
+        """Whether the guest's driver receives."""
+        return self.tulip.link_up and self.tulip.is_receiving
+
+    def reset(self) -> None:
+        """The machine restarts: the chip is as at power-on, and no frame waits for it."""
+        self._backlog.clear()
+        self.tulip.reset()
+
     def set_link(self, up: bool) -> None:
         """Connect or disconnect the cable; the guest's driver looks now and then."""
         self.tulip.link_up = up

@@ -72,6 +72,11 @@ class NetworkAdapter:
         """Whether the cable is connected."""
         return self._link_up
 
+    @property
+    def is_listening(self) -> bool:
+        """Whether the guest takes frames: its driver has opened the adapter and set a packet filter."""
+        return self._link_up and self.vsp is not None and self.vsp.protocol.can_receive
+
     def set_link(self, up: bool) -> None:
         """Connect or disconnect the cable."""
         self._link_up = up

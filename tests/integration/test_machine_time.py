@@ -1,0 +1,140 @@
+"""A machine's time: the date that its guest finds, the pace of an idle one, and waits that nothing can end."""
+
+import socket
+import time
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from reference.engine import need_engine
+from reference.tiny_guest import tiny_guest
+
+from vmbus.machine.guest import Machine, Outcome
+from vmbus.machine.linux import BootError
+from vmbus.network.uplink import StreamUplink
+
+need_engine()
+
+MEMORY = 16 << 20
+READ_CLOCK = """
+    _start:
+        mov $0x70, %dx; mov $0x0b, %al; out %al, %dx; inc %dx; mov $0x06, %al; out %al, %dx    # binary, 24 hours
+        lea registers(%rip), %rsi
+    1:  lodsb; cmp $0xff, %al; je 2f
+        mov $0x70, %dx; out %al, %dx; inc %dx; in %dx, %al; add $0x20, %al; putc; jmp 1b
+    2:  print '|'
+        hlt
+    registers: .byte 0x32, 9, 8, 7, 4, 2, 0, 0xff
+"""
+DEADLINE_LOOP = """
+    _start: gate 0x40, tick
+        load_idt
+        mov $0xfee00000, %rbx
+        movl $0x1ff, 0xf0(%rbx)
+        movl $0x40040, 0x320(%rbx)              # the APIC's timer by TSC deadline
+        mov ${rounds}, %r12; movabs ${ticks}, %r13
+    1:  rdtsc; shl $32, %rdx; or %rdx, %rax
+        add %r13, %rax; mov %rax, %rdx; shr $32, %rdx; mov $0x6e0, %ecx; wrmsr
+        sti; hlt; cli
+        dec %r12; jnz 1b
+        power_off
+    tick: movl $0, 0xb0(%rbx); iretq
+"""
+
+
+def shown(machine: Machine) -> datetime:
+    """The time that the guest reads from its clock."""
+    assert machine.run(until="|").outcome is Outcome.MATCHED
+    century, year, *rest = (byte - 0x20 for byte in machine.console.output[-8:-1])
+    return datetime(century * 100 + year, *rest, tzinfo=UTC)  # type: ignore[arg-type]
+
+
+def test_the_clock_shows_the_hosts_time_or_a_fixed_one() -> None:
+    code = tiny_guest(READ_CLOCK)
+    with Machine(code, memory=MEMORY) as machine:
+        assert shown(machine) == datetime(2024, 1, 1, tzinfo=UTC)
+        machine.restart()
+        assert shown(machine) == datetime(2024, 1, 1, tzinfo=UTC)
+    with Machine(code, memory=MEMORY, clock="host") as machine:
+        assert abs(shown(machine) - datetime.now(UTC)) < timedelta(seconds=60)
+    for date in (datetime(2031, 5, 6, 7, 8, 9), datetime.fromisoformat("2031-05-06T09:08:09+02:00")):
+        with Machine(code, memory=MEMORY, clock=date) as machine:
+            assert shown(machine) == datetime(2031, 5, 6, 7, 8, 9, tzinfo=UTC)
+    with pytest.raises(BootError, match="'fixed', 'host' or a date"):
+        Machine(code, memory=MEMORY, clock="noon")
+
+
+@pytest.fixture
+def uplink():
+    """An uplink whose other side is silent, and that side."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with ours, theirs:
+        yield StreamUplink(ours), theirs
+
+
+def test_an_idle_guest_with_a_network_keeps_the_hosts_time(uplink) -> None:
+    """Each round executes for longer than the guest's clock shows: the wait after it is shorter by that."""
+    rounds, period = 150, 4_000_000
+    source = DEADLINE_LOOP.format(rounds=rounds, ticks=period)
+    with Machine(tiny_guest(source), memory=MEMORY) as machine:
+        machine.network.add(uplink[0])
+        slow = 0
+
+        def poll() -> None:
+            nonlocal slow
+            slow += 1
+            time.sleep(0.002)  # what a busy host does to a guest: it loses half of each period
+
+        result = machine.run(poll=poll, wall_seconds=60)
+        assert result.outcome is Outcome.POWER_OFF
+        assert slow > rounds / 2
+        assert result.virtual_seconds >= rounds * period / 1e9
+        # Without making up for what poll took, each round would take half as long again.
+        assert result.wall_seconds < 1.25 * result.virtual_seconds + 0.3
+
+
+def test_a_long_wait_is_not_skipped_with_a_network(uplink) -> None:
+    source = DEADLINE_LOOP.format(rounds=1, ticks=2_300_000_000)
+    with Machine(tiny_guest(source), memory=MEMORY) as machine:
+        machine.network.add(uplink[0])
+        result = machine.run(wall_seconds=60)
+        assert result.outcome is Outcome.POWER_OFF
+        assert result.wall_seconds >= 2.29
+    with Machine(tiny_guest(source), memory=MEMORY) as machine:
+        assert machine.run().wall_seconds < 2.0, "without one it is"
+
+
+def test_limits_hold_while_a_guest_with_a_network_waits(uplink) -> None:
+    source = DEADLINE_LOOP.format(rounds=1, ticks=600_000_000_000)
+    with Machine(tiny_guest(source), memory=MEMORY) as machine:
+        machine.network.add(uplink[0])
+        result = machine.run(wall_seconds=0.3)
+        assert result.outcome is Outcome.WALL_TIME
+        assert 0.29 <= result.wall_seconds < 1.5
+        result = machine.run(virtual_seconds=0.2, wall_seconds=60)
+        assert result.outcome is Outcome.VIRTUAL_TIME
+        assert result.wall_seconds >= 0.19
+
+
+def test_a_limit_does_not_end_a_guests_wait() -> None:
+    source = DEADLINE_LOOP.format(rounds=1, ticks=50_000_000).replace("power_off", "print 'x'; power_off")
+    with Machine(tiny_guest(source), memory=MEMORY) as machine:
+        for _ in range(3):
+            assert machine.run(virtual_seconds=0.01).outcome is Outcome.VIRTUAL_TIME
+            assert machine.console.text == ""
+        assert machine.run(until="x").outcome is Outcome.MATCHED
+        assert machine.virtual_seconds >= 0.05
+
+
+@pytest.mark.parametrize("enlightenments", [True, False])
+def test_a_guest_that_nothing_can_wake_is_idle_also_with_a_network(uplink, enlightenments: bool) -> None:
+    """No driver of its listens: whatever comes from outside is dropped without an interrupt."""
+    with Machine(
+        tiny_guest("_start: sti; hlt; jmp _start"), memory=MEMORY, enlightenments=enlightenments
+    ) as machine:
+        machine.network.add(uplink[0])
+        uplink[1].sendall((60).to_bytes(4, "big") + b"\xff" * 6 + bytes(54))
+        result = machine.run(wall_seconds=60)
+        assert result.outcome is Outcome.IDLE
+        assert result.wall_seconds < 30
+        result = machine.run(wall_seconds=60, virtual_seconds=50)
+        assert result.outcome is Outcome.IDLE
