@@ -5,19 +5,22 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from typing import TypeAlias
 
 from vmbus.bus.channel import Channel
 from vmbus.core.blockio import BlockServer
 from vmbus.core.ring import COMPLETION, COMPLETION_REQUESTED, IN_BAND, Packet
 from vmbus.errors import RingFull
 from vmbus.storage.scsi.task import Outcome
-from vmbus.storage.wire import MAX_REQUEST_SIZE, Operation, PacketHeader
+from vmbus.storage.wire import MAX_REQUEST_SIZE, NtStatus, Operation, PacketHeader
 
 __all__ = ["ChannelServer"]
 
 _log = logging.getLogger(__name__)
 
 _MOST_FUTILE = 16
+
+_Work: TypeAlias = Future[Outcome] | Future[NtStatus]
 
 
 class ChannelServer:
@@ -36,7 +39,7 @@ class ChannelServer:
         packet_size: bytes of the guest's last packet that was no SCSI request. Notices get the same size: Windows
             guests take packets of the version's size only, OpenBSD and NetBSD those of 64 bytes in any version.
         violations: packets of the guest that broke the protocol. Only the first is logged.
-        running: requests on worker threads, with the target and the logical unit that they are for.
+        running: what worker threads have to do, with the target and the logical unit of a request.
     """
 
     def __init__(self, channel: Channel, path: int | None) -> None:
@@ -51,7 +54,7 @@ class ChannelServer:
         self.notices: set[Operation] = set()
         self.packet_size = PacketHeader.SIZE + MAX_REQUEST_SIZE
         self.violations = 0
-        self.running: dict[Future[Outcome], tuple[int, int]] = {}
+        self.running: dict[_Work, tuple[int, int] | None] = {}
         self._idle = threading.Condition()
         self._lock = threading.Lock()
         self._runner = 0
@@ -88,21 +91,25 @@ class ChannelServer:
             with self._lock:
                 pass
 
-    def begun(self, future: Future[Outcome], address: tuple[int, int]) -> None:
-        """A request waits for a worker thread, or runs on one."""
+    def begun(self, future: _Work, address: tuple[int, int] | None) -> None:
+        """A request, or a reset (`address` is None), waits for a worker thread, or runs on one."""
         with self._idle:
             self.running[future] = address
 
-    def finished(self, future: Future[Outcome]) -> None:
+    def finished(self, future: _Work) -> None:
         """It does not any more."""
         with self._idle:
             self.running.pop(future, None)
             self._idle.notify_all()
 
     def cancel(self, address: tuple[int, int] | None = None) -> None:
-        """Complete as aborted what waits for a worker thread, for one unit or for all."""
+        """Complete as aborted the requests that wait for a worker thread, for one unit or for all."""
         with self._idle:
-            waiting = [future for future, wanted in self.running.items() if address in (None, wanted)]
+            waiting = [
+                future
+                for future, wanted in self.running.items()
+                if wanted is not None and address in (None, wanted)
+            ]
         for future in waiting:
             future.cancel()
 

@@ -27,6 +27,7 @@ from vmbus.storage.scsi.codes import AdditionalSense, Opcode, ScsiStatus, SenseK
 from vmbus.storage.scsi.inquiry import Limits, absent_inquiry
 from vmbus.storage.scsi.sense import CheckCondition, Sense, invalid_field, sense_key
 from vmbus.storage.scsi.task import Outcome, Task
+from vmbus.storage.scsi.task_set import TaskSetBusy
 from vmbus.storage.scsi.unit import DiskUnit, LogicalUnit
 from vmbus.storage.wire import (
     CDB_SIZE,
@@ -126,6 +127,8 @@ class StorageVsp:
         self._servers: dict[int, ChannelServer] = {}
         self._negotiation = self._new_negotiation()
         self._pool = ThreadPoolExecutor(workers, "storvsp") if workers else None
+        # A reset waits for commands of other controllers; meanwhile the channel goes on.
+        self._management = ThreadPoolExecutor(1, "storvsp-management") if workers else None
         for address, disk in (disks or {}).items():
             self.add_disk(address, disk)
 
@@ -295,8 +298,9 @@ class StorageVsp:
         """Close all channels' service and end the worker threads. The disks stay open."""
         for server in list(self._servers.values()):
             self.close(server.channel)
-        if self._pool is not None:
-            self._pool.shutdown()
+        for pool in (self._pool, self._management):
+            if pool is not None:
+                pool.shutdown()
 
     def _new_negotiation(self) -> HostNegotiation:
         return HostNegotiation(
@@ -385,10 +389,11 @@ class StorageVsp:
         server.fast_stale = False
         server.fast_useful = False
         for (target, lun), unit in list(self._units.items()):
-            if not isinstance(unit, DiskUnit) or not unit.plain:
+            if not isinstance(unit, DiskUnit) or not _plain(unit):
                 server.fast.disable(target, lun)
                 continue
             disk = unit.disk
+            access = unit.plain_access(self.offer.instance_id)
             server.fast_useful |= server.fast.enable(
                 target,
                 lun,
@@ -397,9 +402,13 @@ class StorageVsp:
                 not disk.read_only,
                 fd=disk.fd,
                 mapping=disk.mapping,
-                handler=unit.block.serve,
-                batch=unit.block.serve_batch if disk.serve_batch is not None else None,
+                handler=access.serve,
+                batch=access.serve_batch if disk.serve_batch is not None else None,
             )
+            if not _plain(
+                unit
+            ):  # it changed while we were at it, and whoever did that found nothing to disable
+                server.fast.disable(target, lun)
 
     def _unit_changed(self, address: Address) -> None:
         """A unit is no longer what it was: compiled code must not serve it until it is told anew."""
@@ -420,37 +429,59 @@ class StorageVsp:
                 self._execute_srb(server, packet, _Request(packet, size, parse_scsi_request(payload)))
                 return
             server.packet_size = PacketHeader.SIZE + size
+            if header.operation in _RESETS and self.ready and not server.index:
+                self._manage(server, packet, size, Operation(header.operation))
+                return
             status, body = self._control(server, header.operation, payload[PacketHeader.SIZE :])
         except RemoteProtocolError as error:
             server.violation(str(error))
             status, body = NtStatus.INVALID_PARAMETER, b""
         server.complete(packet, size, status, body)
 
+    def _manage(self, server: ChannelServer, packet: Packet, size: int, operation: Operation) -> None:
+        """Carry out a reset, on a thread of its own where requests have such threads."""
+        address: Address | None = None
+        if operation is Operation.RESET_LUN:
+            request = ScsiRequest.unpack(packet.payload[PacketHeader.SIZE :].ljust(MAX_REQUEST_SIZE, b"\0"))
+            address = request.target_id, request.lun
+        if self._management is None:
+            server.complete(packet, size, self._reset(operation, address), b"")
+            return
+        future = self._management.submit(self._reset, operation, address)
+
+        def finished(future: Future[NtStatus]) -> None:
+            status = NtStatus.CANCELLED if future.cancelled() else future.result()
+            server.complete(packet, size, status, b"")
+            server.finished(future)
+            server.kick(self._run)
+
+        server.begun(future, None)
+        future.add_done_callback(finished)
+
     def _control(self, server: ChannelServer, operation: int, payload: bytes) -> tuple[NtStatus, bytes]:
         if server.index:
             return NtStatus.INVALID_DEVICE_STATE, b""  # only the primary channel is for anything but requests
         if operation in _RESETS:
-            if not self.ready:
-                return NtStatus.INVALID_DEVICE_STATE, b""
-            return self._reset(Operation(operation), payload), b""
+            return NtStatus.INVALID_DEVICE_STATE, b""
         if operation not in list(Operation):
             server.violation(f"operation {operation}, which there is none of")
             return NtStatus.INVALID_DEVICE_REQUEST, b""
         return self._negotiation.receive(operation, payload)
 
-    def _reset(self, operation: Operation, payload: bytes) -> NtStatus:
-        """Abort what has not begun, let what has begun end, and give the units their unit attention."""
-        units, address = dict(self._units), None
-        if operation is Operation.RESET_LUN:
-            request = ScsiRequest.unpack(payload.ljust(MAX_REQUEST_SIZE, b"\0"))
-            address = (request.target_id, request.lun)
+    def _reset(self, operation: Operation, address: Address | None) -> NtStatus:
+        """End all commands of one unit or of all of them, whoever sent them, and give the unit attentions."""
+        units = dict(self._units)
+        if address is not None:
             if address not in units:
                 return NtStatus.DEVICE_DOES_NOT_EXIST
             units = {address: units[address]}
         for server in list(self._servers.values()):
             server.cancel(address)
-        for unit in units.values():
-            unit.reset(_RESETS[operation])
+        try:
+            for unit in units.values():
+                unit.reset(_RESETS[operation])
+        except TaskSetBusy:
+            return NtStatus.DEVICE_BUSY
         return NtStatus.SUCCESS
 
     def _execute_srb(self, server: ChannelServer, packet: Packet, request: _Request) -> None:
@@ -466,10 +497,16 @@ class StorageVsp:
         if self._pool is None:
             self._respond(server, request, self._carry_out(scsi, task))
             return
+        unit = self._unit(scsi)
+        if unit is not None:
+            unit.tasks.admit(task)
         future = self._pool.submit(self._carry_out, scsi, task)
+        task.on_abort = future.cancel
         server.begun(future, (scsi.target_id, scsi.lun))
 
         def finished(future: Future[Outcome]) -> None:
+            if unit is not None:
+                unit.tasks.end(task)
             outcome = Outcome(ScsiStatus.TASK_ABORTED) if future.cancelled() else future.result()
             self._respond(server, request, outcome)
             server.finished(future)
@@ -540,6 +577,11 @@ class StorageVsp:
         )
         status = _NT_STATUS.get(srb_status, NtStatus.IO_DEVICE_ERROR)
         server.complete(request.packet, request.size, status, response.pack())
+
+
+def _plain(unit: LogicalUnit) -> bool:
+    """`LogicalUnit.plain`, which other threads change at any time."""
+    return unit.plain
 
 
 def _without_lun(cdb: bytes, lun: int) -> bytes:

@@ -20,6 +20,7 @@ from vmbus.storage.scsi.sense import (
     parameter_list_length_error,
 )
 from vmbus.storage.scsi.task import Task
+from vmbus.storage.scsi.task_set import TaskAborted
 
 __all__ = ["BlockAccess"]
 
@@ -143,6 +144,8 @@ class BlockAccess:
         done = 0
         try:
             while done < length:
+                if task.aborted:
+                    raise TaskAborted("aborted while it ran")
                 if disk.fd >= 0 and not through:
                     moved = task.data.write_file(disk.fd, offset + done, skip + done, length - done)
                     if not moved:

@@ -89,6 +89,11 @@ class CdromUnit(LogicalUnit):
         self._event = _EVENT_REMOVED
         return previous
 
+    def _restore_defaults(self) -> None:
+        """Mode pages go back to their defaults, and nobody's lock of the tray lasts (MMC-6 6.20.3, SPC-4 6.13)."""
+        self.modes.restore()
+        self._locks.clear()
+
     def detach(self, nexus: object) -> None:
         """The initiator is gone, and its lock of the tray with it."""
         self._locks.discard(nexus)

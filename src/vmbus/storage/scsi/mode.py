@@ -29,6 +29,8 @@ D_SENSE = (2, 0x04)
 """Descriptor format sense data, in the control page."""
 SWP = (4, 0x08)
 """Software write protect, in the control page."""
+TAS = (5, 0x40)
+"""Task aborted status, in the control page: how initiators learn that another one ended their commands."""
 
 
 @dataclass
@@ -77,6 +79,11 @@ class ModePages:
     def __init__(self, pages: Sequence[ModePage], block_size: int) -> None:
         self.pages = {page.code: page for page in sorted(pages, key=lambda page: page.code)}
         self._block_size = block_size
+
+    def restore(self) -> None:
+        """Let every page have its default values again."""
+        for page in self.pages.values():
+            page.current[:] = page.default
 
     def sense(self, task: Task, *, device_specific: int, block_count: int, medium_type: int = 0) -> int:
         """Answer MODE SENSE (6) or (10); returns the bytes moved.
@@ -176,7 +183,7 @@ def disk_mode_pages(block_size: int) -> ModePages:
             ModePage.make(0x01, "c000 0000 0000 0000 0000"),  # AWRE, ARRE
             ModePage.make(CACHING, "0400 0000 0000 0000 0000 0000 0000 0000 0000", [WCE]),
             # GLTSD; commands may be reordered without restriction; no limit of busy time
-            ModePage.make(CONTROL, "0210 0000 0000 ffff 0000", [D_SENSE, SWP]),
+            ModePage.make(CONTROL, "0210 0000 0000 ffff 0000", [D_SENSE, SWP, TAS]),
             ModePage.make(0x1C, "0800 0000 0000 0000 0000"),  # DEXCPT
         ],
         block_size,

@@ -2,7 +2,8 @@
 
 import struct
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Collection, Hashable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -169,8 +170,14 @@ class Reservations:
         transport = struct.pack(">BxH", 0x05, len(name)) + name
         return struct.pack(">Q4xBB4xHI", key, int(holds), kind, 1, len(transport)) + transport
 
-    def change(self, task: Task) -> None:
-        """Carry out PERSISTENT RESERVE OUT.
+    def change(
+        self, task: Task, abort: Callable[[Collection[Hashable]], AbstractContextManager[None]]
+    ) -> None:
+        """Carry out PERSISTENT RESERVE OUT, one at a time.
+
+        Args:
+            task: the command.
+            abort: gives a context in which no other command of these initiators runs, nor will be begun.
 
         Raises:
             CheckCondition: a malformed request.
@@ -218,7 +225,14 @@ class Reservations:
                 self._generation += 1
                 self._tell(others, AdditionalSense.RESERVATIONS_PREEMPTED)
             else:
-                self._preempt(nexus, ReservationType(kind), new_key)
+                victims = self._victims(nexus, new_key)
+                if action == _Out.PREEMPT:
+                    self._preempt(nexus, ReservationType(kind), new_key, victims)
+        if action == _Out.PREEMPT_AND_ABORT:
+            # Without the lock: the commands waited for may need it, and nobody else changes anything meanwhile.
+            whose = {*victims, nexus} if new_key == key else set(victims)
+            with abort(whose), self._lock:
+                self._preempt(nexus, ReservationType(kind), new_key, victims)
 
     def _register(self, nexus: Hashable, key: int) -> None:
         if key:
@@ -264,21 +278,30 @@ class Reservations:
         if kind in _REGISTRANTS:
             self._tell([o for o in self._keys if o != nexus], AdditionalSense.RESERVATIONS_RELEASED)
 
-    def _preempt(self, nexus: Hashable, kind: ReservationType, victim: int) -> None:
+    def _victims(self, nexus: Hashable, victim: int) -> list[Hashable]:
+        """Whose registrations go when the key `victim` is preempted."""
         held = self._held
-        if victim == 0 and not (held is not None and held.kind in _ALL):
-            raise invalid_parameter(8)
         if held is not None and held.kind in _ALL and victim == 0:
-            victims = [o for o in self._keys if o != nexus]
-            self._held = None
-        else:
-            victims = [o for o, key in self._keys.items() if key == victim and o != nexus]
-            holds = held is not None and self._keys.get(held.holder) == victim and held.kind not in _ALL
-            if not victims and not holds:
-                raise ReservationConflict("no initiator is registered with the key to preempt")
-            if holds:
-                self._held = None
-        released = held is not None and self._held is None
+            return [other for other in self._keys if other != nexus]
+        if victim == 0:
+            raise invalid_parameter(8)
+        victims = [other for other, key in self._keys.items() if key == victim and other != nexus]
+        if not victims and not self._holds(victim):
+            raise ReservationConflict("no initiator is registered with the key to preempt")
+        return victims
+
+    def _holds(self, victim: int) -> bool:
+        """Whether preempting the key `victim` takes the reservation."""
+        held = self._held
+        if held is None:
+            return False
+        if held.kind in _ALL:
+            return victim == 0
+        return self._keys.get(held.holder) == victim
+
+    def _preempt(self, nexus: Hashable, kind: ReservationType, victim: int, victims: list[Hashable]) -> None:
+        held = self._held
+        released = self._holds(victim)
         for other in victims:
             del self._keys[other]
         if released:

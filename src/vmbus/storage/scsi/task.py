@@ -1,7 +1,7 @@
 """One SCSI command on its way through a logical unit: the command, its data buffer and its outcome."""
 
 import os
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -65,7 +65,7 @@ class BytesBuffer:
         return os.pwritev(fd, [memoryview(self.content)[offset : offset + length]], file_offset)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Task:
     """A command to be executed.
 
@@ -74,12 +74,16 @@ class Task:
         data: the data buffer.
         nexus: which initiator sent it; reservations and unit attentions are kept per nexus.
         account: where backend calls and copied bytes are counted.
+        aborted: task management has ended it: it may not begin, and what is left of it need not be done.
+        on_abort: called when it was aborted before it was begun, by whichever thread did that.
     """
 
     cdb: bytes
     data: DataBuffer
     nexus: Hashable = None
     account: Account = field(default_factory=Account)
+    aborted: bool = False
+    on_abort: Callable[[], object] | None = None
 
     def reply(self, data: Buffer, allocation_length: int) -> int:
         """Give `data` to the initiator, cut to what it asked for; returns the bytes moved (SPC-4 4.2.5.6)."""

@@ -3,9 +3,12 @@
 import logging
 import struct
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Collection, Hashable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from uuid import UUID
 
+from vmbus.core.blockio import Request, Requests
 from vmbus.errors import GuestMemoryError
 from vmbus.storage.disk import Disk
 from vmbus.storage.scsi import cdb as commands
@@ -24,7 +27,8 @@ from vmbus.storage.scsi.codes import (
 from vmbus.storage.scsi.inquiry import Identity, Limits, disk_pages, inquiry
 from vmbus.storage.scsi.reservations import Reservations
 from vmbus.storage.scsi.sense import CheckCondition, ReservationConflict, Sense, invalid_field
-from vmbus.storage.scsi.task import Outcome, Task
+from vmbus.storage.scsi.task import BytesBuffer, Outcome, Task
+from vmbus.storage.scsi.task_set import TaskAborted, TaskSet, TaskSetBusy
 
 __all__ = ["DiskUnit", "LogicalUnit"]
 
@@ -33,6 +37,21 @@ _log = logging.getLogger(__name__)
 _MAX_ATTENTIONS = 16
 _NO_ATTENTION = (Opcode.INQUIRY, Opcode.REPORT_LUNS, Opcode.REQUEST_SENSE)
 """Commands that are carried out although a unit attention is pending (SAM-5 5.14)."""
+
+_ONLY_READ = frozenset(
+    bytes([opcode])
+    for opcode in (
+        Opcode.READ_6,
+        Opcode.READ_10,
+        Opcode.READ_12,
+        Opcode.READ_16,
+        Opcode.VERIFY_10,
+        Opcode.VERIFY_12,
+        Opcode.VERIFY_16,
+    )
+)
+"""Operation codes of commands that leave no trace, of those that may take long."""
+_PLAIN_READ, _PLAIN_WRITE = bytes([Opcode.READ_16]), bytes([Opcode.WRITE_16])
 
 _INTERNAL = CheckCondition.of(SenseKey.HARDWARE_ERROR, AdditionalSense.INTERNAL_TARGET_FAILURE).sense
 
@@ -60,6 +79,12 @@ class LogicalUnit:
         self.faults = 0
         self.watchers: list[Callable[[], None]] = []
         """Called when `plain` or the capacity may have changed."""
+        self.tasks = TaskSet()
+        """The commands that it has, of all initiators."""
+        self._management = threading.Lock()
+        self._managing = False
+        self._ended: list[Task] = []  # by the task management that is under way
+        self._managers: frozenset[int] = frozenset()  # commands that may end those of others
         self._table = table
         self._lock = threading.Lock()
         self._attentions: dict[Hashable, list[AdditionalSense]] = {}
@@ -98,10 +123,54 @@ class LogicalUnit:
         self.changed()
 
     def reset(self, what: AdditionalSense = AdditionalSense.DEVICE_RESET_OCCURRED) -> None:
-        """A logical unit or bus reset: settings go back to their defaults (SAM-5 6.3.3)."""
-        with self._lock:
-            self._attentions.clear()  # a reset outranks whatever was to be told before (SAM-5 table 49)
-        self.attention(what)
+        """A logical unit or bus reset: all commands of all initiators end, settings go back to their defaults.
+
+        On return no command that came before will change anything, whoever sent it (SAM-5 6.3.3). Reads that are under
+        way end as usual: every request gets its completion, so its initiator knows how long its buffer is in use, and a
+        reset is what initiators try when a read hangs.
+
+        Raises:
+            TaskSetBusy: a command does not end; nothing was reset.
+        """
+        with self._managed(), self._aborting(lambda _: True, spare=lambda task: task.cdb[:1] in _ONLY_READ):
+            self._restore_defaults()
+            with self._lock:
+                self._attentions.clear()  # a reset outranks whatever was to be told before (SAM-5 table 49)
+                self._retained.clear()
+            self.attention(what)
+
+    def _restore_defaults(self) -> None:
+        """What a reset does to the settings of this kind of unit."""
+
+    @contextmanager
+    def _managed(self) -> Iterator[None]:
+        """Around task management, one at a time; afterwards tells whose commands ended before they were begun."""
+        with self._management:
+            try:
+                yield
+            finally:
+                ended, self._ended = self._ended, []
+        for task in ended:
+            if task.on_abort is not None:
+                task.on_abort()
+
+    @contextmanager
+    def _aborting(
+        self,
+        whom: Callable[[Hashable], bool],
+        but: Task | None = None,
+        spare: Callable[[Task], bool] = lambda _: False,
+    ) -> Iterator[list[Task]]:
+        """`TaskSet.aborting` within `_managed`, with the short cut of compiled code closed."""
+        self._managing = True
+        self.changed()  # on return compiled code has ended what it had begun
+        try:
+            with self.tasks.aborting(whom, but, spare) as ended:
+                self._ended += ended
+                yield ended
+        finally:
+            self._managing = False
+            self.changed()
 
     def changed(self) -> None:
         """Work out `plain` again and tell the watchers."""
@@ -114,8 +183,24 @@ class LogicalUnit:
 
     def execute(self, task: Task) -> Outcome:
         """Carry out one command. Never raises: every failure is an outcome."""
+        if task.cdb[0] not in self._managers:
+            return self._execute(task)
+        self.tasks.admit(task)
+        with self._managed():  # while it waits here it is dormant, and another one may abort it
+            return self._execute(task)
+
+    def _execute(self, task: Task) -> Outcome:
         try:
-            return Outcome(ScsiStatus.GOOD, self._dispatch(task))
+            self.tasks.begin(task)
+            try:
+                moved = self._dispatch(task)
+            finally:
+                self.tasks.end(task)
+            return Outcome(ScsiStatus.TASK_ABORTED) if task.aborted else Outcome(ScsiStatus.GOOD, moved)
+        except TaskAborted:
+            return Outcome(ScsiStatus.TASK_ABORTED)
+        except TaskSetBusy:
+            return Outcome(ScsiStatus.BUSY)
         except CheckCondition as condition:
             return self._check(condition.sense, condition.overrun)
         except ReservationConflict:
@@ -236,6 +321,7 @@ class DiskUnit(LogicalUnit):
         self.limits = limits or Limits()
         self.block = block = BlockAccess(disk, self.limits)
         block.on_exclusive = self.changed
+        self._managers = frozenset([Opcode.PERSISTENT_RESERVE_OUT])
         self.modes = mode.disk_mode_pages(disk.sector_size)
         self.reservations = Reservations(lambda nexus, what: self.attention(what, nexus))
         self._pages = disk_pages(disk, self.identity, self.limits, unmap=self._thin)
@@ -281,6 +367,10 @@ class DiskUnit(LogicalUnit):
             self._table = tuple(command for command in self._table if command.opcode != Opcode.UNMAP)
         self.changed()
 
+    def plain_access(self, nexus: Hashable) -> "PlainAccess":
+        """What carries out the reads and writes of an initiator that compiled code has taken apart already."""
+        return PlainAccess(self, nexus)
+
     @property
     def _thin(self) -> bool:
         return self.disk.unmap_granularity > 0
@@ -292,18 +382,17 @@ class DiskUnit(LogicalUnit):
             self._sector_count = count
             self.attention(AdditionalSense.CAPACITY_DATA_CHANGED)
 
-    def reset(self, what: AdditionalSense = AdditionalSense.DEVICE_RESET_OCCURRED) -> None:
+    def _restore_defaults(self) -> None:
         """Mode pages go back to their defaults and the medium runs; persistent reservations stay."""
-        for page in self.modes.pages.values():
-            page.current[:] = page.default
+        self.modes.restore()
         self._stopped = False
         self._apply_modes()
-        super().reset(what)
 
     def changed(self) -> None:
         """Work out `plain` again and tell the watchers."""
         self.plain = not (
-            self._stopped
+            self._managing
+            or self._stopped
             or self.block.exclusive
             or not self.block.write_cache
             or self.reservations.active
@@ -386,6 +475,57 @@ class DiskUnit(LogicalUnit):
         return task.reply(data, allocation_length(task.cdb))
 
     def _persistent_reserve_out(self, task: Task) -> int:
-        self.reservations.change(task)
+        self.reservations.change(task, partial(self._abort_for, task))
         self.changed()
         return allocation_length(task.cdb)
+
+    @contextmanager
+    def _abort_for(self, task: Task, nexuses: Collection[Hashable]) -> Iterator[None]:
+        """End the other commands of these initiators before `task` goes on (SPC-4 5.13.11.5)."""
+        with self._aborting(nexuses.__contains__, but=task) as ended:
+            yield
+            # Every request has its completion here, so initiators see the TASK ABORTED status whatever TAS says; with
+            # TAS 0 they are told in the standard's way, too (SAM-5 5.3.3).
+            if not self.modes.pages[mode.CONTROL].bit(mode.TAS):
+                for nexus in {each.nexus for each in ended} - {task.nexus}:
+                    self.attention(AdditionalSense.COMMANDS_CLEARED_BY_ANOTHER_INITIATOR, nexus)
+
+
+class PlainAccess:
+    """The plain reads and writes of one initiator: commands of the unit's task set like all others.
+
+    Any exception means that the request has to be carried out as a `Task`, which finds out what to say.
+
+    Args:
+        unit: the disk.
+        nexus: who sends them, one at a time.
+    """
+
+    def __init__(self, unit: DiskUnit, nexus: Hashable) -> None:
+        self._tasks = unit.tasks
+        self._block = unit.block
+        self._task = Task(_PLAIN_READ, BytesBuffer(), nexus)
+
+    def serve(self, request: Request) -> None:
+        """One of them."""
+        self._begin(request.write)
+        try:
+            self._block.serve(request)
+        finally:
+            self._end()
+
+    def serve_batch(self, requests: Requests) -> int:
+        """Several; returns how many went well, from the first on."""
+        self._begin(requests.write)
+        try:
+            return self._block.serve_batch(requests)
+        finally:
+            self._end()
+
+    def _begin(self, write: bool) -> None:
+        self._task.cdb = _PLAIN_WRITE if write else _PLAIN_READ
+        self._tasks.begin(self._task)
+
+    def _end(self) -> None:
+        self._tasks.end(self._task)
+        self._task.aborted = False  # what was done is done: it ended before whoever aborted it went on
