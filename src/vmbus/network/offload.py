@@ -314,13 +314,16 @@ class _Run:
     size: int
 
 
-def coalesce(frames: Sequence[bytes], *, ipv4: bool = True, ipv6: bool = True) -> list[list[bytes]]:
+def coalesce(
+    frames: Sequence[bytes], *, ipv4: bool = True, ipv6: bool = True, most: int = MAX_IP
+) -> list[list[bytes]]:
     """Join consecutive TCP segments (receive segment coalescing) to lists of fragments.
 
     Args:
         frames: complete frames with right checksums, in the order they came in; others pass unchanged.
         ipv4: coalesce TCP over IPv4.
         ipv6: coalesce TCP over IPv6.
+        most: fragments of one packet; a longer run becomes several packets.
 
     Returns:
         for every resulting packet its fragments: a single frame as it was, or the first frame with a new IP
@@ -332,7 +335,12 @@ def coalesce(frames: Sequence[bytes], *, ipv4: bool = True, ipv6: bool = True) -
     run: _Run | None = None
     for frame in frames:
         layers = _coalescable(frame, ipv4, ipv6)
-        if run is not None and layers is not None and _append(run, frame, layers):
+        if (
+            run is not None
+            and layers is not None
+            and len(run.payloads) < most
+            and _append(run, frame, layers)
+        ):
             if frame[layers.transport + 13] & TCP_PSH:
                 result.append(_finish(run))
                 run = None

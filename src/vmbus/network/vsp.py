@@ -16,6 +16,7 @@ import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Final
 
 from vmbus.bus.channel import TURN, Channel
@@ -27,7 +28,7 @@ from vmbus.network import rndis
 from vmbus.network.offload import complete, segment
 from vmbus.network.rndis import Frame, LargeSend, RndisType, TransmitChecksum
 from vmbus.network.switch import Port, tag_frame
-from vmbus.network.vsp_delivery import BATCH, Delivery, Queue, ring_peer
+from vmbus.network.vsp_delivery import BATCH, MAX_BACKLOG, Delivery, Queue, ring_peer
 from vmbus.network.vsp_oid import AdapterConfig, AdapterStatistics
 from vmbus.network.vsp_protocol import (
     CONTROL_SECTIONS,
@@ -36,6 +37,7 @@ from vmbus.network.vsp_protocol import (
     BuffersRevoked,
     Complete,
     DataPathSwitched,
+    FilterChanged,
     HostProtocol,
     HostState,
     InBand,
@@ -176,6 +178,7 @@ class NetworkVsp(Delivery):
         while (queue := self._queues.get(index)) is not None:
             channel, needed, more = queue.channel, False, False
             frames: list[bytes] = []
+            others: list[Channel] = []
             try:
                 with self._lock:
                     if not channel.is_open:
@@ -189,12 +192,14 @@ class NetworkVsp(Delivery):
                         channel.account.packets_received += taken
                         needed |= ring | channel.incoming.take_signal()
                         more = not queue.blocked and (taken > 0 or channel.incoming.unmask())
-                        needed |= self._flush(queue)
+                        needed |= self._flush_all(queue, others)
             except RingError as error:
                 self._fail(index, error)
                 return
             if needed:
                 ring_peer(channel)
+            for other in others:
+                ring_peer(other)
             if self._deferred:
                 self._run_deferred()
             if frames:
@@ -378,6 +383,8 @@ class NetworkVsp(Delivery):
                 case OfferSubchannels(count):
                     if self._offer_subchannels is not None:
                         self._deferred.append(partial(self._offer_subchannels, count))
+                case FilterChanged():
+                    self._refilter()
                 case DataPathSwitched(to_vf):
                     if self.on_data_path is not None:
                         self._deferred.append(partial(self.on_data_path, to_vf))
@@ -426,9 +433,10 @@ class NetworkVsp(Delivery):
             if queue.plain is not None:
                 queue.plain.use_send_buffer(None, 0, 0)
             if receive:
-                queue.backlog.clear()
+                self._give_up(queue)
                 queue.plain = None
         if receive and self._receive is not None:
+            self._revoked = set(self._receive.in_flight())
             self._receive.close()
             self._receive = None
             if self._receive_window is not None:
@@ -450,6 +458,15 @@ class NetworkVsp(Delivery):
                 queue.plain.use_send_buffer(None, 0, 0)
             if self._receive is not None:
                 self._receive.drop(index)
+            primary = self._queues.get(0)
+            if primary is not None:  # its frames come over the primary channel, from their sections too
+                room = MAX_BACKLOG - len(primary.backlog)
+                primary.backlog.extend(islice(queue.backlog, room))
+                dropped = max(0, len(queue.backlog) - room)
+                if dropped:
+                    primary.channel.account.dropped["guest has no buffer"] += dropped
+        if primary is not None:
+            primary.channel.again()
 
     def _fail(self, index: int, error: RingError) -> None:
         """A ring cannot be trusted any more: close that channel."""

@@ -2,15 +2,20 @@
 
 `Delivery` holds the channels of an adapter and what waits for each: completions, control messages, frames. It is
 the half of `vmbus.network.vsp.NetworkVsp` that writes to the guest.
+
+All channels share the sections of one receive buffer. Frames wait as frames: their messages are made when there are
+sections and ring space for them, with the settings of that moment, so that what a guest has switched off (a packet
+filter, coalescing) has ended when it hears that it has.
 """
 
 import contextlib
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from typing import Final, TypeAlias
 
 from vmbus.bus.channel import Channel
@@ -33,6 +38,8 @@ MAX_BACKLOG: Final = 2048
 """Frames that wait for receive sections or ring space, per channel."""
 Hashed: TypeAlias = tuple[int, int]
 """The RSS hash of a frame, and which hash it is."""
+Waiting: TypeAlias = tuple[bytes, Hashed | None]
+"""A frame for the guest, with its hash."""
 _FRAGMENT: Final = int(PacketIdFlags.SUB_ALLOCATION)
 _FIRST: Final = int(PacketIdFlags.FIRST)
 _LAST: Final = int(PacketIdFlags.LAST)
@@ -46,7 +53,7 @@ class Queue:
 
     Attributes:
         completions: (transaction id, payload, packet type, flags) of completions and of messages of our own.
-        backlog: packets for the guest, each a list of one RNDIS message a fragment.
+        backlog: frames for the guest.
         plain: the compiled path, once there is a receive buffer.
         wanted: payload size of the packet that did not fit into the ring.
         blocked: the guest's ring is not read until there is room for completions; the guest rings then.
@@ -55,7 +62,7 @@ class Queue:
     channel: Channel
     index: int
     completions: deque[tuple[int, bytes, int, int]] = field(default_factory=deque)
-    backlog: deque[list[bytes]] = field(default_factory=deque)
+    backlog: deque[Waiting] = field(default_factory=deque)
     plain: HostQueue | None = None
     wanted: int = 0
     blocked: bool = False
@@ -84,6 +91,8 @@ class Delivery(ABC):
         self.use_compiled_path = True
         self._queues: dict[int, Queue] = {0: Queue(channel, 0)}
         self._receive: ReceivePool | None = None
+        self._revoked: set[int] = set()  # packets still out when the guest took its buffer back
+        self._turn = 0  # the channel that gets sections first next time
         self._set_id = 0
         self._control: deque[bytes] = deque()
         self._next_packet_id = 0
@@ -170,9 +179,9 @@ class Delivery(ABC):
             except RingError as error:
                 self._deferred.append(partial(self._fail, index, error))
 
-    def _spread(self, frames: list[bytes]) -> dict[int, list[tuple[bytes, Hashed | None]]]:
+    def _spread(self, frames: list[bytes]) -> dict[int, list[Waiting]]:
         """Frames that pass the filter, by queue, with their hashes."""
-        result: dict[int, list[tuple[bytes, Hashed | None]]] = {}
+        result: dict[int, list[Waiting]] = {}
         oids, limit = self.protocol.oids, self.protocol.frame_size
         for frame in frames:
             if not oids.accepts(frame[:6]) or len(frame) > limit + 4 * (frame[12:14] == b"\x81\x00"):
@@ -183,29 +192,55 @@ class Delivery(ABC):
             result.setdefault(index, []).append((frame, hashed))
         return result
 
-    def _enqueue(self, queue: Queue, batch: list[tuple[bytes, Hashed | None]]) -> None:
-        """Make the RNDIS messages of frames; those that overflow the backlog are dropped."""
-        ipv4, ipv6 = self.protocol.rsc
-        hashes = dict(batch)
-        frames = [frame for frame, _ in batch]
-        groups = coalesce(frames, ipv4=ipv4, ipv6=ipv6) if ipv4 or ipv6 else [[frame] for frame in frames]
-        assert self._receive is not None
-        most = min(
-            self._receive.count - CONTROL_SECTIONS, MAX_RSC_RANGES, queue.channel.outgoing.capacity // 8 - 16
-        )
-        position = 0
-        for group in groups:
-            first = frames[position]
-            position += len(group)
-            if len(queue.backlog) >= MAX_BACKLOG or len(group) > most:
-                self.statistics.received_no_buffer += len(group)
+    def _enqueue(self, queue: Queue, batch: Sequence[Waiting]) -> None:
+        """Let frames wait for sections; those that overflow the backlog are dropped."""
+        taken = batch[: MAX_BACKLOG - len(queue.backlog)]
+        for frame, _ in taken:
+            self.statistics.count_received(frame)
+        queue.backlog.extend(taken)
+        if len(taken) < len(batch):
+            self.statistics.received_no_buffer += len(batch) - len(taken)
+            queue.channel.account.dropped["guest has no buffer"] += len(batch) - len(taken)
+
+    @property
+    def room(self) -> int:
+        """How many frames surely find room: what comes in more is dropped while the guest completes none.
+
+        Any number for a guest that takes none: they are filtered, as by every adapter whose driver is not there.
+        """
+        if not self.protocol.can_receive:
+            return MAX_BACKLOG
+        return MAX_BACKLOG - max((len(queue.backlog) for queue in list(self._queues.values())), default=0)
+
+    def _refilter(self) -> None:
+        """The guest wants other frames from now on: those that wait and that it does not want any more go."""
+        accepts = self.protocol.oids.accepts
+        for queue in self._queues.values():
+            if not queue.backlog:
                 continue
-            for frame in frames[position - len(group) : position]:
-                self.statistics.count_received(frame)
-            queue.backlog.append(self._messages(group, first, hashes[first]))
+            kept = [item for item in queue.backlog if accepts(item[0][:6])]
+            self.statistics.received_filtered += len(queue.backlog) - len(kept)
+            queue.backlog = deque(kept)
+
+    def _give_up(self, queue: Queue) -> None:
+        """What waits for this channel will not be sent."""
+        if queue.backlog:
+            queue.channel.account.dropped["adapter closed"] += len(queue.backlog)
+            queue.backlog.clear()
+
+    def _groups(self, queue: Queue, frames: list[bytes]) -> list[list[bytes]]:
+        """Frames as packets, each a list of fragments: one a frame, as every frame fits a section."""
+        ipv4, ipv6 = self.protocol.rsc
+        if not (ipv4 or ipv6):
+            return [[frame] for frame in frames]
+        assert self._receive is not None
+        # Half of the buffer at most, so that there is room for the next packet while the guest reads this one.
+        usable = self._receive.count - CONTROL_SECTIONS
+        most = max(1, min(usable // 2, MAX_RSC_RANGES, queue.channel.outgoing.capacity // 8 - 16))
+        return coalesce(frames, ipv4=ipv4, ipv6=ipv6, most=most)
 
     def _messages(self, group: list[bytes], original: bytes, hashed: Hashed | None) -> list[bytes]:
-        """The RNDIS messages of one packet: one a fragment."""
+        """The RNDIS messages of one packet, one a fragment; `original` is its first frame as it came."""
         plain, tci = strip_tag(group[0])
         vlan = None if tci is None else rndis.pack_vlan(tci)
         checksum = self._checksum_of(original, len(group) > 1)
@@ -268,28 +303,55 @@ class Delivery(ABC):
                 return needed
             needed |= self._send_sections(queue, [self._control[0]], ChannelType.CONTROL)
             self._control.popleft()
-        while self._receive is not None and queue.backlog:
-            packets = self._next_batch(queue)
-            if not packets:
-                break
-            messages = [message for packet in packets for message in packet]
+        while (
+            self._receive is not None
+            and queue.backlog
+            and (room := self._receive.available - CONTROL_SECTIONS) > 0
+        ):
+            needed |= self._flush_frames(queue, list(islice(queue.backlog, min(room, MAX_RSC_RANGES))))
+        return needed
+
+    def _flush_frames(self, queue: Queue, waiting: list[Waiting]) -> bool:
+        """Send the frames at the head of the backlog, for which there are sections."""
+        needed, position = False, 0
+        for packets in _batches(self._groups(queue, [frame for frame, _ in waiting])):
+            messages: list[bytes] = []
+            for group in packets:
+                messages += self._messages(group, *waiting[position + len(messages)])
             needed |= self._send_sections(queue, messages, ChannelType.DATA)
-            for _ in packets:
+            position += len(messages)
+            for _ in messages:
                 queue.backlog.popleft()
         return needed
 
-    def _next_batch(self, queue: Queue) -> list[list[bytes]]:
-        """Packets from the backlog that fit into free sections now; fragments of a packet stay together."""
-        assert self._receive is not None
-        room = self._receive.available - CONTROL_SECTIONS
-        result: list[list[bytes]] = []
-        count = 0
-        for group in queue.backlog:
-            if count + len(group) > room or (result and count + len(group) > BATCH):
-                break
-            result.append(group)
-            count += len(group)
-        return result
+    def _flush_all(self, queue: Queue, signals: list[Channel]) -> bool:
+        """Send what waits for `queue`, and what waits on other channels for sections that it may have given back.
+
+        The channels take turns in being the first, so that none of them gets all the sections for ever.
+
+        Returns:
+            whether to ring the guest on `queue`; the others that need it are added to `signals`.
+        """
+        waiting = [
+            q
+            for q in self._queues.values()
+            if q is not queue and (q.backlog or (self._control and q.index == 0))
+        ]
+        if not waiting or self._receive is None:
+            return self._flush(queue)
+        self._turn += 1
+        turns, needed = sorted([queue, *waiting], key=lambda q: q.index), False
+        first = self._turn % len(turns)
+        for other in turns[first:] + turns[:first]:
+            if other is queue:
+                needed = self._flush(queue)
+                continue
+            try:
+                if self._flush(other):
+                    signals.append(other.channel)
+            except RingError as error:
+                self._deferred.append(partial(self._fail, other.index, error))
+        return needed
 
     def _send_sections(self, queue: Queue, messages: list[bytes], kind: int) -> bool:
         """Announce messages with one packet; the caller made sure that there are sections for them."""
@@ -317,8 +379,25 @@ class Delivery(ABC):
         """The guest completed one of our packets; of others it is told nothing, they are counted."""
         if transaction_id in (VF_ASSOCIATION_ID, SWITCH_DATA_PATH_ID) and self._unanswered:
             self._unanswered -= 1
+        elif self._receive is None and transaction_id in self._revoked:
+            # Drivers take their buffer back first and end what they do with its frames then (Linux).
+            self._revoked.remove(transaction_id)
         elif self._receive is None or not self._receive.release(transaction_id, queue.index):
             self.statistics.violations += 1
+
+
+def _batches(packets: list[list[bytes]]) -> Iterator[list[list[bytes]]]:
+    """Packets that are announced together: up to `BATCH` sections, or one that has more."""
+    batch: list[list[bytes]] = []
+    size = 0
+    for packet in packets:
+        if batch and size + len(packet) > BATCH:
+            yield batch
+            batch, size = [], 0
+        batch.append(packet)
+        size += len(packet)
+    if batch:
+        yield batch
 
 
 def ring_peer(channel: Channel) -> None:

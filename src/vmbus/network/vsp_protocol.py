@@ -43,6 +43,7 @@ __all__ = [
     "BuffersRevoked",
     "Complete",
     "DataPathSwitched",
+    "FilterChanged",
     "HostProtocol",
     "HostState",
     "InBand",
@@ -149,6 +150,11 @@ class OfferSubchannels(Action):
     """Offer sub-channels 1 to `count` to the guest."""
 
     count: int
+
+
+@dataclass(frozen=True, slots=True)
+class FilterChanged(Action):
+    """The guest wants other frames from now on; what waits and is not wanted any more must not follow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,6 +317,7 @@ class HostProtocol:
                 status, indications = self.oids.set(body.oid, data)
                 complete = rndis.SetComplete(body.request_id, status)
                 return [
+                    FilterChanged(),
                     RndisControl(rndis.pack_control(RndisType.SET_COMPLETE, complete)),
                     *(self._indication(kind, content) for kind, content in indications),
                 ]
@@ -320,11 +327,14 @@ class HostProtocol:
             case rndis.ResetRequest():
                 self.oids.reset()
                 reset = rndis.ResetComplete(NdisStatus.SUCCESS, 1)
-                return [RndisControl(rndis.pack_control(RndisType.RESET_COMPLETE, reset))]
+                return [
+                    FilterChanged(),
+                    RndisControl(rndis.pack_control(RndisType.RESET_COMPLETE, reset)),
+                ]
             case rndis.HaltRequest():
                 self.rndis_state = RndisState.HALTED
                 self.oids.reset()
-                return []
+                return [FilterChanged()]
             case rndis.KeepaliveComplete():
                 return []
             case _:

@@ -29,6 +29,7 @@ class Account:
         packets_received: packets read from rings.
         bytes_copied: payload bytes moved by a processor, that is not by the backend itself.
         backend_calls: calls into the physical backend (``preadv``, ``pwritev``, ``fsync`` …).
+        dropped: frames that a network device lost, by reason; what a guest does not want (its packet filter) is none.
     """
 
     exits: Counter[str] = field(default_factory=Counter)
@@ -42,6 +43,7 @@ class Account:
     packets_received: int = 0
     bytes_copied: int = 0
     backend_calls: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
 
     def __repr__(self) -> str:
         """Only what is not zero."""
