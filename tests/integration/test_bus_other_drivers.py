@@ -218,13 +218,14 @@ def test_ids_given_back_after_the_unload(host: VmbusHost, caplog: pytest.LogCapt
 
 
 def test_what_a_message_was_is_said_by_its_name(host: VmbusHost) -> None:
-    errors = []
-    host.child.on_event = lambda event: errors.append(str(event.detail))
+    events = []
+    host.child.on_event = events.append
     driver = Driver(host)
     for message in (wire.CloseChannel(1), wire.RelIdReleased(9), wire.GpadlTeardown(1, 5)):
         driver.say(message)
     driver.contact(Version.V4_0, 2)
     driver.say(wire.ModifyChannel(1, 0))
+    errors = [str(event.detail) for event in events if event.kind == "provider-error"]
     assert len(errors) == 3
     assert "CLOSE_CHANNEL" in errors[0]
     assert "without a connection" in errors[0]
