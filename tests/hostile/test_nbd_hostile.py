@@ -144,6 +144,21 @@ def begins_tls_and_drips(server: Server) -> None:
     server.drip(b"\x16\x03\x03\x40\x00\x02\x00\x3f\xfc" + bytes(16000))
 
 
+def test_what_somebody_says_in_the_clear_where_tls_begins(tmp_path: Path) -> None:
+    """Before the server could encrypt it, and so that the client would believe it after."""
+
+    def serve(server: Server) -> None:
+        server.send(GREETING)
+        server.read(4)
+        assert server.option() == START_TLS
+        server.send(answer(START_TLS, 1) + answer(STRUCTURED, 1))
+        server.read(1)
+
+    with serving(tmp_path, serve) as uri:
+        secret = uri.replace("nbd+unix:", "nbds+unix:")
+        assert "in the clear" in ends_in_an_error(lambda: NbdDisk(secret, timeout=10))
+
+
 @pytest.mark.parametrize(
     "behave",
     [
