@@ -277,7 +277,7 @@ class UnicornEngine:
         if not any(self._awake(i) or s is _State.HALTED for i, s in enumerate(self._states)):
             self.stop(Stop.HALTED)
         while not (self._stopping or self._any_awake()):
-            due = clock.next_deadline()
+            due = clock.next_deadline(idle=True)
             if self._wait_outside(None if due is None else due - clock.now()):
                 if time.monotonic() >= self._wall_limit:
                     self.stop(Stop.WALL_TIME)
@@ -285,12 +285,12 @@ class UnicornEngine:
             if due is None:
                 self.stop(Stop.IDLE)
             elif due >= self._limit:
-                clock.advance_to(self._limit)
+                clock.skip_to(self._limit)
                 self.stop(Stop.VIRTUAL_TIME)
             elif time.monotonic() >= self._wall_limit:
                 self.stop(Stop.WALL_TIME)
             else:
-                clock.advance_to(due)
+                clock.skip_to(due)
         self.cpu.advance_to(clock.now())
         other = None if self._awake(self._current) else self._next()
         self._turn(self._current if other is None else other)
