@@ -26,6 +26,7 @@ class NetworkAdapter:
         config: the adapter.
         port: its port on the virtual switch.
         state: what outlives a connection.
+        account: where it counts in the ledger, with what the switch drops of its frames.
         vsp: the provider of the open channel, None while it is closed.
         on_data_path: called with True when the guest switches to its virtual function, False for back.
     """
@@ -67,6 +68,8 @@ class NetworkAdapter:
         self._offerer = host.hosting.task(f"{self._name} sub-channels", self._offer_wanted)
         self._offer = Offer(INTERFACE_ID, instance_id or uuid4(), monitor_latency=monitor_latency)
         self._offered = host.offer(self._offer, self._open, self._close, name=self._name)
+        self.account = port.account = self._offered.account
+        port.room = lambda: self.room
 
     def __repr__(self) -> str:
         use = "in use" if self.vsp is not None else "not opened"

@@ -290,6 +290,7 @@ class NetworkVsp(Delivery):
             except RemoteProtocolError as error:
                 log.debug("%s: %s", self.port.name, error)
                 self.statistics.sent_errors += 1
+                self._queues[0].channel.account.dropped["impossible for an adapter"] += 1
                 status = NvspStatus.FAILURE
                 continue
             for data in ready:
@@ -328,6 +329,7 @@ class NetworkVsp(Delivery):
         if len(data) < 14:
             raise RemoteProtocolError(f"Ethernet frame of {len(data)} bytes")
         if not self.protocol.oids.link_up:
+            self._queues[0].channel.account.dropped["link is down"] += 1
             return []
         if frame.large_send is not None:
             result = segment(data, LargeSend.unpack(frame.large_send))
