@@ -278,31 +278,8 @@ cdef class GuestQueue:
                 return 0
             if head.data_length == 0 or (head.length != size and head.length + self.alignment < size):
                 return 0
-            if head.info_length and not self._info_is_plain(offset, &head):
+            if head.info_length and not _info_is_plain(self.base + offset, &head, True):
                 return 0
             starts[index] = offset + 8 + head.data_offset
             sizes[index] = head.data_length
         return <int>count
-
-    cdef bint _info_is_plain(self, uint32_t offset, const rndis_packet_t *head) noexcept:
-        """Whether the per-packet information only says that checksums are right, or what the hash is."""
-        cdef uint8_t info[256]
-        cdef uint32_t item[4]
-        cdef uint32_t at = 0, body = head.length - 8
-        if (head.info_length > sizeof(info) or head.info_offset < HEADER - 8 or head.info_offset > body
-                or head.info_length > body - head.info_offset
-                or (head.info_offset < head.data_offset + head.data_length
-                    and head.data_offset < head.info_offset + head.info_length)):
-            return False
-        memcpy(info, self.base + offset + 8 + head.info_offset, head.info_length)
-        while at < head.info_length:
-            if head.info_length - at < sizeof(item):
-                return False
-            memcpy(item, info + at, sizeof(item))
-            if item[0] != 16 or item[2] != 12:
-                return False
-            if not (item[1] == INFO_HASH or item[1] == INFO_HASH_INFO
-                    or (item[1] == INFO_CHECKSUM and not item[3] & CHECKSUM_VALUE_INVALID)):
-                return False
-            at += 16
-        return True

@@ -247,7 +247,7 @@ cdef class HostQueue:
             if left < HEADER or found == MOST_MESSAGES:
                 return 0
             memcpy(&head, buffer + at, HEADER)
-            if head.type != RNDIS_PACKET or head.length < HEADER or head.length > left or head.info_length:
+            if head.type != RNDIS_PACKET or head.length < HEADER or head.length > left:
                 return 0
             if head.oob_offset | head.oob_length | head.oob_count | head.handle:
                 return 0
@@ -255,6 +255,9 @@ cdef class HostQueue:
             if head.data_offset < HEADER - 8 or head.data_offset > body or head.data_length > body - head.data_offset:
                 return 0
             if head.data_length < ETHERNET or head.data_length > self.frame_limit:
+                return 0
+            # DPDK and FreeBSD send a hash value with every frame, which says nothing to an adapter.
+            if head.info_length and not _info_is_plain(buffer + at, &head, False):
                 return 0
             starts[found] = at + 8 + head.data_offset
             sizes[found] = head.data_length

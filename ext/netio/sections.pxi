@@ -93,3 +93,33 @@ cdef inline void _write_message(uint8_t *to, const uint8_t *frame, uint32_t size
     copy_bytes(to + HEADER, frame, size)
     if padded > HEADER + size:
         memset(to + HEADER + size, 0, padded - HEADER - size)
+
+
+cdef bint _info_is_plain(const uint8_t *message, const rndis_packet_t *head, bint checksums) noexcept nogil:
+    """Whether the per-packet information says nothing that needs work: hashes and, from a host, right checksums.
+
+    Args:
+        message: the packet message in shared memory.
+        head: the checked copy of its header.
+        checksums: the checksum information is a host's.
+    """
+    cdef uint8_t info[256]
+    cdef uint32_t item[4]
+    cdef uint32_t at = 0, body = head.length - 8
+    if (head.info_length > sizeof(info) or head.info_offset < HEADER - 8 or head.info_offset > body
+            or head.info_length > body - head.info_offset
+            or (head.info_offset < head.data_offset + head.data_length
+                and head.data_offset < head.info_offset + head.info_length)):
+        return False
+    memcpy(info, message + 8 + head.info_offset, head.info_length)
+    while at < head.info_length:
+        if head.info_length - at < sizeof(item):
+            return False
+        memcpy(item, info + at, sizeof(item))
+        if item[0] != 16 or item[2] != 12:
+            return False
+        if not (item[1] == INFO_HASH or item[1] == INFO_HASH_INFO
+                or (checksums and item[1] == INFO_CHECKSUM and not item[3] & CHECKSUM_VALUE_INVALID)):
+            return False
+        at += 16
+    return True

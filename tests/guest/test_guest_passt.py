@@ -42,7 +42,7 @@ def test_the_command_gives_the_guest_a_network(
         typed = f"ip addr show eth0; wget -q -O - http://{ROUTER}:{server.port}/ | sha256sum; poweroff -f"
         status = main(
             ["boot", "--kernel", str(guest.kernel), "--initrd", str(guest.initramfs), "--timeout", "120",
-             "--net", f"passt,mtu=1400,pcap={capture}", "--append", "quiet ip=dhcp",
+             "--net", f"passt,loopback=on,mtu=1400,pcap={capture}", "--append", "quiet ip=dhcp",
              "--until", "/ #", "--send", typed],
         )  # fmt: skip
     shown = capfd.readouterr().out

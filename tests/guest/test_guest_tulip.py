@@ -45,7 +45,7 @@ def test_linux_without_enlightenments_has_a_network(
         initrd=pc.initramfs,
         append="console=ttyS0 quiet ip=dhcp panic=-1",
         enlightenments=False,
-        networks=["passt"],
+        networks=["passt,loopback=on"],
     ) as machine:
         run = shell(machine)
         assert "eth0: 10.0.2.15/24, router 10.0.2.2" in machine.console.text

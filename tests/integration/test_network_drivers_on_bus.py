@@ -82,3 +82,41 @@ def test_another_mtu_means_to_leave_and_come_back(rules: Rules) -> None:
     hosting.close()
     child.destroy()
     root.destroy()
+
+
+def test_dpdk_waits_for_sub_channels_that_it_has_not_seen() -> None:
+    """Each configuration of a port asks, and its new channels are those that DPDK finds no relid of in its list."""
+    hypervisor = Hypervisor(clock=VirtualClock())
+    root = hypervisor.create_root()
+    child = hypervisor.create_child(root, name="c", memory_size=24 << 20, vps=2)
+    hosting = Inline(seed=7)
+    host = VmbusHost(hypervisor, child, hosting=hosting)
+    adapter = NetworkAdapter(
+        host, Switch().connect("c"), AdapterConfig(mac(1), max_queues=4), monitor_latency=100_000
+    )
+    guest = VmbusGuest(child.vps[0])
+    guest.connect()
+    channel = guest.open(guest.offers[0], 16, 16)
+    driver = OnBus(Attached(channel.memory, channel), DPDK, first_page=FIRST_PAGE)  # type: ignore[arg-type]
+    driver.negotiate((0x60001,))
+    driver.configure(1514, 8, (6, 30))
+    driver.hand_over()
+    driver.initialize()
+    known: dict[int, Channel] = {}
+    for wanted in (1, 1, 3, 2):
+        kind, status, more = struct.unpack_from("<3I", driver.nvsp(133, 1, wanted) or b"")
+        assert (kind, status) == (133, 1)
+        assert channel.wait(lambda more=more: len(subchannels(guest)) == len(known) + more)  # type: ignore[misc]
+        for offer in subchannels(guest):
+            if offer.channel_id not in known:
+                assert offer.monitor_id is not None, (
+                    "user space rings by the monitor page, and by nothing else"
+                )
+                known[offer.channel_id] = guest.open(offer, 4, 4)
+                more -= 1
+        assert more == 0
+    assert len(known) == 3
+    assert adapter.statistics.violations == 0
+    hosting.close()
+    child.destroy()
+    root.destroy()

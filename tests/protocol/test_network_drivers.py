@@ -152,6 +152,47 @@ def test_dpdk() -> None:
     assert not driver.guest.vsp.is_open
 
 
+@pytest.mark.parametrize("version", NEWEST, ids=hex)
+def test_dpdk_configures_its_port_again(version: int) -> None:
+    """`rte_eth_dev_configure` with 2, 2 and 4 queues: offloads, sub-channels, RSS off and on, filter at the start."""
+    driver, other = pair(DPDK, max_queues=4, versions=frozenset({version}))
+    assert driver.negotiate(NEWEST) == version
+    if version > 2:
+        driver.configure(1514, 0xC if version >= 0x50000 else 8, (6, 30) if version >= 0x50000 else (6, 1))
+    else:
+        assert driver.nvsp(100, 6, 1, wanted=False) is None
+    driver.hand_over()
+    driver.initialize()
+    known: list[int] = []
+    for queues in (2, 2, 4):
+        assert driver.set(FILTER, bytes(4)) == 0
+        size = 28 if version >= 0x50000 else 22
+        assert driver.set(OFFLOADS, offload_parameters(3 if size == 28 else 2, size, 3, 3, 0, 3)) == 0
+        if version >= 0x50000:
+            answer = driver.nvsp(133, 1, queues - 1)
+            assert answer is not None
+            assert len(answer) >= 40, "hn_nvs_execute refuses a shorter one"
+            kind, status, more = struct.unpack_from("<3I", answer)
+            assert (kind, status) == (133, SUCCESS)
+            # It then waits for so many channels that it has not seen before.
+            for index in range(len(known) + 1, len(known) + more + 1):
+                _, host_end = loopback(driver.guest.memory, 16, 16)
+                driver.guest.vsp.add_subchannel(index, host_end)
+                known.append(index)
+            assert known == list(range(1, queues))
+            table = [n % queues for n in range(128)]
+            assert driver.set(RSS, rss_parameters(40, 0x10, table)) == 0
+            assert driver.set(RSS, rss_parameters(40, 0, table)) == 0
+        assert driver.set(FILTER, struct.pack("<I", 0xB)) == 0
+        sent = [frame(mac(2), mac(1), bytes([n]) * 60) for n in range(3)]
+        assert driver.in_section(1, b"".join(packet(f, (HASH_VALUE, queues), pad=8) for f in sent)) == SUCCESS
+        assert receive_all(other) == sent
+        send_all(other, [frame(mac(1), mac(2), bytes([queues]) * 60)])
+        driver.poll()
+        assert driver.messages[-1].data.endswith(bytes([queues]) * 60)
+    assert driver.guest.vsp.statistics.violations == 0
+
+
 def test_ids_of_packets_in_flight_are_numbers_of_sections() -> None:
     """DPDK indexes an array of as many packets as there are sections with the transaction id."""
     for plain in (True, False):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from reference import netpair, packets
 from reference.netpair import frame, mac, make_guest, make_pair, receive_all, send_all
 
+from vmbus.bus.channel import loopback
 from vmbus.errors import DeviceError, LocalProtocolError
 from vmbus.network import vsp_delivery
 from vmbus.network.offload import coalesce
@@ -248,9 +249,23 @@ def test_subchannel_requests_have_limits() -> None:
         with pytest.raises(DeviceError, match="refused"):
             a.nic.request_subchannels(count)
     assert a.nic.request_subchannels(2) == 2
-    with pytest.raises(DeviceError, match="refused"):
-        a.nic.request_subchannels(1)
     assert a.granted == [2]
+
+
+def test_subchannels_asked_for_again_are_those_that_are_missing() -> None:
+    _, a, _ = make_pair(max_queues=4)
+    a.open_subchannels(1)
+    for count, more in ((1, 0), (3, 2), (2, 0), (3, 0)):
+        assert a.nic.request_subchannels(count) == more
+    assert a.granted == [1, 3]
+    with pytest.raises(DeviceError, match="refused"):
+        a.nic.request_subchannels(4)
+    for index in (2, 3):
+        guest_end, host_end = loopback(a.memory, 16, 16)
+        a.vsp.add_subchannel(index, host_end)
+        a.nic.add_subchannel(index, guest_end)
+    assert a.nic.protocol.send_table == tuple(i % 4 for i in range(16))
+    assert a.vsp.statistics.violations == 1
 
 
 def test_a_subchannel_may_close_with_packets_on_it() -> None:

@@ -215,3 +215,29 @@ def test_monitor_page_taken_from_the_guest() -> None:
     guest.connect()
     assert host.version == Version.V5_3, "a connection without the page it names still serves"
     guest.close()
+
+
+def test_a_guest_that_waits_is_not_kept_waiting_for_polls_that_find_nothing() -> None:
+    """An idle guest's time goes on at its next timer; what is pending is signalled in time all the same."""
+    rig = Rig()
+    rig.monitor.watch(3, LATENCY, 0x2001)
+    assert rig.clock.next_deadline() == LATENCY
+    assert rig.clock.next_deadline(idle=True) is None
+    assert not rig.clock.advance_to_next()
+    fired: list[int] = []
+    rig.clock.schedule(5_000_000_000, lambda: fired.append(rig.clock.now()))
+    before = rig.monitor.polls
+    assert rig.clock.next_deadline(idle=True) == 5_000_000_000
+    assert rig.clock.advance_to_next()
+    assert fired == [5_000_000_000]
+    assert rig.monitor.polls <= before + 1, "not one for each 100 µs of five seconds"
+    rig.bits.set(pending_bit(4))  # of nobody
+    assert rig.clock.next_deadline(idle=True) is None
+    rig.bits.set(pending_bit(3))
+    rang = rig.clock.now()
+    while rig.clock.advance_to_next():
+        pass
+    ((when, connection),) = rig.signals
+    assert connection == 0x2001
+    assert when - rang <= 2 * LATENCY
+    assert rig.clock.next_deadline(idle=True) is None

@@ -235,6 +235,9 @@ def test_the_serial_rom_holds_the_address(driver: Driver) -> None:
 
     rom = struct.pack("<64H", *(word(n) for n in range(64)))
     assert rom[20:26] == ADDRESS
+    assert rom[:4] == bytes.fromhex("000a1421"), (
+        "Hyper-V's subsystem, which the chip shows in its configuration space"
+    )
     assert struct.unpack("<H", rom[126:]) == (crc32(rom[:126]) & 0xFFFF,)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from vmbus.bus import VmbusHost
+from vmbus.bus import VmbusGuest, VmbusHost
 from vmbus.emulated.ports import attach_pci
 from vmbus.errors import DeviceError, LocalProtocolError
 from vmbus.hypervisor import Hypervisor, VirtualClock
@@ -40,7 +40,7 @@ def network() -> Iterator[GuestNetwork]:
 
 def test_a_description() -> None:
     plain = parse_network("tap")
-    assert (plain.kind, plain.name, plain.mac, plain.mtu, plain.queues) == ("tap", "", None, None, 1)
+    assert (plain.kind, plain.name, plain.mac, plain.mtu, plain.queues) == ("tap", "", None, None, None)
     full = parse_network("tap:vmbus0,mac=02:00:00:00:00:01,mtu=9000,queues=4,offloads=off,pcap=/tmp/a b")
     assert (full.kind, full.name, full.mac) == ("tap", "vmbus0", bytes.fromhex("020000000001"))
     assert (full.mtu, full.queues, full.offloads) == (9000, 4, Offloads.nothing())
@@ -96,6 +96,37 @@ def test_adapters_of_a_guest(network: GuestNetwork, tmp_path: Path) -> None:
         network.remove(second)
     with pytest.raises(DeviceError, match="no place for a network adapter"):
         GuestNetwork(None).add()
+
+
+@pytest.mark.parametrize(("processors", "queues"), [(1, 1), (3, 3), (16, 8)])
+def test_an_adapter_has_a_queue_for_each_processor_up_to_eight(processors: int, queues: int) -> None:
+    hv = Hypervisor(clock=VirtualClock())
+    root = hv.create_root()
+    host = VmbusHost(hv, hv.create_child(root, "c", memory_size=16 << 20, vps=processors))
+    with GuestNetwork(host) as network:
+        assert network.add().adapter.config.max_queues == queues
+        assert network.add("none,queues=1").adapter.config.max_queues == 1
+        assert network.add("none,queues=12").adapter.config.max_queues == 12
+    host.close()
+    root.destroy()
+
+
+def test_an_adapter_can_be_rung_from_user_space() -> None:
+    """uio_hv_generic, and so DPDK, takes no channel without a monitored notification; Hyper-V's wait 100 µs at most."""
+    hv = Hypervisor(clock=VirtualClock())
+    root = hv.create_root()
+    child = hv.create_child(root, "c", memory_size=16 << 20, vps=2)
+    host = VmbusHost(hv, child)
+    with GuestNetwork(host) as network:
+        network.add()
+        guest = VmbusGuest(child.vps[0])
+        guest.connect()
+        (offer,) = guest.offers
+        assert offer.monitor_id is not None
+        guest.open(offer, 4, 4)
+        assert hv.clock.next_deadline() == 100_000
+    host.close()
+    root.destroy()
 
 
 def test_a_machine_without_enlightenments_has_emulated_adapters() -> None:

@@ -149,7 +149,16 @@ class HostMonitor:
     def _schedule(self) -> None:
         # All triggers are looked at as often as the most impatient one asks for, as the TLFS has it.
         step = min(t.latency for t in self._triggers.values())
-        self._timer = self._clock.schedule(self._clock.now() + step, self._on_time)
+        self._timer = self._clock.schedule(self._clock.now() + step, self._on_time, quiet=self._is_quiet)
+
+    def _is_quiet(self) -> bool:
+        """Whether nothing is pending: only a guest that executes can change that."""
+        with self._lock, suppress(GuestMemoryError):
+            if self._bits is None:
+                return True
+            groups = struct.unpack("<8I", self._memory.read(self._page + TRIGGER_GROUPS, 32))
+            return not any(groups[m // 32 * 2] & 1 << m % 32 for m in self._triggers)
+        return True
 
     def _on_time(self) -> None:
         with suppress(GuestMemoryError):  # a page that is gone has nothing pending

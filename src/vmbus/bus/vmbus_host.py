@@ -84,6 +84,11 @@ class Offered:
         """Whether it is offered: not rescinded, or not released by the guest since."""
         return self._host.offered.get(self.offer_id) is self
 
+    @property
+    def account(self) -> Account:
+        """Where the device counts in the ledger."""
+        return self._host._account(self)
+
     def rescind(self) -> None:
         """Take the offer back (a primary channel's sub-channels first); an open channel closes now."""
         self._host.rescind(self)

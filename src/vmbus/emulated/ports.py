@@ -5,6 +5,7 @@ from collections.abc import Callable
 from vmbus.emulated.ata import Backend
 from vmbus.emulated.ide import PRIMARY_CONTROL, PRIMARY_IRQ, PRIMARY_PORT, IdeChannel
 from vmbus.emulated.pci import Bar, PciBus, PciCommand, PciFunction, host_bridge
+from vmbus.emulated.srom import TULIP_SUBSYSTEM
 from vmbus.emulated.tulip import DEVICE_ID, REGISTERS_SIZE, VENDOR_ID, Tulip
 from vmbus.emulated.uart import COM1_IRQ, COM1_PORT, Uart16550
 from vmbus.hypervisor import Partition
@@ -114,6 +115,7 @@ def attach_tulip(
         DEVICE_ID,
         0x020000,  # an Ethernet controller
         revision=0x20,  # 21140A
+        subsystem=TULIP_SUBSYSTEM,
         bars=(Bar(REGISTERS_SIZE, io=True), Bar(REGISTERS_SIZE, io=False)),
         registers=tulip,
         interrupt_pin=1,

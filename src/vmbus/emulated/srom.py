@@ -7,6 +7,7 @@ something; the content is the manufacturer's.
 
 import struct
 from binascii import crc32
+from typing import Final
 
 __all__ = ["LINK_PIN", "SerialRom", "tulip_rom"]
 
@@ -70,6 +71,11 @@ class SerialRom:
                 self.output = 0
 
 
+TULIP_SUBSYSTEM: Final = (0x0A00, 0x2114)
+"""Subsystem vendor and subsystem of Hyper-V's legacy adapter. Windows' in-box driver takes no 21140A with another
+identity (PCI\\VEN_1011&DEV_0009&SUBSYS_21140A00&REV_20)."""
+
+
 def tulip_rom(address: bytes) -> bytes:
     """The content that a DEC 21140 card's driver expects (Digital's serial ROM format, version 3).
 
@@ -77,6 +83,9 @@ def tulip_rom(address: bytes) -> bytes:
         address: the card's Ethernet address.
     """
     rom = bytearray(126)
+    struct.pack_into(
+        "<HH", rom, 0, *TULIP_SUBSYSTEM
+    )  # from here the chip loads what its configuration space shows
     rom[18] = 3  # format version
     rom[19] = 1  # controllers
     rom[20:26] = address

@@ -297,7 +297,7 @@ class UnicornEngine:
         """Let time pass until a processor has something to execute, or the run ends."""
         clock = self._clock
         while not (self._stopping or self._any_awake()):
-            due = clock.next_deadline()
+            due = clock.next_deadline(idle=True)
             if self._wait_outside(due):
                 if time.monotonic() >= self._wall_limit:
                     self.stop(Stop.WALL_TIME)
@@ -307,12 +307,12 @@ class UnicornEngine:
             if due is None:
                 self.stop(Stop.IDLE)
             elif due >= self._limit:
-                clock.advance_to(self._limit)
+                clock.skip_to(self._limit)
                 self.stop(Stop.VIRTUAL_TIME)
             elif time.monotonic() >= self._wall_limit:
                 self.stop(Stop.WALL_TIME)
             else:
-                clock.advance_to(due)
+                clock.skip_to(due)
         self.cpu.advance_to(clock.now())
         if self._awake(self._current):
             self._turn(self._current)

@@ -22,11 +22,14 @@ UNITS_PER_SECOND: Final = 1_000_000_000 // REFERENCE_UNIT
 class Timer:
     """One scheduled call; `cancel` withdraws it."""
 
-    __slots__ = ("callback", "due")
+    __slots__ = ("callback", "due", "quiet")
 
-    def __init__(self, due: int, callback: Callable[[], None]) -> None:
+    def __init__(
+        self, due: int, callback: Callable[[], None], quiet: Callable[[], bool] | None = None
+    ) -> None:
         self.due = due
         self.callback: Callable[[], None] | None = callback
+        self.quiet = quiet
 
     def cancel(self) -> None:
         """Do not fire; cheap, and harmless after the timer fired."""
@@ -48,9 +51,15 @@ class Clock(ABC):
     def now(self) -> int:
         """Nanoseconds since the clock was made; never decreases."""
 
-    def schedule(self, due: int, callback: Callable[[], None]) -> Timer:
-        """Have `run_due` call `callback` once the clock has reached `due` (absolute, in ns)."""
-        timer = Timer(due, callback)
+    def schedule(
+        self, due: int, callback: Callable[[], None], *, quiet: Callable[[], bool] | None = None
+    ) -> Timer:
+        """Have `run_due` call `callback` once the clock has reached `due` (absolute, in ns).
+
+        With `quiet`, the timer looks for work that a running guest may make at any time. While that says True there
+        is none, so that a guest that waits need not be kept waiting for it: `next_deadline(idle=True)` leaves it out.
+        """
+        timer = Timer(due, callback, quiet)
         with self._lock:
             self._sequence += 1
             heapq.heappush(self._timers, (due, self._sequence, timer))
@@ -68,12 +77,16 @@ class Clock(ABC):
         """Counts the timers that were ever set: while it stays, no deadline has come nearer."""
         return self._sequence
 
-    def next_deadline(self) -> int | None:
-        """When the next timer is due (absolute, in ns), or None."""
+    def next_deadline(self, *, idle: bool = False) -> int | None:
+        """When the next timer is due (absolute, in ns), or None; with `idle`, the next that has anything to do."""
         with self._lock:
             while self._timers and self._timers[0][2].callback is None:
                 heapq.heappop(self._timers)
-            return self._timers[0][0] if self._timers else None
+            if not idle:
+                return self._timers[0][0] if self._timers else None
+            timers = [timer for _, _, timer in self._timers if timer.callback is not None]
+        # Asked without the lock: who is asked may be setting a timer.
+        return min((t.due for t in timers if t.quiet is None or not t.quiet()), default=None)
 
     def run_due(self) -> int:
         """Fire every timer that is due now; how many fired. A timer may schedule others."""
@@ -172,12 +185,17 @@ class VirtualClock(Clock):
         return fired
 
     def advance_to_next(self) -> bool:
-        """Skip to the next timer and fire it (what a halted processor does); False when none is set."""
-        due = self.next_deadline()
+        """Skip to the next timer and fire it (what a halted processor does); False if none has anything to do."""
+        due = self.next_deadline(idle=True)
         if due is None:
             return False
-        self.advance_to(due)
+        self.skip_to(due)
         return True
+
+    def skip_to(self, when: int) -> None:
+        """Move on to `when`, `next_deadline(idle=True)` or earlier: timers with nothing to do until then fire once."""
+        self.move_to(when)
+        self.advance_to(when)
 
 
 class HostClock(Clock):

@@ -25,7 +25,7 @@ from vmbus.errors import DeviceError, VmbusError
 from vmbus.machine.nic import TulipAdapter
 from vmbus.network.adapter import NetworkAdapter
 from vmbus.network.oid import Offloads
-from vmbus.network.passt import PasstUplink
+from vmbus.network.passt import PasstUplink, passt_network
 from vmbus.network.pcapng import PcapngWriter
 from vmbus.network.switch import Mirror, Port, Switch, SwitchKind
 from vmbus.network.uplink import StreamUplink, TapUplink, Uplink, UplinkPort, attach
@@ -47,8 +47,14 @@ MTU_RANGE: Final = range(576, 9001)
 EMULATED_MTU: Final = 1500
 FORMS: Final = "tap, tap:NAME, stream:PATH, passt or none"
 OPTIONS: Final = (
-    "mac=, mtu=, queues=, offloads=on|off, pcap=FILE and, for passt, tcp=HOST:GUEST and udp=HOST:GUEST"
+    "mac=, mtu=, queues=, offloads=on|off, pcap=FILE and, for passt, address=, gateway=, loopback=on|off, "
+    "tcp=HOST:GUEST and udp=HOST:GUEST"
 )
+MOST_QUEUES: Final = 8
+"""Queues that an adapter has by default at most: one for each processor up to that, as Hyper-V's."""
+MONITOR_LATENCY: Final = 100_000
+"""Nanoseconds: what Hyper-V's adapters say. Drivers in user space ring by the monitor page and by nothing else
+(uio_hv_generic takes no channel without it)."""
 
 
 @dataclass(slots=True)
@@ -60,9 +66,11 @@ class Wanted:
         name: the interface or socket; empty for a new interface.
         mac: None for the next one of 00-15-5D-00-00-01 and so on.
         mtu: None for up to 9000; else what the guest gets at most, and what the uplink is set to.
-        queues: channels that the guest may open.
+        queues: channels that the guest may open; None for one for each processor, up to eight.
         offloads: what the adapter offers.
         capture: pcapng file that gets a copy of all frames.
+        address, gateway: passt's IPv4 addresses for the guest and its router; None for its own choice.
+        loopback: the guest reaches what listens on the host's loopback only, through passt's gateway.
         tcp, udp: ports that passt leads to the guest.
     """
 
@@ -70,9 +78,12 @@ class Wanted:
     name: str = ""
     mac: bytes | None = None
     mtu: int | None = None
-    queues: int = 1
+    queues: int | None = None
     offloads: Offloads | None = None
     capture: Path | None = None
+    address: str | None = None
+    gateway: str | None = None
+    loopback: bool = False
     tcp: tuple[str, ...] = ()
     udp: tuple[str, ...] = ()
 
@@ -80,7 +91,7 @@ class Wanted:
     def fits_emulated(self) -> bool:
         """Whether an emulated adapter can be like this."""
         plain = self.offloads in (None, Offloads.nothing())
-        return self.queues == 1 and plain and (self.mtu or 0) <= EMULATED_MTU
+        return self.queues in (None, 1) and plain and (self.mtu or 0) <= EMULATED_MTU
 
     def open(self) -> Uplink | None:
         """The uplink, None for an adapter that is connected to nothing.
@@ -93,7 +104,15 @@ class Wanted:
         if self.kind == "stream":
             return StreamUplink.connect(self.name)
         if self.kind == "passt":
-            return PasstUplink(mtu=self.mtu, tcp=self.tcp, udp=self.udp)
+            address, gateway = passt_network(self.address, self.gateway)
+            return PasstUplink(
+                address=address,
+                gateway=gateway,
+                mtu=self.mtu,
+                tcp=self.tcp,
+                udp=self.udp,
+                loopback=self.loopback,
+            )
         return None
 
 
@@ -122,6 +141,7 @@ def parse_network(text: str) -> Wanted:
                 raise DeviceError(f"network {uplink}: no option {option!r}; there are {OPTIONS}")
         except ValueError as error:
             raise DeviceError(f"network {uplink}: {option}: {error}") from error
+    passt_network(wanted.address, wanted.gateway)
     return wanted
 
 
@@ -141,6 +161,12 @@ def _take_option(wanted: Wanted, key: str, value: str) -> bool:
         wanted.tcp += (value,)
     elif key == "udp" and wanted.kind == "passt":
         wanted.udp += (value,)
+    elif key == "address" and wanted.kind == "passt":
+        wanted.address = value
+    elif key == "gateway" and wanted.kind == "passt":
+        wanted.gateway = value
+    elif key == "loopback" and wanted.kind == "passt" and value in ("on", "off"):
+        wanted.loopback = value == "on"
     else:
         return False
     return True
@@ -233,6 +259,7 @@ class GuestNetwork:
         """`bus` is the guest's; in a machine without one, `plug` makes an emulated adapter of a port and an address."""
         self._bus = bus
         self._plug = plug
+        self._queues = 1 if bus is None else min(len(bus.child.vps), MOST_QUEUES)
         self._added = 0
         self.interfaces: list[Interface] = []
 
@@ -255,7 +282,7 @@ class GuestNetwork:
             mtu: the largest that the guest may use; 9000 if not given. An uplink made here is set to it.
             offloads: what it offers; everything if not given.
             capture: pcapng file that gets a copy of all frames.
-            queues: channels that the guest may open; one if not given.
+            queues: channels that the guest may open; one for each processor, up to eight, if not given.
 
         Raises:
             DeviceError: the text describes no adapter, the uplink cannot be opened, or the machine cannot have such an
@@ -270,7 +297,7 @@ class GuestNetwork:
         config = AdapterConfig(
             wanted.mac or MICROSOFT_PREFIX + number.to_bytes(3, "big"),
             offloads=wanted.offloads or Offloads.everything(),
-            max_queues=wanted.queues,
+            max_queues=wanted.queues or self._queues,
         )
         if wanted.mtu is not None:
             config.max_frame = wanted.mtu + ETHERNET_HEADER
@@ -289,6 +316,8 @@ class GuestNetwork:
             mirror = Mirror.SOURCE if recorder else Mirror.NONE
             port = switch.connect(f"guest {config.mac.hex(':')}", mirror=mirror)
             device = self._make(port, config, f"net{number}")
+            if opened is not None:
+                opened.account = device.account
         except (OSError, VmbusError):
             for made in (joined, recorder):
                 if made is not None:
@@ -304,7 +333,14 @@ class GuestNetwork:
     def _make(self, port: Port, config: AdapterConfig, name: str) -> NetworkAdapter | TulipAdapter:
         if self._bus is not None:
             identity = uuid5(NAMESPACE, config.mac.hex())
-            return NetworkAdapter(self._bus, port, config, instance_id=identity, name=name)
+            return NetworkAdapter(
+                self._bus,
+                port,
+                config,
+                instance_id=identity,
+                name=name,
+                monitor_latency=MONITOR_LATENCY,
+            )
         if self._plug is None:
             raise DeviceError("this machine has no place for a network adapter")
         return self._plug(port, config.mac)
@@ -368,8 +404,10 @@ class GuestNetwork:
         if not self.is_live and not also:
             return False  # nothing can come: time is skipped
         wait = LONGEST_WAIT if until_timer is None else min(until_timer / 1e9, LONGEST_IDLE)
-        sources = [i.uplink.uplink for i in self.interfaces if i.uplink is not None]
-        readers: list[int] = [u.fileno() for u in sources if u.fileno() >= 0]
+        ports = [i.uplink for i in self.interfaces if i.uplink is not None]
+        sources = [port.uplink for port in ports]
+        # What the guest has no room for waits outside, and wakes nobody.
+        readers: list[int] = [p.uplink.fileno() for p in ports if p.uplink.fileno() >= 0 and p.room != 0]
         writers = [u.fileno() for u in sources if isinstance(u, StreamUplink) and u.pending]
         end = time.monotonic() + wait
         while True:

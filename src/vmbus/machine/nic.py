@@ -11,6 +11,7 @@ from vmbus.network.switch import Port
 
 __all__ = ["NetworkDevice", "TulipAdapter"]
 
+ANY_NUMBER: Final = 1 << 16
 TULIP_FRAME: Final = 1514
 """The longest frame that the switch gives the emulated adapter, a tag not counted."""
 
@@ -57,6 +58,7 @@ class TulipAdapter:
         port: its port.
         tulip: the chip.
         dropped: frames that came faster than the guest takes them, or that its filters refuse.
+        account: where it counts in the ledger, with what the switch drops of its frames.
     """
 
     def __init__(
@@ -74,7 +76,7 @@ class TulipAdapter:
         """Plug it in; `slot`, `irq` and `interrupt` are those of `attach_tulip`.
 
         `backlog` frames may wait for the guest's descriptors; somebody then has to call `poll` now and then. Others
-        are lost, as on any wire.
+        are lost, as on any wire; an uplink holds them back instead (`room`).
 
         Raises:
             LocalProtocolError: the slot is taken, or `mac` is not the address of one station.
@@ -86,12 +88,16 @@ class TulipAdapter:
         self._capacity = backlog
         self.tulip, _ = attach_tulip(partition, bus, mac, self._send, slot=slot, irq=irq, interrupt=interrupt)
         self.tulip.on_progress = self.poll
+        self.account = port.account = partition.hypervisor.ledger.account(partition.name, "tulip")
         port.max_frame = min(port.max_frame, TULIP_FRAME)
+        port.room = lambda: self.room
         port.receiver = self._receive
 
     def _send(self, frame: bytes) -> None:
         if self.tulip.link_up:
             self.port.send([frame])
+        else:
+            self.account.dropped["link is down"] += 1
 
     @property
     def is_listening(self) -> bool:
@@ -107,11 +113,27 @@ class TulipAdapter:
         """Connect or disconnect the cable; the guest's driver looks now and then."""
         self.tulip.link_up = up
         if not up:
+            self._drop(len(self._backlog), "link is down")
             self._backlog.clear()
+
+    @property
+    def room(self) -> int:
+        """How many frames it takes now without losing any; any number while the guest receives nothing."""
+        if not (self.tulip.link_up and self.tulip.is_receiving):
+            return ANY_NUMBER
+        self.poll()
+        if self._backlog or not self.tulip.has_room:
+            return self._capacity - len(self._backlog)
+        return max(1, self._capacity)
+
+    def _drop(self, frames: int, reason: str) -> None:
+        if frames:
+            self.dropped += frames
+            self.account.dropped[reason] += frames
 
     def _receive(self, frames: list[bytes]) -> None:
         if not (self.tulip.link_up and self.tulip.is_receiving):
-            self.dropped += len(frames)
+            self._drop(len(frames), "guest receives nothing")
             return
         for number, frame in enumerate(frames):
             self.poll()
@@ -119,13 +141,20 @@ class TulipAdapter:
                 room = self._capacity - len(self._backlog)
                 rest = frames[number:]
                 self._backlog.extend(rest[:room])
-                self.dropped += max(0, len(rest) - room)
+                self._drop(max(0, len(rest) - room), "guest has no buffer")
                 return
-            if not self.tulip.receive(frame):
-                self.dropped += 1
+            self._give(frame)
 
     def poll(self) -> None:
         """Give the guest what waits, as far as it has descriptors for it."""
         while self._backlog and self.tulip.has_room:
-            if not self.tulip.receive(self._backlog.popleft()):
-                self.dropped += 1
+            self._give(self._backlog.popleft())
+
+    def _give(self, frame: bytes) -> None:
+        """A frame into the guest's descriptors; what its filter keeps out is no loss, but counted in `dropped`."""
+        if self.tulip.receive(frame):
+            return
+        if self.tulip.accepts(frame[:6]):
+            self._drop(1, "guest has no buffer")
+        else:
+            self.dropped += 1

@@ -14,6 +14,7 @@ from typing import Final, Protocol
 
 from vmbus.core.netswitch import MacTable
 from vmbus.errors import LocalProtocolError
+from vmbus.trace.ledger import Account
 
 __all__ = [
     "BROADCAST",
@@ -133,6 +134,16 @@ class PortCounters:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
+_REASONS: Final = {
+    "malformed": "malformed",
+    "spoofed": "source address is another's",
+    "vlan": "VLAN not allowed",
+    "reserved": "for the bridge itself",
+    "no_target": "nobody there",
+}
+"""How the ledger calls what `PortCounters` counts."""
+
+
 class Port:
     """A port of a switch.
 
@@ -143,6 +154,9 @@ class Port:
         index: its number in the switch's table of addresses.
         mirror: its part in port mirroring; see `Switch.set_mirror`.
         receiver: gets frames that leave through this port; the owner sets it.
+        room: says how many frames the owner takes now without dropping any, or None if it takes any number; the owner
+            sets it.
+        account: where frames are counted that the switch drops, if not None: those that the owner sent.
         counters: what happened.
         connected: a port that is not connected neither sends nor receives.
     """
@@ -167,6 +181,8 @@ class Port:
         self.index = index
         self.mirror = mirror
         self.receiver = receiver
+        self.room: Callable[[], int] | None = None
+        self.account: Account | None = None
         self.counters = PortCounters()
         self.connected = True
         self._vlan = vlan
@@ -218,6 +234,13 @@ class Port:
     def send(self, frames: Sequence[bytes]) -> None:
         """Frames from the owner of this port into the switch."""
         self.switch.forward(self, frames)
+
+    def drop(self, reason: str) -> None:
+        """Count a frame that is not forwarded: `PortCounters.dropped_…`, and the ledger."""
+        name = f"dropped_{reason}"
+        setattr(self.counters, name, getattr(self.counters, name) + 1)
+        if self.account is not None:
+            self.account.dropped[_REASONS[reason]] += 1
 
     def disconnect(self) -> None:
         """Leave the switch."""
@@ -377,18 +400,18 @@ class Switch:
         counters.received_bytes += len(frame)
         address, sender = frame[:6], frame[6:12]
         if len(frame) < MIN_FRAME or sender[0] & 1 or not any(sender):
-            counters.dropped_malformed += 1
+            source.drop("malformed")
             return
         plain, tci = strip_tag(frame)
         if len(plain) > source.max_frame:
-            counters.dropped_malformed += 1
+            source.drop("malformed")
             return
         if source.addresses is not None and sender not in source.addresses:
-            counters.dropped_spoofed += 1
+            source.drop("spoofed")
             return
         vlan = _ingress_vlan(source.vlan, tci)
         if vlan is None:
-            counters.dropped_vlan += 1
+            source.drop("vlan")
             return
         priority = 0 if tci is None else tci & 0xF000
         if address[0] & 1:
@@ -397,7 +420,7 @@ class Switch:
             else:
                 counters.received_multicast += 1
                 if address[:5] == RESERVED_PREFIX and address[5] < 16:
-                    counters.dropped_reserved += 1
+                    source.drop("reserved")
                     return
         self.table.learn(vlan, sender, source.index, now)
         known = -1 if address[0] & 1 else self.table.find(vlan, address, now)
@@ -417,7 +440,7 @@ class Switch:
             port.counters.sent_bytes += len(out)
             outgoing.setdefault(port.index, []).append(out)
         if not delivered:
-            counters.dropped_no_target += 1
+            source.drop("no_target")
         if self._mirrored:
             self._copy(source, targets, frame, outgoing)
 

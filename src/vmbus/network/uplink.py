@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from typing import Final, Self
 
 from vmbus.errors import DeviceError
-from vmbus.network.switch import Port, PortKind, Switch
+from vmbus.network.switch import Mirror, Port, PortKind, Switch
+from vmbus.trace.ledger import Account
 
 __all__ = ["LoopbackUplink", "StreamUplink", "TapUplink", "Uplink", "UplinkPort", "attach"]
 
@@ -27,7 +28,12 @@ SIOCGIFFLAGS: Final = 0x8913
 SIOCSIFFLAGS: Final = 0x8914
 SIOCSIFMTU: Final = 0x8922
 IFF_UP: Final = 0x1
+SO_SNDBUFFORCE: Final = 32
+SO_RCVBUFFORCE: Final = 33
 INTERFACE_NAME_SIZE: Final = 16
+SOCKET_BUFFER: Final = 8 << 20
+"""Bytes that each direction of a stream may hold. A peer that finds no room drops, and sends most of a download again:
+with the kernel's default of 208 KiB, passt moved three frames for each that was needed."""
 MAX_FRAME: Final = 65550
 """Longest frame on an uplink: Linux's 65535 bytes of MTU and an Ethernet header with a tag, rounded up."""
 
@@ -37,9 +43,17 @@ class Uplink(ABC):
 
     Attributes:
         dropped: frames that could not be sent because the other side does not read, or is gone.
+        account: where they are counted too, if not None.
     """
 
     dropped: int = 0
+    account: Account | None = None
+
+    def lose(self, frames: int = 1) -> None:
+        """Count frames that could not be sent."""
+        self.dropped += frames
+        if self.account is not None:
+            self.account.dropped["uplink takes no more"] += frames
 
     @abstractmethod
     def fileno(self) -> int:
@@ -93,7 +107,7 @@ class LoopbackUplink(Uplink):
         """Queue frames at the peer."""
         for frame in frames:
             if len(self._peer._queue) >= self._capacity:
-                self.dropped += 1
+                self.lose()
             else:
                 self._peer._queue.append(frame)
 
@@ -153,7 +167,7 @@ class TapUplink(Uplink):
             try:
                 os.write(self._fd, frame)
             except OSError:
-                self.dropped += 1
+                self.lose()
 
     def receive(self, limit: int = 64) -> list[bytes]:
         """Frames that the kernel sent to the interface."""
@@ -178,6 +192,25 @@ class TapUplink(Uplink):
             self._fd = -1
 
 
+def enlarge(connection: socket.socket) -> tuple[int, int]:
+    """Let a socket hold `SOCKET_BUFFER` bytes each way, or as many as this process may.
+
+    Without ``CAP_NET_ADMIN`` in the first user namespace the limits are ``net.core.wmem_max`` and ``net.core.rmem_max`` (usually 208 KiB).
+
+    Returns:
+        what was got for sending and receiving, in the kernel's own terms: it doubles what it is asked for (socket(7)).
+    """
+    for forced, plain in ((SO_SNDBUFFORCE, socket.SO_SNDBUF), (SO_RCVBUFFORCE, socket.SO_RCVBUF)):
+        try:
+            connection.setsockopt(socket.SOL_SOCKET, forced, SOCKET_BUFFER)
+        except OSError:
+            connection.setsockopt(socket.SOL_SOCKET, plain, SOCKET_BUFFER)
+    return (
+        connection.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF),
+        connection.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF),
+    )
+
+
 class StreamUplink(Uplink):
     """A stream socket with QEMU's framing: a 32-bit big-endian length before every frame.
 
@@ -186,7 +219,10 @@ class StreamUplink(Uplink):
     """
 
     def __init__(self, connection: socket.socket, *, max_pending: int = 4 << 20) -> None:
-        """Take over a connected stream socket; at most `max_pending` bytes wait for a slow other side."""
+        """Take over a connected stream socket; at most `max_pending` bytes wait for a slow other side.
+
+        The socket's own buffers stay as they are: see `enlarge`.
+        """
         connection.setblocking(False)
         self._socket = connection
         self._max_pending = max_pending
@@ -208,6 +244,7 @@ class StreamUplink(Uplink):
         except OSError as error:
             connection.close()
             raise DeviceError(f"stream uplink {path}: {error}") from error
+        enlarge(connection)
         return cls(connection)
 
     def fileno(self) -> int:
@@ -224,7 +261,7 @@ class StreamUplink(Uplink):
         with self._lock:
             for frame in frames:
                 if self._pending + len(frame) + 4 > self._max_pending or len(frame) > MAX_FRAME:
-                    self.dropped += 1
+                    self.lose()
                     continue
                 data = len(frame).to_bytes(4, "big") + frame
                 self._outgoing.append(memoryview(data))
@@ -244,7 +281,7 @@ class StreamUplink(Uplink):
             except BlockingIOError:
                 return
             except OSError:
-                self.dropped += len(self._outgoing)
+                self.lose(len(self._outgoing))
                 self._outgoing.clear()
                 self._pending = 0
                 return
@@ -308,16 +345,40 @@ class UplinkPort:
         self.uplink = uplink
         port.receiver = uplink.send
 
+    @property
+    def room(self) -> int | None:
+        """How many frames somebody on the switch takes now without dropping any; None if one takes any number.
+
+        The roomiest port counts: one that takes nothing must not keep frames from the others.
+        """
+        switch, rooms = self.port.switch, []
+        for port in switch.ports:
+            if port is self.port or port.mirror is Mirror.DESTINATION:
+                continue
+            if port.room is None:
+                return None
+            rooms.append(port.room())
+        return max(rooms, default=None)
+
     def poll(self, limit: int = 256) -> int:
         """Bring up to `limit` frames from the uplink into the switch; how many came.
+
+        What nobody has room for stays in the uplink, where its sender sees that it has to wait.
 
         Raises:
             DeviceError: the uplink is gone.
         """
-        frames = self.uplink.receive(limit)
-        if frames:
-            self.port.send(frames)
-        return len(frames)
+        came = 0
+        while came < limit:
+            room = self.room
+            wanted = limit - came if room is None else min(room, limit - came)
+            frames = self.uplink.receive(wanted) if wanted > 0 else []
+            if frames:
+                self.port.send(frames)
+            came += len(frames)
+            if len(frames) < wanted or not frames:
+                break
+        return came
 
     def close(self) -> None:
         """Disconnect the port and close the uplink."""

@@ -244,7 +244,10 @@ class NetworkVsc(Sending):
         self._run(self.protocol.switch_data_path(to_vf))
 
     def request_subchannels(self, count: int) -> int:
-        """Ask for sub-channels; how many the host will offer. Open each and hand it to `add_subchannel`."""
+        """Ask for `count` sub-channels in all; how many more the host will offer for it.
+
+        Open each and hand it to `add_subchannel`.
+        """
         return self._run(self.protocol.open_subchannels(count))
 
     def add_subchannel(self, index: int, channel: Channel) -> None:

@@ -482,7 +482,7 @@ class GuestProtocol:
         self.table_entries = entries if 0 < entries <= MAX_TABLE else 128
 
     def open_subchannels(self, count: int) -> Script[int]:
-        """Ask for sub-channels; how many the host will offer: none before NVSP 5."""
+        """Ask for sub-channels; how many more the host will offer: none before NVSP 5, or if it has done so."""
         if self.version < Version.V5:
             return 0
         request = wire.SubchannelRequest(SubchannelOperation.ALLOCATE, count)
@@ -492,8 +492,8 @@ class GuestProtocol:
             raise DeviceError(f"the host refused {count} sub-channels with status {answer.status}")
         if answer.num_sub_channels > count:
             raise RemoteProtocolError(f"{answer.num_sub_channels} sub-channels when {count} were asked for")
-        self.subchannels = int(answer.num_sub_channels)
-        return self.subchannels
+        self.subchannels += answer.num_sub_channels
+        return int(answer.num_sub_channels)
 
     def set_rss(self, table: Sequence[int], key: bytes, types: HashTypes, flags: int = 0) -> Script[None]:
         """Set hash types, key and indirection table."""

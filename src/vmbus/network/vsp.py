@@ -29,7 +29,7 @@ from vmbus.network.offload import complete, segment
 from vmbus.network.rndis import Frame, LargeSend, RndisType, TransmitChecksum
 from vmbus.network.switch import Port, tag_frame
 from vmbus.network.vsp_delivery import BATCH, MAX_BACKLOG, Delivery, Queue, ring_peer
-from vmbus.network.vsp_oid import AdapterConfig, AdapterStatistics
+from vmbus.network.vsp_oid import AdapterConfig, AdapterState
 from vmbus.network.vsp_protocol import (
     CONTROL_SECTIONS,
     PACKETS_PER_MESSAGE,
@@ -91,7 +91,7 @@ class NetworkVsp(Delivery):
         config: AdapterConfig,
         *,
         offer_subchannels: Callable[[int], None] | None = None,
-        statistics: AdapterStatistics | None = None,
+        adapter: AdapterState | None = None,
     ) -> None:
         """Serve `channel`, the primary one, from now on.
 
@@ -101,10 +101,9 @@ class NetworkVsp(Delivery):
             config: the adapter.
             offer_subchannels: called with a number of sub-channels to offer; hand each to `add_subchannel`
                 when the guest opened it. Without it the adapter has one queue.
-            statistics: counters to go on with.
+            adapter: what earlier connections of this adapter left.
         """
-        counters = statistics or AdapterStatistics()
-        super().__init__(channel, port, HostProtocol(config, counters), counters)
+        super().__init__(channel, port, HostProtocol(config, adapter))
         self.on_data_path: Callable[[bool], None] | None = None
         self._offer_subchannels = offer_subchannels
         self._send: _SendBuffer | None = None
@@ -291,6 +290,7 @@ class NetworkVsp(Delivery):
             except RemoteProtocolError as error:
                 log.debug("%s: %s", self.port.name, error)
                 self.statistics.sent_errors += 1
+                self._queues[0].channel.account.dropped["impossible for an adapter"] += 1
                 status = NvspStatus.FAILURE
                 continue
             for data in ready:
@@ -329,6 +329,7 @@ class NetworkVsp(Delivery):
         if len(data) < 14:
             raise RemoteProtocolError(f"Ethernet frame of {len(data)} bytes")
         if not self.protocol.oids.link_up:
+            self._queues[0].channel.account.dropped["link is down"] += 1
             return []
         if frame.large_send is not None:
             result = segment(data, LargeSend.unpack(frame.large_send))
@@ -478,9 +479,13 @@ class NetworkVsp(Delivery):
 
     def _close(self) -> None:
         with self._lock:
+            if self.is_open:
+                self._perform(self.protocol.close(), self._queues[0], None)
             self._revoke(True)
             self._revoke(False)
             self._queues.clear()
+        if self._deferred:
+            self._run_deferred()
         if self.port.receiver == self.deliver:
             self.port.receiver = _discard
 

@@ -26,7 +26,6 @@ from vmbus.network import rndis
 from vmbus.network.offload import check, coalesce
 from vmbus.network.rndis import Frame, PacketIdFlags
 from vmbus.network.switch import Port, strip_tag
-from vmbus.network.vsp_oid import AdapterStatistics
 from vmbus.network.vsp_protocol import CONTROL_SECTIONS, SWITCH_DATA_PATH_ID, VF_ASSOCIATION_ID, HostProtocol
 from vmbus.network.wire import MAX_RSC_RANGES, ChannelType
 
@@ -82,10 +81,8 @@ class Delivery(ABC):
         use_compiled_path: False leaves all to Python, for comparison.
     """
 
-    def __init__(
-        self, channel: Channel, port: Port, protocol: HostProtocol, statistics: AdapterStatistics
-    ) -> None:
-        self.statistics = statistics
+    def __init__(self, channel: Channel, port: Port, protocol: HostProtocol) -> None:
+        self.statistics = protocol.adapter.statistics
         self.protocol = protocol
         self.port = port
         self.use_compiled_path = True
@@ -139,6 +136,7 @@ class Delivery(ABC):
             and queue is not None
             and queue.plain is not None
             and oids.rss is None
+            and len(oids.adapter.addresses) == 1
             and not (queue.backlog or queue.completions or self._control)
             and not any(self.protocol.rsc)
             and not (wanted.tcp4 or wanted.tcp6 or wanted.udp4 or wanted.udp6 or wanted.ipv4_header)
@@ -152,7 +150,7 @@ class Delivery(ABC):
         plain = queue.plain
         assert plain is not None
         filtered, copied, packets = plain.filtered, plain.bytes_copied, queue.channel.outgoing.packets
-        mac = int.from_bytes(oids.current_mac, "big")
+        mac = int.from_bytes(oids.adapter.mac, "big")
         try:
             at, _, ring = plain.deliver(frames, at, mac, oids.packet_filter)
         except RingError as error:

@@ -37,7 +37,7 @@ from vmbus.network.rndis import NdisStatus
 from vmbus.network.rss import RssState, Toeplitz
 from vmbus.network.wire import DEFAULT_FRAME, ETHERNET_HEADER, MAX_FRAME, Version
 
-__all__ = ["AdapterConfig", "AdapterStatistics", "OidServer"]
+__all__ = ["AdapterConfig", "AdapterState", "AdapterStatistics", "OidServer"]
 
 Counts = tuple[int, int, int, int, int, int]
 _PROMISCUOUS: Final = int(PacketFilter.PROMISCUOUS)
@@ -176,6 +176,45 @@ class AdapterStatistics:
         return self.received_directed + self.received_multicast + self.received_broadcast
 
 
+class AdapterState:
+    """What belongs to an adapter, and so outlives the guest's opening and closing of its channels.
+
+    Everything else (versions, filter, multicast list, MTU, offloads, RSS, buffers, sub-channels, the data path) belongs
+    to a connection, and starts anew with each.
+
+    Attributes:
+        mac: the guest's address: as the parent gave it, or as it let the guest change it.
+        addresses: what `PacketFilter.DIRECTED` lets through. In a new connection after a change both addresses count:
+            a driver that reopens its adapter goes on with the one that it set (Linux: another MTU, ``ethtool -L``),
+            one that is loaded anew reads the permanent one.
+        link_up: whether the cable is connected.
+        link_speed: in bit/s.
+        vf_serial: of the associated virtual function, or None.
+        statistics: counters over all connections.
+    """
+
+    __slots__ = ("addresses", "link_speed", "link_up", "mac", "permanent_mac", "statistics", "vf_serial")
+
+    def __init__(self, config: AdapterConfig, statistics: AdapterStatistics | None = None) -> None:
+        """The adapter as it is when the guest finds it."""
+        self.permanent_mac = config.mac
+        self.mac = config.mac
+        self.addresses = frozenset({config.mac})
+        self.link_up = True
+        self.link_speed = config.link_speed
+        self.vf_serial: int | None = None
+        self.statistics = AdapterStatistics() if statistics is None else statistics
+
+    def connected(self) -> None:
+        """A connection begins."""
+        self.addresses = frozenset({self.permanent_mac, self.mac})
+
+    def set_mac(self, mac: bytes) -> None:
+        """The guest takes another address."""
+        self.mac = mac
+        self.addresses = frozenset({mac})
+
+
 class _OidError(Exception):
     def __init__(self, status: int) -> None:
         super().__init__(status)
@@ -189,11 +228,8 @@ class OidServer:
     """Answers queries and carries out sets.
 
     Attributes:
-        permanent_mac: as given by the parent.
-        current_mac: as the guest set it.
+        adapter: what outlives the connection.
         frame_size: largest frame with Ethernet header.
-        link_up: whether the cable is connected.
-        link_speed: in bit/s.
         ndis_version: (major, minor) of the guest; chooses among revisions of NDIS objects.
         packet_filter: `PacketFilter`.
         multicast: addresses the guest wants.
@@ -202,13 +238,11 @@ class OidServer:
         rss: hash and table, None while RSS is off.
     """
 
-    def __init__(self, config: AdapterConfig, statistics: AdapterStatistics) -> None:
-        """`statistics` is shown to the guest as it stands when asked."""
-        self.permanent_mac = config.mac
-        self.current_mac = config.mac
+    def __init__(self, config: AdapterConfig, adapter: AdapterState) -> None:
+        """`adapter` is shown to the guest as it stands when asked."""
+        self.adapter = adapter
+        adapter.connected()
         self.frame_size = DEFAULT_FRAME
-        self.link_up = True
-        self.link_speed = config.link_speed
         self.ndis_version = (6, 0)
         self.packet_filter = PacketFilter(0)
         self.multicast: frozenset[bytes] = frozenset()
@@ -219,7 +253,6 @@ class OidServer:
         self._table_entries = config.table_entries
         self._friendly_name = config.friendly_name
         self._allow_mac_change = config.allow_mac_change
-        self._statistics = statistics
         self._queries = self._make_queries()
         self._sets: dict[int, Callable[[bytes], list[Indication]]] = {
             Oid.GEN_CURRENT_PACKET_FILTER: self._set_filter,
@@ -234,6 +267,11 @@ class OidServer:
             Oid.OFFLOAD_ENCAPSULATION: self._set_encapsulation,
         }
 
+    @property
+    def link_up(self) -> bool:
+        """Whether the cable is connected."""
+        return self.adapter.link_up
+
     def reset(self) -> None:
         """Forget what a guest has to set again after RNDIS RESET or HALT."""
         self.packet_filter = PacketFilter(0)
@@ -245,7 +283,7 @@ class OidServer:
         if wanted & _PROMISCUOUS:
             return True
         if not address[0] & 1:
-            return bool(wanted & _DIRECTED) and address == self.current_mac
+            return bool(wanted & _DIRECTED) and address in self.adapter.addresses
         if address == b"\xff" * 6:
             return bool(wanted & _BROADCAST)
         if wanted & _ALL_MULTICAST:
@@ -291,7 +329,7 @@ class OidServer:
         def frame() -> int:
             return self.frame_size
 
-        s = self._statistics
+        adapter, s = self.adapter, self.adapter.statistics
         options = (
             MacOptions.COPY_LOOKAHEAD_DATA
             | MacOptions.TRANSFERS_NOT_PEND
@@ -310,7 +348,7 @@ class OidServer:
             Oid.GEN_MAXIMUM_TOTAL_SIZE: u32(frame),
             Oid.GEN_TRANSMIT_BLOCK_SIZE: u32(frame),
             Oid.GEN_RECEIVE_BLOCK_SIZE: u32(frame),
-            Oid.GEN_LINK_SPEED: u32(lambda: min(self.link_speed // 100, 0xFFFFFFFF)),
+            Oid.GEN_LINK_SPEED: u32(lambda: min(adapter.link_speed // 100, 0xFFFFFFFF)),
             Oid.GEN_TRANSMIT_BUFFER_SPACE: constant(256 << 10),
             Oid.GEN_RECEIVE_BUFFER_SPACE: constant(256 << 10),
             Oid.GEN_VENDOR_ID: constant(VENDOR_ID),
@@ -319,14 +357,14 @@ class OidServer:
             Oid.GEN_DRIVER_VERSION: lambda _: b"\x00\x01",
             Oid.GEN_CURRENT_PACKET_FILTER: u32(lambda: self.packet_filter),
             Oid.GEN_MAC_OPTIONS: constant(options),
-            Oid.GEN_MEDIA_CONNECT_STATUS: u32(lambda: 0 if self.link_up else 1),
+            Oid.GEN_MEDIA_CONNECT_STATUS: u32(lambda: 0 if adapter.link_up else 1),
             Oid.GEN_MAXIMUM_SEND_PACKETS: constant(0xFFFFFFFF),
             Oid.GEN_FRIENDLY_NAME: lambda _: self._friendly_name.encode("utf-16-le")[:510].ljust(512, b"\0"),
-            Oid.GEN_MAX_LINK_SPEED: lambda _: struct.pack("<QQ", self.link_speed, self.link_speed),
+            Oid.GEN_MAX_LINK_SPEED: lambda _: struct.pack("<QQ", adapter.link_speed, adapter.link_speed),
             Oid.GEN_LINK_STATE: self._link_state,
             Oid.GEN_RECEIVE_SCALE_CAPABILITIES: self._rss_capabilities,
-            Oid.ETHERNET_PERMANENT_ADDRESS: lambda _: self.permanent_mac,
-            Oid.ETHERNET_CURRENT_ADDRESS: lambda _: self.current_mac,
+            Oid.ETHERNET_PERMANENT_ADDRESS: lambda _: adapter.permanent_mac,
+            Oid.ETHERNET_CURRENT_ADDRESS: lambda _: adapter.mac,
             Oid.ETHERNET_MULTICAST_LIST: lambda _: b"".join(sorted(self.multicast)),
             Oid.ETHERNET_MAXIMUM_LIST_SIZE: constant(MAX_MULTICAST),
             Oid.ETHERNET_RCV_ERROR_ALIGNMENT: constant(0),
@@ -376,7 +414,8 @@ class OidServer:
     def _link_state(self, _: bytes) -> bytes:
         header = NdisObjectHeader(NdisObjectType.DEFAULT, 1, LinkState.SIZE)
         connected = 1 if self.link_up else 2  # MediaConnectStateConnected, …Disconnected
-        return LinkState(header, connected, 2, 0, self.link_speed, self.link_speed, 0, 0).pack()
+        speed = self.adapter.link_speed
+        return LinkState(header, connected, 2, 0, speed, speed, 0, 0).pack()
 
     def _rss_capabilities(self, _: bytes) -> bytes:
         header = NdisObjectHeader(NdisObjectType.RSS_CAPABILITIES, 2, ReceiveScaleCapabilities.SIZE)
@@ -431,7 +470,7 @@ class OidServer:
                 raise _OidError(NdisStatus.INVALID_DATA) from None
             if len(mac) != 6 or mac[0] & 1 or not any(mac):
                 raise _OidError(NdisStatus.INVALID_DATA)
-            self.current_mac = mac
+            self.adapter.set_mac(mac)
         elif name in CHECKSUM_KEYWORDS or name in SWITCH_KEYWORDS:
             self._set_keyword(name, value)
         return []

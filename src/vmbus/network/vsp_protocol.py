@@ -16,7 +16,7 @@ from typing import Final
 from vmbus.errors import RemoteProtocolError
 from vmbus.network import rndis, wire
 from vmbus.network.rndis import NdisStatus, RndisType
-from vmbus.network.vsp_oid import AdapterConfig, AdapterStatistics, OidServer
+from vmbus.network.vsp_oid import AdapterConfig, AdapterState, OidServer
 from vmbus.network.wire import (
     DEFAULT_FRAME,
     MAX_MDL_CHAIN,
@@ -176,14 +176,15 @@ class HostProtocol:
         capabilities: what the guest said it can.
         rndis_state: progress of RNDIS.
         subchannels: granted so far.
-        vf_serial: of the associated virtual function, or None.
+        adapter: what outlives this connection: address, link, virtual function, statistics.
         data_path: what the guest uses.
         oids: answers OID requests and holds what they set.
     """
 
-    def __init__(self, config: AdapterConfig, statistics: AdapterStatistics | None = None) -> None:
-        """`statistics` is filled by the data path and shown to the guest."""
+    def __init__(self, config: AdapterConfig, adapter: AdapterState | None = None) -> None:
+        """A new connection of `adapter`; of one that no guest has seen if that is None."""
         self.config = config
+        self.adapter = AdapterState(config) if adapter is None else adapter
         self.state = HostState.CREATED
         self.version = 0
         self.ndis_version = (6, 0)
@@ -191,9 +192,8 @@ class HostProtocol:
         self.capabilities = Capabilities(0)
         self.rndis_state = RndisState.UNINITIALIZED
         self.subchannels = 0
-        self.vf_serial: int | None = None
         self.data_path = DataPath.SYNTHETIC
-        self.oids = OidServer(config, statistics or AdapterStatistics())
+        self.oids = OidServer(config, self.adapter)
         self._configured = False
         self._receive_buffer: int | None = None
         self._send_buffer: int | None = None
@@ -342,15 +342,15 @@ class HostProtocol:
 
     def set_link(self, up: bool) -> list[Action]:
         """Connect or disconnect the cable; tells an initialized guest."""
-        changed = up != self.oids.link_up
-        self.oids.link_up = up
+        changed = up != self.adapter.link_up
+        self.adapter.link_up = up
         if not changed or self.rndis_state != RndisState.INITIALIZED:
             return []
         return [self._indication(NdisStatus.MEDIA_CONNECT if up else NdisStatus.MEDIA_DISCONNECT)]
 
     def set_link_speed(self, bits_per_second: int) -> list[Action]:
         """Change the reported speed; guests that said `Capabilities.TEAMING` are told."""
-        self.oids.link_speed = bits_per_second
+        self.adapter.link_speed = bits_per_second
         if (
             self.rndis_state != RndisState.INITIALIZED
             or self.version < Version.V5
@@ -371,7 +371,7 @@ class HostProtocol:
 
         A guest that used it hears first that its data path is this adapter again (as from OpenVMM).
         """
-        self.vf_serial = serial
+        self.adapter.vf_serial = serial
         actions: list[Action] = []
         if serial is None and self.data_path == DataPath.VF:
             self.data_path = DataPath.SYNTHETIC
@@ -385,14 +385,21 @@ class HostProtocol:
             self.rndis_state != RndisState.INITIALIZED
             or self.version < Version.V4
             or not self.capabilities & Capabilities.SRIOV
-            or self.vf_serial == self._vf_announced
+            or self.adapter.vf_serial == self._vf_announced
         ):
             return []
-        there = self.vf_serial is not None
-        serial = self.vf_serial if self.vf_serial is not None else self._vf_announced
-        self._vf_announced = self.vf_serial
+        there = self.adapter.vf_serial is not None
+        serial = self.adapter.vf_serial if self.adapter.vf_serial is not None else self._vf_announced
+        self._vf_announced = self.adapter.vf_serial
         body = wire.SendVfAssociation(int(there), serial or 0)
         return [InBand(self._pack(MessageType.SEND_VF_ASSOCIATION, body), VF_ASSOCIATION_ID)]
+
+    def close(self) -> list[Action]:
+        """The channel is closed, and with it a virtual function that the guest used through it: it is off that now."""
+        if self.data_path != DataPath.VF:
+            return []
+        self.data_path = DataPath.SYNTHETIC
+        return [DataPathSwitched(False)]
 
     def send_table(self, channels: int) -> list[Action]:
         """Tell the guest over which of `channels` open channels to spread what it sends (NVSP 5 and later)."""
@@ -482,7 +489,7 @@ class HostProtocol:
         if body.active_data_path not in (DataPath.SYNTHETIC, DataPath.VF):
             raise RemoteProtocolError(f"data path {body.active_data_path}")
         to_vf = body.active_data_path == DataPath.VF
-        if to_vf and self.vf_serial is None:
+        if to_vf and self.adapter.vf_serial is None:
             raise RemoteProtocolError("data path switched to a VF that there is not")
         changed = body.active_data_path != self.data_path
         self.data_path = DataPath(body.active_data_path)
@@ -493,11 +500,12 @@ class HostProtocol:
         count = body.num_sub_channels
         if body.operation != SubchannelOperation.ALLOCATE or not 0 < count < self.config.max_queues:
             raise RemoteProtocolError(f"sub-channel operation {body.operation} for {count} channels")
-        if self.subchannels:
-            raise RemoteProtocolError("sub-channels asked for twice")
-        self.subchannels = count
-        answer = wire.SubchannelComplete(NvspStatus.SUCCESS, count)
-        return [Complete(self._pack(MessageType.SUB_CHANNEL, answer)), OfferSubchannels(count)]
+        # Asked again, it gets what is missing: DPDK asks at each configuration, and waits for that many new ones.
+        missing = max(0, count - self.subchannels)
+        self.subchannels += missing
+        answer = wire.SubchannelComplete(NvspStatus.SUCCESS, missing)
+        done = Complete(self._pack(MessageType.SUB_CHANNEL, answer))
+        return [done, OfferSubchannels(self.subchannels)] if missing else [done]
 
     def _initialize(self, body: rndis.InitializeRequest) -> list[Action]:
         if self.rndis_state == RndisState.INITIALIZED:

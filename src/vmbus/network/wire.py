@@ -356,7 +356,10 @@ class SubchannelRequest(Structure):
 
 @wire(size=8)
 class SubchannelComplete(Structure):
-    """Host: how many sub-channels it will offer."""
+    """Host: how many sub-channels it offers for this request.
+
+    DPDK asks again whenever its port is configured, and waits for as many channels that it does not know yet.
+    """
 
     status: U32
     num_sub_channels: U32
@@ -439,6 +442,10 @@ def packet_size(version: int) -> int:
     return 40 if version >= Version.V6_1 else 28
 
 
+SUBCHANNEL_COMPLETE_SIZE: Final = 40
+"""Bytes of `SubchannelComplete` in every version: DPDK takes no shorter one (hn_nvs_subch_resp), others need less."""
+
+
 def receive_section_size(frame_size: int) -> int:
     """Bytes of a receive-buffer sub-allocation for frames of `frame_size` bytes (MTU + 14).
 
@@ -457,7 +464,10 @@ def pack_message(
     `SendIndirectionTable.offset` counts from the message's start.
     """
     message = int(message_type).to_bytes(4, "little") + body.pack() + trailer
-    return message if trailer else message.ljust(packet_size(version), b"\0")
+    if trailer:
+        return message
+    size = SUBCHANNEL_COMPLETE_SIZE if isinstance(body, SubchannelComplete) else packet_size(version)
+    return message.ljust(size, b"\0")
 
 
 def unpack_message(payload: bytes, version: int, sender: Sender) -> tuple[int, Structure]:

@@ -1,0 +1,183 @@
+"""The user-mode network: what it lets a guest reach, at which addresses, and through how large a socket."""
+
+import shutil
+import socket
+import struct
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from vmbus.errors import DeviceError
+from vmbus.machine.network import parse_network
+from vmbus.network import passt
+from vmbus.network.offload import checksum
+from vmbus.network.passt import PasstUplink, passt_network
+
+MINE = bytes.fromhex("00155d000001")
+SECRET = b"of a service that listens on the host's loopback only\n"
+needs_passt = pytest.mark.skipif(shutil.which("passt") is None, reason="no passt")
+
+
+class RawGuest:
+    """A guest that makes its frames by hand."""
+
+    def __init__(self, uplink: PasstUplink, address: str, router: str) -> None:
+        self.uplink = uplink
+        self.address, self.router = socket.inet_aton(address), socket.inet_aton(router)
+        self.router_mac = b""
+
+    def wait_for(self, wanted: Callable[[bytes], bool], seconds: float) -> bytes | None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            for frame in self.uplink.receive():
+                if wanted(frame):
+                    return frame
+            time.sleep(0.01)
+        return None
+
+    def resolve(self) -> None:
+        """Ask who the router is."""
+        arp = struct.pack(">HHBBH", 1, 0x800, 6, 4, 1) + MINE + self.address + bytes(6) + self.router
+        self.uplink.send([b"\xff" * 6 + MINE + b"\x08\x06" + arp])
+        answer = self.wait_for(lambda f: f[12:14] == b"\x08\x06" and f[20:22] == b"\0\2", 30)
+        assert answer is not None, "passt says nothing at all"
+        self.router_mac = answer[22:28]
+
+    def segment(self, port: int, sequence: int, acknowledged: int, flags: int) -> bytes:
+        tcp = struct.pack(">HHIIBBHHH", 40000, port, sequence, acknowledged, 0x50, flags, 65000, 0, 0)
+        pseudo = self.address + self.router + struct.pack(">BBH", 0, 6, len(tcp))
+        tcp = tcp[:16] + struct.pack(">H", checksum(pseudo + tcp)) + tcp[18:]
+        ip = struct.pack(">BBHHHBBH", 0x45, 0, 40, 1, 0x4000, 64, 6, 0) + self.address + self.router
+        ip = ip[:10] + struct.pack(">H", checksum(ip)) + ip[12:]
+        return self.router_mac + MINE + b"\x08\0" + ip + tcp
+
+    def reads(self, port: int, seconds: float) -> bytes | None:
+        """What a service at the router's address says first; None if there is nobody."""
+        self.uplink.send([self.segment(port, 1000, 0, 2)])
+        answer = self.wait_for(
+            lambda f: f[12:14] == b"\x08\0" and f[23] == 6 and f[47] & 0x16 != 0x10, seconds
+        )
+        if answer is None or not answer[47] & 2:
+            return None
+        (sequence,) = struct.unpack(">I", answer[38:42])
+        self.uplink.send([self.segment(port, 1001, sequence + 1, 16)])
+        data = self.wait_for(lambda f: f[12:14] == b"\x08\0" and f[23] == 6 and len(f) > 60, seconds)
+        return None if data is None else data[54:]
+
+
+@pytest.fixture
+def service() -> Iterator[int]:
+    """A port of the host's loopback with a secret."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            while True:
+                try:
+                    connection, _ = server.accept()
+                except OSError:
+                    return
+                with connection, suppress(OSError):  # its client may end first
+                    connection.sendall(SECRET)
+                    connection.shutdown(socket.SHUT_WR)
+                    connection.recv(1)
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield server.getsockname()[1]
+        server.shutdown(socket.SHUT_RDWR)
+
+
+@needs_passt
+@pytest.mark.slow
+@pytest.mark.parametrize("allowed", [False, True])
+def test_the_hosts_loopback_is_out_of_reach_unless_it_is_asked_for(service: int, allowed: bool) -> None:
+    text = "passt,address=10.7.7.3,gateway=10.7.7.1" + ",loopback=on" * allowed
+    uplink = parse_network(text).open()
+    assert isinstance(uplink, PasstUplink)
+    with uplink:
+        assert ("host at 10.7.7.1" in uplink.name) == allowed
+        guest = RawGuest(uplink, "10.7.7.3", "10.7.7.1")
+        guest.resolve()
+        assert guest.reads(service, 20 if allowed else 2) == (SECRET if allowed else None)
+
+
+@needs_passt
+def test_the_socket_holds_what_a_fast_peer_sends() -> None:
+    """8 MiB each way where the process may; else what ``net.core.wmem_max`` allows. Linux reports the double."""
+    limit = int(Path("/proc/sys/net/core/wmem_max").read_text())
+    with PasstUplink() as uplink:
+        for sending, receiving in uplink.buffers:
+            assert sending >= 2 * min(limit, 8 << 20)
+            assert receiving > 0
+
+
+@pytest.fixture
+def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """What passt is started with, for a description."""
+
+    def started(text: str) -> str:
+        said, program = tmp_path / "arguments", tmp_path / "fake-passt"
+        program.write_text(
+            f"#!{sys.executable}\nimport sys\nopen('{said}', 'w').write(' '.join(sys.argv[1:]))\n"
+        )
+        program.chmod(0o755)
+        monkeypatch.setattr(passt, "PROGRAM", str(program))
+        monkeypatch.setattr(passt, "END_LIMIT", 60)
+        uplink = parse_network(text).open()
+        assert uplink is not None
+        uplink.close()
+        return said.read_text()
+
+    return started
+
+
+def test_its_options(arguments: Callable[[str], str]) -> None:
+    plain = arguments("passt")
+    assert "--address 10.0.2.15 --netmask 255.255.255.0 --gateway 10.0.2.2" in plain
+    assert "--no-map-gw" in plain.split()
+    assert "--no-map-gw" in arguments("passt,loopback=off").split()
+    assert "--no-map-gw" not in arguments("passt,loopback=on").split()
+    assert "--address 192.168.9.15 --netmask 255.255.255.0 --gateway 192.168.9.1 " in arguments(
+        "passt,gateway=192.168.9.1"
+    )
+    assert "--address 192.168.9.7 --netmask 255.255.255.0 --gateway 192.168.9.2 " in arguments(
+        "passt,address=192.168.9.7"
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "both"),
+    [
+        ((None, None), ("10.0.2.15", "10.0.2.2")),
+        (("10.1.1.2", None), ("10.1.1.2", "10.1.1.1")),
+        ((None, "10.1.1.15"), ("10.1.1.16", "10.1.1.15")),
+        (("10.1.1.200", "10.1.1.254"), ("10.1.1.200", "10.1.1.254")),
+    ],
+)
+def test_the_other_address_follows(given: tuple[str | None, str | None], both: tuple[str, str]) -> None:
+    assert passt_network(*given) == both
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "passt,address=10.0.2.2,gateway=10.0.2.2",
+        "passt,address=10.0.2.15,gateway=10.0.3.2",
+        "passt,address=10.0.2.0",
+        "passt,address=10.0.2.255",
+        "passt,gateway=10.0.2.256",
+        "passt,address=fe80::1",
+        "passt,address=127.0.0.5",
+        "passt,address=--help",
+        "passt,loopback=maybe",
+        "tap,address=10.0.2.15",
+        "none,loopback=on",
+    ],
+)
+def test_what_is_no_network(text: str) -> None:
+    with pytest.raises(DeviceError):
+        parse_network(text)
