@@ -355,6 +355,7 @@ class Partition:
                 for port in [p for p in list(owner.ports.values()) if p.connection_partition is self]:
                     delete_port(port)
         for connection in list(self.connections.values()):
+            self.meter.host_memory.release(connection.cost)
             connection.port.connections.discard(connection)
         self.connections.clear()
         self.intercepts.clear()

@@ -30,7 +30,7 @@ from vmbus.emulated.rtc import RTC_PORT, RealTimeClock
 from vmbus.emulated.uart import COM1_IRQ, COM1_PORT, Uart16550
 from vmbus.engine.unicorn import Stop, UnicornEngine
 from vmbus.errors import DeviceError, LocalProtocolError
-from vmbus.hypervisor import CrashReport, Hypervisor, Partition, PartitionEvent, VirtualClock
+from vmbus.hypervisor import Budget, CrashReport, Hypervisor, Partition, PartitionEvent, VirtualClock
 from vmbus.hypervisor.personality import LINUX, Personality
 from vmbus.machine.acpi import POWER_PORTS, SLEEP_CONTROL_PORT, PowerAction, PowerPorts, build_tables
 from vmbus.machine.console import Console, Pattern
@@ -40,6 +40,7 @@ from vmbus.machine.network import GuestNetwork
 from vmbus.machine.nic import TulipAdapter
 from vmbus.network.switch import Port
 from vmbus.storage.disk import Disk
+from vmbus.storage.growth import limited
 from vmbus.storage.images import open_disk
 from vmbus.storage.scsi import CdromUnit, LogicalUnit
 from vmbus.storage.vsp import Address, StorageVsp
@@ -149,6 +150,7 @@ class Machine:
             when that is possible.
         name: of the child partition, in the ledger.
         versions: the VMBus versions that the host speaks; all of them if None.
+        budget: what the guest may make the host spend; `Budget`'s defaults if None.
 
     Raises:
         BootError: the kernel or the sizes do not fit together.
@@ -177,6 +179,7 @@ class Machine:
         unpack: str = "auto",
         name: str = "linux",
         versions: frozenset[int] | None = None,
+        budget: Budget | None = None,
     ) -> None:
         self._opened: list[Disk] = []
         self._nic_slots: list[int] = []
@@ -206,7 +209,9 @@ class Machine:
                 memory_size=memory,
                 vps=processors,
                 personality=LINUX if enlightenments else PLAIN_PC,
+                budget=budget,
             )
+            opened = [limited(disk, self.partition.meter.disk_growth) for disk in opened]
             self.partition.on_event = self._on_event
             self.engine = UnicornEngine(self.partition.vps)
             self._add_devices()
