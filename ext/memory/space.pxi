@@ -62,6 +62,9 @@ cdef class GuestMemory:
         OSError: the host has no memory or address space for it.
 
     Attributes:
+        allowance: what the process's mappings for windows of it are charged to: an object with ``charge(count)``,
+            which raises what `window` then raises, and ``release(count)``; or None. A window keeps it until it is
+            unmapped.
     """
 
     def __cinit__(self, size, *, bint mapped=True, fd=-1):
@@ -110,7 +113,10 @@ cdef class GuestMemory:
             _give_back(self.c.base, self.c.size)
         free(self.c.pages)
         self.breaks = 0
-        self._settle()
+        try:
+            self._settle()
+        except BaseException:   # as in Window
+            pass
 
     def __repr__(self):
         return f"<GuestMemory of {self.c.size:#x} bytes>" if self.c.base != NULL else "<GuestMemory, closed>"
@@ -181,29 +187,25 @@ cdef class GuestMemory:
         self.exports -= 1
 
     @property
-    def allowance(self):
-        """What the process's mappings are charged to, those of windows and those that the space falls apart into by
-        `map` and `unmap`, or None.
+    def map_allowance(self):
+        """What the mappings that the space falls apart into by `map` and `unmap` are charged to, or None: an object
+        with ``adjust(count)``. It cannot refuse: what is taken out of a space must go."""
+        return self._map_allowance
 
-        An object with ``charge(count)``, which raises what `window` then raises, ``release(count)`` and, for what has
-        happened already, ``adjust(count)``. A window keeps it until it is unmapped.
-        """
-        return self._allowance
-
-    @allowance.setter
-    def allowance(self, allowance):
-        if self._allowance is not None:
-            self._allowance.adjust(-self.charged)
+    @map_allowance.setter
+    def map_allowance(self, allowance):
+        if self._map_allowance is not None:
+            self._map_allowance.adjust(-self.charged)
         self.charged = 0
-        self._allowance = allowance
+        self._map_allowance = allowance
         self._settle()
 
     cdef int _settle(self) except -1:
         """Charge what the space falls apart into now."""
         cdef Py_ssize_t more = <Py_ssize_t>self.breaks - self.charged
-        if self._allowance is not None and more:
+        if self._map_allowance is not None and more:
             self.charged += more
-            self._allowance.adjust(more)
+            self._map_allowance.adjust(more)
         return 0
 
     @property
@@ -347,7 +349,7 @@ cdef class GuestMemory:
                 index += 1
             self.exports += 1   # while the allowance is asked: what backs the pages stays open
             try:
-                window._map(pages, index, mirrored, self._allowance)
+                window._map(pages, index, mirrored, self.allowance)
             finally:
                 self.exports -= 1
         finally:

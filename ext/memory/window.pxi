@@ -72,7 +72,10 @@ cdef class Window:
         return 0
 
     def __dealloc__(self):
-        self._unmap()
+        try:
+            self._unmap()
+        except BaseException:   # the interpreter ends and has taken the allowance's module apart: nobody counts any more
+            pass
 
     def __repr__(self):
         kind = " and their mirror" if self.mirrored else ""

@@ -70,6 +70,13 @@ def descriptors(partition, signals=0):
     partition.memory.write(REPORT, "|".join(sorted(kinds)).encode().ljust(1024, b"\0"))
 
 
+def ring_flags(partition, flags):
+    """Ring so many flags of one connection, then wait to be stopped."""
+    guest = RawGuest(_Vp(partition))
+    assert [guest.signal(2, flag) for flag in range(flags)] == [0] * flags
+    time.sleep(60)
+
+
 def interrupts(partition, count):
     """Take `count` messages through interrupts and send each one's payload back."""
     guest = RawGuest(_Vp(partition))

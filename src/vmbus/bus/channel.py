@@ -350,6 +350,8 @@ class Channel:
     def cut(self) -> bool:
         """Close this end now, and leave the call of `on_closed` to the caller; whether it was open."""
         was, self._open = self._open, False
+        # What reads the rings mostly refers to the channel: without it, they are unmapped with the last reference.
+        self._on_signal = None
         return was
 
     def _check(self) -> None:

@@ -96,7 +96,8 @@ cdef class GuestMemory:
     cdef Py_ssize_t exports
     cdef uint64_t breaks    # pages that do not continue the one before: each begins a mapping of the process
     cdef Py_ssize_t charged # of them to the allowance
-    cdef object _allowance
+    cdef public object allowance
+    cdef object _map_allowance
     cdef int _settle(self) except -1
     cdef object backs       # the memfd of its own
     cdef object sources     # those of others whose pages it has

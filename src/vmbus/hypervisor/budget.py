@@ -37,8 +37,8 @@ class Budget:
             pages, twice for the data area that is mapped in a row with itself, and two for its guard pages. A channel
             with rings of contiguous pages, as Linux and Windows allocate them, costs 8; a network buffer of 16 MiB
             that was put together from single pages, the worst that Linux' ``vzalloc`` can do, 4098.
-        descriptors: descriptors that the guest makes the process open: doorbells of a child process, a storage
-            channel's disks. Most guests use fewer than 50.
+        descriptors: descriptors that the guest makes the process open: the doorbells of a child process, one for each
+            channel that it rings. Beyond it, rings go through the child's socket.
         gpadls: GPADLs at once. A ring and a buffer for each of a few hundred channels fit.
         gpadl_pages: page numbers of GPADLs that the host keeps, 8 bytes each: enough to describe 8 GiB, where a
             guest with 8 network adapters and 64 storage channels describes 0.3.

@@ -38,6 +38,9 @@ __all__ = ["CALLS", "connect", "delete_port", "signal_event"]
 MAX_PORTS: Final = 65_536
 """Ports, and connections, of one partition: a bound on what one partition can make its host keep."""
 
+PORT_COST: Final = 1024
+"""Bytes of the host's memory that a port or a connection made by hypercall is charged with."""
+
 # The members that the exit path compares with, without their attribute look-up.
 _ACTIVE: Final = PartitionState.ACTIVE
 _MESSAGE: Final = PortType.MESSAGE
@@ -142,6 +145,8 @@ def _create_port(vp: "VirtualProcessor", data: bytes) -> None:
         raise HypercallError(Status.INVALID_PARAMETER)
     if port.target_vp != ANY_VP and port.target_vp >= len(owner.vps):
         raise HypercallError(Status.INVALID_VP_INDEX)
+    owner.meter.host_memory.charge(PORT_COST)
+    port.cost = PORT_COST
     owner.ports[call.port_id] = port
 
 
@@ -180,6 +185,8 @@ def _port_property(vp: "VirtualProcessor", data: bytes) -> bytes:
 def delete_port(port: Port) -> None:
     """Delete a port with the messages that wait in it. Connections to it stay, and lead nowhere."""
     port.deleted = True
+    cost, port.cost = port.cost, 0
+    port.owner.meter.host_memory.release(cost)
     port.owner.ports.pop(port.port_id, None)
     sender = port.connection_partition
     for connection in list(port.connections):  # they must not keep an owner that may be gone soon
@@ -197,13 +204,14 @@ def _connect_port(vp: "VirtualProcessor", data: bytes) -> None:
     owner = hypervisor.visible(vp.partition, call.port_partition_id)
     if call.connection_vtl or call.reserved or call.reserved2 or call.reserved3 or call.reserved4:
         raise HypercallError(Status.INVALID_PARAMETER)
-    connect(sender, call.connection_id, owner.ports.get(call.port_id), call.port_type)
+    connect(sender, call.connection_id, owner.ports.get(call.port_id), call.port_type, PORT_COST)
 
 
-def connect(sender: "Partition", connection_id: int, port: Port | None, kind: int) -> None:
-    """Give `sender` the connection `connection_id` to `port`.
+def connect(sender: "Partition", connection_id: int, port: Port | None, kind: int, cost: int = 0) -> None:
+    """Give `sender` the connection `connection_id` to `port`, and charge its guest with `cost` bytes of host memory.
 
     Raises:
+        BudgetExceeded: it may not have that much.
         HypercallError: INVALID_PORT_ID, INVALID_CONNECTION_ID (out of range or in use), ACCESS_DENIED (the port is for
             another partition), INVALID_PARAMETER (another kind of port), INVALID_PARTITION_STATE.
     """
@@ -219,7 +227,8 @@ def connect(sender: "Partition", connection_id: int, port: Port | None, kind: in
         raise HypercallError(Status.INVALID_PARAMETER)
     if len(sender.connections) >= MAX_PORTS:
         raise HypercallError(Status.INSUFFICIENT_MEMORY)
-    connection = Connection(connection_id, port)
+    sender.meter.host_memory.charge(cost)
+    connection = Connection(connection_id, port, cost)
     port.connections.add(connection)
     sender.connections[connection_id] = connection
     if port.deleted:  # by another thread, which did not see this one
@@ -232,6 +241,7 @@ def _disconnect_port(vp: "VirtualProcessor", data: bytes) -> None:
     connection = sender.connections.pop(call.id, None)
     if connection is None:
         raise HypercallError(Status.INVALID_CONNECTION_ID)
+    sender.meter.host_memory.release(connection.cost)
     connection.port.connections.discard(connection)
 
 

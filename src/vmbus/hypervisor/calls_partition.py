@@ -170,7 +170,7 @@ def _deposit(vp: "VirtualProcessor", header: bytes) -> RepStep:
             if target.state is PartitionState.DELETED:  # meanwhile: nobody would give the page back
                 raise HypercallError(Status.INVALID_PARTITION_STATE)
             page = int.from_bytes(element, "little") * HV_PAGE_SIZE
-            giver.loans.check_budgets(page)
+            _check_budget(giver, len(giver.loans.lent.get(page, ())))
             target.pool.deposit(giver, page, gone)
         tell_watchers(gone)
 
@@ -224,15 +224,14 @@ def _map_target(vp: "VirtualProcessor", call: MapGpaPages) -> "Partition":
     return child
 
 
-def _check_budgets(child: "Partition", gpa: int) -> None:
-    """One page of `child` will be mapped or unmapped: see whether it can afford what its memory map falls apart into.
+def _check_budget(partition: "Partition", pages: int) -> None:
+    """Mappings of so many pages of `partition`'s children are about to change: see whether it can afford that.
 
     Raises:
-        BudgetExceeded: it cannot, or a partition below it that has the page cannot; nothing changed.
+        BudgetExceeded: it has too many mappings already; nothing changed.
     """
-    child.loans.check_budgets(gpa)
-    child.meter.mappings.charge(SPLIT)
-    child.meter.mappings.release(SPLIT)  # the memory charges what it really takes
+    partition.meter.mappings.charge(SPLIT * pages)
+    partition.meter.mappings.release(SPLIT * pages)  # the memories charge what it really takes
 
 
 def _map(vp: "VirtualProcessor", header: bytes) -> RepStep:
@@ -254,7 +253,7 @@ def _map(vp: "VirtualProcessor", header: bytes) -> RepStep:
                 raise HypercallError(
                     Status.ACCESS_DENIED
                 )  # a page can be passed on with no more than one's own rights
-            _check_budgets(child, target)
+            _check_budget(parent, 1)
             child.take_page(target, gone)
             try:
                 child.memory.map(target, parent.memory, source, HV_PAGE_SIZE, rights)
@@ -269,6 +268,7 @@ def _map(vp: "VirtualProcessor", header: bytes) -> RepStep:
 
 def _unmap(vp: "VirtualProcessor", header: bytes) -> RepStep:
     call = MapGpaPages.unpack(header)
+    parent = vp.partition
     child = _map_target(vp, call)
     if call.map_flags:
         raise HypercallError(Status.INVALID_PARAMETER)
@@ -277,10 +277,10 @@ def _unmap(vp: "VirtualProcessor", header: bytes) -> RepStep:
     def step(index: int, element: bytes) -> None:
         target = (base + index) * HV_PAGE_SIZE
         gone: list[tuple[Partition, int]] = []
-        with vp.partition.hypervisor.map_lock:
+        with parent.hypervisor.map_lock:
             if target >= child.memory.size:
                 raise HypercallError(Status.INVALID_PARAMETER)
-            _check_budgets(child, target)
+            _check_budget(parent, 1)
             child.take_page(target, gone)
             child.memory.unmap(target, HV_PAGE_SIZE)
         tell_watchers(gone)

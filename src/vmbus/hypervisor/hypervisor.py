@@ -401,6 +401,7 @@ class Hypervisor:
         connection = child.connections.pop(connection_id, None)
         if connection is None:
             raise HypercallError(Status.INVALID_CONNECTION_ID)
+        child.meter.host_memory.release(connection.cost)
         delete_port(connection.port)
 
     @staticmethod

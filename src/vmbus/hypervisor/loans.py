@@ -57,18 +57,6 @@ class Loans:
             child.take_page(at, gone)
             child.memory.unmap(at, HV_PAGE_SIZE)
 
-    def check_budgets(self, gpa: int) -> None:
-        """Whether those who have the page at `gpa` from here can afford that their memory maps fall apart there.
-
-        Asked before the page is taken, by whoever takes it at a guest's wish: taking it cannot be refused half way.
-
-        Raises:
-            BudgetExceeded: one of them has more mappings already than it may have.
-        """
-        for child, at in list(self.lent.get(gpa, ())):
-            child.meter.mappings.charge(0)
-            child.loans.check_budgets(at)
-
     def end(self) -> None:
         """The partition is gone: it gives back what it has from its parent, also where views keep its memory."""
         memory = self._partition.memory

@@ -128,6 +128,8 @@ class Partition:
         self.pool = pool
         self.meter = meter
         memory.allowance = meter.mappings
+        # Its parent maps and unmaps its pages, and pays for it: nobody can keep what is taken from him by being poor.
+        memory.map_allowance = (meter if parent is None else parent.meter).mappings
         self.cost = 0
         """Bytes of the host's memory that it was charged for when it was made; its creator pays them."""
         self.deposits: dict[int, Deposit] = {}
@@ -382,6 +384,7 @@ class Partition:
                 for port in [p for p in list(owner.ports.values()) if p.connection_partition is self]:
                     delete_port(port)
         for connection in list(self.connections.values()):
+            self.meter.host_memory.release(connection.cost)
             connection.port.connections.discard(connection)
         self.connections.clear()
         self.intercepts.clear()

@@ -41,6 +41,7 @@ class Port:
         posts: messages that have been posted to it since it was made.
         deleted: the port is gone; connections to it stay until their owner disconnects them.
         connections: the connections to it.
+        cost: bytes of host memory that its owner's guest was charged for it; 0 for a provider's own.
     """
 
     owner: "Partition"
@@ -57,12 +58,14 @@ class Port:
     waiting: int = 0
     posts: int = 0
     deleted: bool = False
+    cost: int = 0
     connections: "set[Connection]" = field(default_factory=set)
 
 
 @dataclass(slots=True, eq=False)
 class Connection:
-    """A sender's name for a port."""
+    """A sender's name for a port; `cost` as the port's."""
 
     connection_id: int
     port: Port
+    cost: int = 0

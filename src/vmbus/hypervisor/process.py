@@ -20,7 +20,7 @@ from queue import SimpleQueue
 from time import perf_counter
 from typing import Any, Final
 
-from vmbus.errors import HypercallError, LocalProtocolError, RemoteProtocolError, VmbusError
+from vmbus.errors import BudgetExceeded, HypercallError, LocalProtocolError, RemoteProtocolError, VmbusError
 from vmbus.hypervisor.abi import FAST
 from vmbus.hypervisor.calls_ipc import signal_event
 from vmbus.hypervisor.confined import ConfinedProcess, printable
@@ -398,10 +398,16 @@ class ChildProcess:
         if fd is None:
             if len(self._doorbells) >= MAX_DOORBELLS:
                 return -1
+            descriptors = self.partition.meter.descriptors
+            try:
+                descriptors.charge()
+            except BudgetExceeded:
+                return -1  # the socket serves as well
             try:
                 fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             except OSError:
-                return -1  # the socket serves as well
+                descriptors.release()
+                return -1
             self._doorbells[key] = fd
             self._bells[fd] = (vp, connection_id, flag)
             self._poll.register(fd, select.EPOLLIN | select.EPOLLET)
@@ -443,6 +449,7 @@ class ChildProcess:
             process.close()
         for fd in self._bells:
             os.close(fd)
+        self.partition.meter.descriptors.release(len(self._bells))
         self._bells.clear()
         self._doorbells.clear()
         self._poll.close()

@@ -31,7 +31,7 @@ from vmbus.emulated.rtc import CENTURY, EPOCH, RTC_PORT, RealTimeClock
 from vmbus.emulated.uart import COM1_IRQ, COM1_PORT, Uart16550
 from vmbus.engine.unicorn import Stop, UnicornEngine
 from vmbus.errors import DeviceError, LocalProtocolError
-from vmbus.hypervisor import CrashReport, Hypervisor, Partition, PartitionEvent, VirtualClock
+from vmbus.hypervisor import Budget, CrashReport, Hypervisor, Partition, PartitionEvent, VirtualClock
 from vmbus.hypervisor.personality import LINUX, Personality
 from vmbus.machine.acpi import POWER_PORTS, SLEEP_CONTROL_PORT, PowerAction, PowerPorts, build_tables
 from vmbus.machine.console import Console, Pattern
@@ -43,6 +43,7 @@ from vmbus.machine.nic import TulipAdapter
 from vmbus.machine.outcome import OUTCOMES, RESUMABLE, Outcome, Result
 from vmbus.network.switch import Port
 from vmbus.storage.disk import Disk
+from vmbus.storage.growth import limited
 from vmbus.storage.images import open_disk
 from vmbus.storage.scsi import CdromUnit, LogicalUnit
 from vmbus.storage.vsp import Address, StorageVsp
@@ -100,6 +101,7 @@ class Machine:
         panic_seconds: the guest's time that it has after a crash report, until its run ends as `PANIC`, to start a
             crash kernel or to restart; None for ever. A kernel that says on the serial console that it will do nothing
             more ends at once.
+        budget: what the guest may make the host spend; `Budget`'s defaults if None.
 
     Raises:
         BootError: the kernel or the sizes do not fit together.
@@ -131,6 +133,7 @@ class Machine:
         reboot: bool = False,
         clock: str | datetime = "fixed",
         panic_seconds: float | None = PANIC_SECONDS,
+        budget: Budget | None = None,
     ) -> None:
         self._opened: list[Disk] = []
         self._nic_slots: list[int] = []
@@ -166,7 +169,9 @@ class Machine:
                 memory_size=memory,
                 vps=processors,
                 personality=LINUX if enlightenments else PLAIN_PC,
+                budget=budget,
             )
+            opened = [limited(disk, self.partition.meter.disk_growth) for disk in opened]
             self.partition.on_event = self._on_event
             self.engine = UnicornEngine(self.partition.vps)
             self._add_devices()

@@ -7,7 +7,7 @@ from vmbus.bus.pages import PageAllocator
 from vmbus.core.memory import PAGE_SIZE
 from vmbus.emulated.ports import attach_ide, attach_pci
 from vmbus.errors import LocalProtocolError
-from vmbus.hypervisor import Clock, Hypervisor, Personality
+from vmbus.hypervisor import Budget, Clock, Hypervisor, Personality
 from vmbus.hypervisor.personality import LINUX, PERSONALITIES
 from vmbus.machine.block import BlockDevice
 from vmbus.machine.ide_guest import IdeDisk
@@ -20,6 +20,7 @@ from vmbus.network.vsc_protocol import GuestConfig
 from vmbus.network.vsp_oid import AdapterConfig
 from vmbus.network.wire import Version as NetworkVersion
 from vmbus.storage.disk import Disk
+from vmbus.storage.growth import limited
 from vmbus.storage.guest_disk import StorageDisk
 from vmbus.storage.vsc import StorageVsc
 from vmbus.storage.vsp import StorageVsp
@@ -52,6 +53,7 @@ class ModelMachine:
             driver that it has, and an enlightened one speaks the protocol versions of its time.
         clock: the time of all partitions; the host's by default.
         ledger: where everything is counted; a new one by default.
+        budget: what the guest may make the host spend; `Budget`'s defaults if None.
 
     Raises:
         LocalProtocolError: too little memory, or no personality of that name.
@@ -70,6 +72,7 @@ class ModelMachine:
         personality: Personality | str = LINUX,
         clock: Clock | None = None,
         ledger: Ledger | None = None,
+        budget: Budget | None = None,
     ) -> None:
         if memory_size < LEAST_MEMORY:
             raise LocalProtocolError(f"the drivers need {LEAST_MEMORY >> 20} MiB of memory")
@@ -79,7 +82,7 @@ class ModelMachine:
         self.hypervisor = Hypervisor(self.ledger, clock)
         self.root = self.hypervisor.create_root("root")
         self.child = self.hypervisor.create_child(
-            self.root, "child", memory_size=memory_size, personality=personality
+            self.root, "child", memory_size=memory_size, personality=personality, budget=budget
         )
         self._emulated = memory_size - EMULATED_MEMORY
         self._host: VmbusHost | None = None
@@ -138,7 +141,7 @@ class ModelMachine:
             LocalProtocolError: the machine is closed, or the personality has no VMBus driver.
         """
         self._check()
-        vsp = StorageVsp({(0, 0): disk})
+        vsp = StorageVsp({(0, 0): limited(disk, self.child.meter.disk_growth)})
         self.host.offer(vsp.offer, on_open=vsp.open, on_close=vsp.close, name="storage")
         self._providers.append(vsp)
         guest = self.guest
@@ -161,7 +164,7 @@ class ModelMachine:
             LocalProtocolError: the machine is closed.
         """
         self._check()
-        attach_ide(self.child, disk)
+        attach_ide(self.child, limited(disk, self.child.meter.disk_growth))
         return IdeDisk(self.child.vps[0], base=self._emulated)
 
     def add_network(self, port: Port, mac: bytes) -> NetworkDevice:
