@@ -155,6 +155,46 @@ def test_clock_keeps_bytes_but_not_a_new_time() -> None:
     assert clock.io_read(0x71, 1) == 0x24
 
 
+@pytest.mark.parametrize("mode", [0x02, 0x06, 0x00, 0x04], ids=["BCD", "binary", "BCD-12", "binary-12"])
+def test_a_clock_that_is_set_goes_on_from_there(mode: int) -> None:
+    """As Linux's rtc_cmos does it: stop the registers, write them, let them go on."""
+    now = [5_000_000_000]
+    clock = RealTimeClock(lambda: now[0])
+
+    def write(index: int, value: int) -> None:
+        clock.io_write(0x70, 1, index)
+        clock.io_write(0x71, 1, value)
+
+    def code(value: int) -> int:
+        return value if mode & 4 else value // 10 << 4 | value % 10
+
+    wanted = datetime(2031, 12, 31, 23, 59, 58, tzinfo=UTC)
+    hours = code(23) if mode & 2 else 0x80 | code(11)
+    write(11, mode | 0x80)
+    for index, value in (
+        (0, code(58)),
+        (2, code(59)),
+        (4, hours),
+        (7, code(31)),
+        (8, code(12)),
+        (9, code(31)),
+    ):
+        write(index, value)
+    write(0x32, code(20))
+    now[0] += 10_000_000_000  # the registers stand still meanwhile
+    clock.io_write(0x70, 1, 0)
+    assert clock.io_read(0x71, 1) == code(58)
+    write(11, mode)
+    assert clock.time == wanted
+    now[0] += 3_000_000_000
+    assert clock.time == datetime(2032, 1, 1, 0, 0, 1, tzinfo=UTC)
+    before = clock.time
+    write(11, mode | 0x80)
+    write(8, code(14))
+    write(11, mode)
+    assert clock.time == before, "there is no month 14"
+
+
 def test_console_finds_what_is_split_over_pieces_once() -> None:
     typed: list[bytes] = []
     console = Console(typed.append)

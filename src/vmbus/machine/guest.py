@@ -62,6 +62,8 @@ NIC_BACKLOG: Final = 1024
 NIC_LINES: Final = {10: 17, 11: 18, 12: 19, 13: 20}
 """The interrupt line of each PCI slot for an emulated network adapter."""
 MOST_PROCESSORS: Final = 16
+PROCESSORS_PER_CHANNEL: Final = 4
+"""So many share a channel of the storage controller, as on Hyper-V: one to four have the first channel only."""
 STORAGE_INSTANCE: Final = UUID("6c2ab6f0-4f0e-4f4e-9d5e-0f2b1f7a5c01")
 """The controller's instance: fixed, because serial numbers of disks come from it and runs have to repeat."""
 SECOND: Final = 1_000_000_000
@@ -86,8 +88,8 @@ class Machine:
         networks: a network adapter each, as `vmbus.machine.network.parse_network` takes it.
         append: the kernel's command line.
         memory: bytes of RAM.
-        processors: virtual processors; they take turns on one thread. Each more than one lets the storage controller
-            have a sub-channel.
+        processors: virtual processors; they take turns on one thread. The storage controller has a channel for each
+            four of them.
         enlightenments: show the guest a hypervisor and a VMBus. Without, it sees a plain PC, with its disks on an
             emulated IDE controller.
         unpack: ``"host"`` unpacks a bzImage here, ``"guest"`` lets it unpack itself, ``"auto"`` does it here
@@ -249,7 +251,7 @@ class Machine:
         self.storage = StorageVsp(
             {(0, lun): disk for lun, disk in enumerate(disks)},
             instance_id=STORAGE_INSTANCE,
-            max_sub_channels=len(self.partition.vps) - 1,
+            max_sub_channels=-(-len(self.partition.vps) // PROCESSORS_PER_CHANNEL) - 1,
         )
         self.offer(self.storage, "storage")
 

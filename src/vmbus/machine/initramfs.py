@@ -1,8 +1,10 @@
 """An initramfs made of one static busybox, the kernel modules that a guest needs, and a small init.
 
-The init loads the modules, asks for network addresses if the kernel's command line says ``ip=dhcp``, then mounts the
-root disk that it names (``root=/dev/sda``) and goes on there, or gives a shell on the console. Everything is built
-here: no tool of the host is run.
+The init loads the modules, asks for network addresses if the kernel's command line says ``ip=dhcp``, wakes a hibernated
+system up if it names the disk where that lies (``resume=``, ``resume_offset=``, ``noresume``), then mounts the root disk
+that it names and goes on there, or gives a shell on the console. Disks are named as ``/dev/sda``, ``LABEL=name`` or
+``UUID=…``: Linux looks for disks in parallel, so ``sda`` is not always LUN 0. Everything is built here: no tool of the
+host is run.
 """
 
 import hashlib
@@ -40,7 +42,7 @@ mount -t devpts devpts /dev/pts
 while read -r module; do
     insmod "/lib/modules/$module.ko" || echo "initramfs: cannot load $module"
 done </lib/modules/order
-root= init=/sbin/init type=ext4 options=rw dhcp=
+root= init=/sbin/init type=ext4 options=rw dhcp= resume= offset= noresume=
 for word in $(cat /proc/cmdline); do
     case "$word" in
         root=*) root=${word#root=} ;;
@@ -48,8 +50,25 @@ for word in $(cat /proc/cmdline); do
         rootfstype=*) type=${word#rootfstype=} ;;
         ro) options=ro ;;
         ip=dhcp) dhcp=yes ;;
+        resume=*) resume=${word#resume=} ;;
+        resume_offset=*) offset=${word#resume_offset=} ;;
+        noresume) noresume=yes ;;
     esac
 done
+# Print the block device that $1 names, once it is there; give up after ten seconds.
+await() {
+    tries=0
+    while [ $tries -lt 100 ]; do
+        case "$1" in
+            LABEL=* | UUID=*) findfs "$1" 2>/dev/null && return ;;
+            *) [ -b "$1" ] && echo "$1" && return ;;
+        esac
+        sleep 0.1
+        tries=$((tries + 1))
+    done
+    echo "$1"
+    return 1
+}
 if [ -n "$dhcp" ]; then
     tries=0
     while [ ! -e /sys/class/net/eth0 ] && [ $tries -lt 50 ]; do
@@ -62,12 +81,17 @@ if [ -n "$dhcp" ]; then
             echo "initramfs: no address for $link"
     done
 fi
+if [ -n "$resume" ] && [ -z "$noresume" ]; then
+    if swap=$(await "$resume"); then
+        [ -z "$offset" ] || echo "$offset" >/sys/power/resume_offset
+        # Does not come back if a system is hibernated there.
+        echo $(stat -L -c '0x%t 0x%T' "$swap" | { read -r major minor && echo $((major)):$((minor)); }) >/sys/power/resume
+    else
+        echo "initramfs: there is no $resume to resume from"
+    fi
+fi
 if [ -n "$root" ]; then
-    tries=0
-    while [ ! -b "$root" ] && [ $tries -lt 100 ]; do
-        sleep 0.1
-        tries=$((tries + 1))
-    done
+    root=$(await "$root")
     if mount -t "$type" -o "$options" "$root" /newroot; then
         mount --move /dev /newroot/dev && mount --move /proc /newroot/proc && mount --move /sys /newroot/sys
         exec switch_root /newroot "$init"
