@@ -3,18 +3,24 @@
 import logging
 from collections import deque
 from contextlib import AbstractContextManager
+from typing import Final
 from weakref import WeakSet
 
 from vmbus.bus.actions import Send
+from vmbus.bus.hosting import Hosting
 from vmbus.bus.wire import VMBUS_MESSAGE_TYPE
 from vmbus.errors import HypercallError
 from vmbus.hypervisor import Hypervisor, Partition
+from vmbus.hypervisor.clock import Timer
 from vmbus.hypervisor.synic import Synic
 from vmbus.hypervisor.tlfs import Status
 
 __all__ = ["Outbox"]
 
 log = logging.getLogger(__name__)
+
+RETRY: Final = 1_000_000
+"""Nanoseconds after which a message is tried again that the host had no memory for."""
 
 
 class Outbox:
@@ -24,12 +30,17 @@ class Outbox:
         hypervisor: the instance.
         child: the guest's partition.
         lock: the bus's; held by whoever calls, and taken when the guest has made room.
+        hosting: sees to it that time passes, should the host lack something now.
     """
 
-    def __init__(self, hypervisor: Hypervisor, child: Partition, lock: AbstractContextManager[bool]) -> None:
+    def __init__(
+        self, hypervisor: Hypervisor, child: Partition, lock: AbstractContextManager[bool], hosting: Hosting
+    ) -> None:
         self._hypervisor = hypervisor
         self._child = child
         self._lock = lock
+        self._hosting = hosting
+        self._retry: Timer | None = None
         self._waiting: deque[Send] = deque()
         self._watched: WeakSet[Synic] = WeakSet()
 
@@ -48,6 +59,9 @@ class Outbox:
 
     def clear(self) -> None:
         """Drop what waits."""
+        if self._retry is not None:
+            self._retry.cancel()
+            self._retry = None
         self._child.meter.backlog.release(len(self._waiting))
         self._waiting.clear()
 
@@ -64,6 +78,10 @@ class Outbox:
             log.debug("%s cannot be sent a message: %s", self._child.name, error)
         except (OSError, MemoryError) as error:
             log.warning("%s: a message has to wait: %s", self._child.name, error)
+            if self._retry is None:
+                clock = self._hypervisor.clock
+                self._hosting.keep_time(clock)
+                self._retry = clock.schedule(clock.now() + RETRY, self._try_again)
             return False
         return True
 
@@ -86,6 +104,11 @@ class Outbox:
                     self._flush()
 
         synic.slot_free = freed
+
+    def _try_again(self) -> None:
+        with self._lock:
+            self._retry = None
+            self._flush()
 
     def _flush(self) -> None:
         while self._waiting and self._post(self._waiting[0]):
