@@ -10,7 +10,7 @@ cimport cython
 from cpython.buffer cimport PyBUF_CONTIG_RO, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_CheckSignals
-from libc.errno cimport EAGAIN, EINTR, errno
+from libc.errno cimport EAGAIN, EBADF, EINTR, errno
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
@@ -250,6 +250,8 @@ cdef int64_t _nanoseconds(object seconds) except? -1:
 
 cdef int _sleep(Doorbell doorbell, int64_t deadline) except -2:
     """Wait without the GIL for a ring and take it; 0 once the deadline (-1: none) has passed."""
+    if doorbell.fd < 0:
+        raise OSError(EBADF, "the doorbell is closed")
     doorbell.waiting += 1
     try:
         return _wait_for(doorbell.fd, deadline)

@@ -1,13 +1,17 @@
 """Pages that rings, windows, monitor and interrupt pages stand on are taken from a guest while its bus uses them."""
 
 import struct
+import sys
 import threading
 from uuid import UUID
 
 import pytest
 from reference.raw_guest import RawGuest
 
-from vmbus.bus import Offer, Threads, VmbusGuest, VmbusHost
+from vmbus.bus import Offer, Threads, Version, VmbusGuest, VmbusHost, wire
+from vmbus.bus import actions as act
+from vmbus.bus.codec import encode
+from vmbus.core.memory import GpaRanges
 from vmbus.errors import VmbusError
 from vmbus.hypervisor import Hypervisor, VirtualClock
 from vmbus.hypervisor.tlfs import CallCode, MapFlags, PartitionState, Status
@@ -126,6 +130,71 @@ def test_a_page_that_no_channel_uses(world):
     channel.send(b"12345678")
     assert channel.is_open
     assert world.opened[0].incoming.recv_packets(8)[0].payload == b"12345678"
+
+
+def calls_of(action):
+    """How many calls of functions, Python's and C's, an action takes."""
+    calls = [0]
+
+    def count(frame, event, argument):
+        calls[0] += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        action()
+    finally:
+        sys.setprofile(None)
+    return calls[0]
+
+
+def test_taking_a_page_costs_the_same_however_many_gpadls_there_are(world):
+    """The guest has the choice of its GPADLs, its parent has to take pages with the bus's lock held."""
+    channel = world.guest.open(world.guest.offers[0], 2, 2)
+    free = world.guest.pages.allocate(3)
+    costs = [calls_of(lambda: world.take(free[0], "replaced"))]
+    for pages in (free[1:2] * 50, free[1:2] * 400):
+        for _ in range(40):
+            gpadl_id = channel.create_gpadl(pages)
+        world.opened[0].gpadl(gpadl_id).window()
+        costs.append(calls_of(lambda: world.take(free[2], "replaced")))
+    assert max(costs) - min(costs) < 30, costs
+    assert world.closed == []
+    world.take(free[1], "unmapped")
+    assert world.closed == world.opened, "what stands on the page is found"
+
+
+def test_windows_that_come_and_go_are_found_while_they_exist(world):
+    channel = world.guest.open(world.guest.offers[0], 2, 2)
+    pages = world.guest.pages.allocate(2)
+    gpadl = world.opened[0].gpadl(channel.create_gpadl(pages))
+    gpadl.window().close()
+    assert not gpadl.is_mapped
+    world.take(pages[1], "read-only")
+    assert world.closed == [], "nobody has it mapped any more"
+    world.take(pages[1], "replaced")
+    window = gpadl.window()
+    assert window.address
+    world.take(pages[0], "unmapped")
+    assert world.closed == world.opened
+    assert window.address == 0
+    with pytest.raises(VmbusError, match="torn down"):
+        gpadl.window()
+
+
+def test_a_page_of_a_reserved_channels_ring(world):
+    """It outlives the connection that it was opened in; its ring is looked up all the same."""
+    guest = VmbusGuest(world.child.vps[0], versions=[Version.V5_3])
+    guest.connect()
+    offer = guest.offers[0]
+    pfns = guest.pages.allocate(6)
+    for pfn in pfns:
+        world.child.memory.write(pfn << 12, bytes(4096))
+    gpadl_id = guest._make_gpadl(offer.channel_id, GpaRanges([(6 * 4096, 0, pfns)]))
+    message = wire.OpenReservedChannel(offer.channel_id, 0, 2, gpadl_id, 3)
+    guest._post([act.Post(wire.MESSAGE_CONNECTION_ID_V5, encode(message))])
+    assert len(world.opened) == 1
+    world.take(pfns[4], "unmapped")
+    assert world.closed == world.opened
 
 
 def test_the_ring_of_a_channel_that_was_closed(world):

@@ -4,19 +4,25 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Final
 from weakref import WeakSet
 
 from vmbus.bus.actions import Send
 from vmbus.bus.codec import message_number
+from vmbus.bus.hosting import Hosting
 from vmbus.bus.wire import VMBUS_MESSAGE_TYPE
 from vmbus.errors import HypercallError
 from vmbus.hypervisor import Hypervisor, Partition
+from vmbus.hypervisor.clock import Timer
 from vmbus.hypervisor.synic import Synic
 from vmbus.hypervisor.tlfs import Status
 
 __all__ = ["Outbox"]
 
 log = logging.getLogger(__name__)
+
+RETRY: Final = 1_000_000
+"""Nanoseconds after which a message is tried again that the host had no memory for."""
 
 
 class Outbox:
@@ -26,6 +32,7 @@ class Outbox:
         hypervisor: the instance.
         child: the guest's partition.
         lock: the bus's; held by whoever calls, and taken when the guest has made room.
+        hosting: sees to it that time passes, should the host lack something now.
         is_read: whether the guest is connected and has named that processor and SINT for its messages.
         on_room: called after the guest has taken messages, or has enabled its SynIC or a page of it.
     """
@@ -35,6 +42,7 @@ class Outbox:
         hypervisor: Hypervisor,
         child: Partition,
         lock: AbstractContextManager[bool],
+        hosting: Hosting,
         *,
         is_read: Callable[[int, int], bool],
         on_room: Callable[[], None],
@@ -42,6 +50,8 @@ class Outbox:
         self._hypervisor = hypervisor
         self._child = child
         self._lock = lock
+        self._hosting = hosting
+        self._retry: Timer | None = None
         self._is_read = is_read
         self._on_room = on_room
         self._waiting: deque[Send] = deque()
@@ -65,6 +75,9 @@ class Outbox:
         before = len(self._waiting)
         self._waiting = deque(each for each in self._waiting if message_number(each.payload) in keep)
         self._child.meter.backlog.release(before - len(self._waiting))
+        if self._retry is not None and not self._waiting:
+            self._retry.cancel()
+            self._retry = None
 
     def _post(self, message: Send) -> bool:
         """Give a message to the hypervisor; False if it has no room."""
@@ -81,6 +94,10 @@ class Outbox:
             log.debug("%s cannot be sent a message: %s", self._child.name, error)
         except (OSError, MemoryError) as error:
             log.warning("%s: a message has to wait: %s", self._child.name, error)
+            if self._retry is None:
+                clock = self._hypervisor.clock
+                self._hosting.keep_time(clock)
+                self._retry = clock.schedule(clock.now() + RETRY, self._try_again)
             return False
         return True
 
@@ -104,6 +121,11 @@ class Outbox:
             self._on_room()
 
         synic.slot_free = freed
+
+    def _try_again(self) -> None:
+        with self._lock:
+            self._retry = None
+            self._flush()
 
     def _flush(self) -> None:
         while self._waiting and self._post(self._waiting[0]):

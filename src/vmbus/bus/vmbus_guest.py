@@ -28,6 +28,7 @@ from vmbus.core.memory import PAGE_SIZE, GpaRanges, GuestMemory, Window
 from vmbus.core.ring import RingReader, RingWriter
 from vmbus.errors import HypercallError, LocalProtocolError, RemoteProtocolError, RingCorrupt
 from vmbus.hypervisor import GuestFault, VirtualProcessor, VpSuspended
+from vmbus.hypervisor.faults import VpStalled
 from vmbus.hypervisor.tlfs import LINUX_GUEST_OS_ID, CallCode, Msr, Status
 from vmbus.trace.ledger import Account
 
@@ -408,8 +409,14 @@ class VmbusGuest:
             connection_id = wire.EVENT_CONNECTION_ID
         port = next(iter(self._ports), None)  # none once the guest is abandoned, in another thread
         if port is not None:
-            with self.hosting.held():
-                port.vp.hypercall(SIGNAL_EVENT, connection_id, 0)
+            try:
+                with self.hosting.held():
+                    port.vp.hypercall(SIGNAL_EVENT, connection_id, 0)
+            except (GuestFault, VpSuspended, VpStalled):
+                if (
+                    not self.lost
+                ):  # else it was reset or destroyed just now: nobody hears it, whoever waits is told
+                    raise
 
     def again(self, channel: Channel) -> None:
         """Call the channel's driver once more, as if another interrupt had come."""

@@ -143,7 +143,7 @@ class VmbusHost:
         self._todo: deque[act.HostAction] = deque()
         self._performing = False
         self._outbox = Outbox(
-            hypervisor, child, self._lock, is_read=self._is_read, on_room=self._interrupt_again
+            hypervisor, child, self._lock, self.hosting, is_read=self._is_read, on_room=self._interrupt_again
         )
         self._unrung: set[Channel] = set()
         """Channels whose guest could not be interrupted."""
@@ -331,8 +331,11 @@ class VmbusHost:
                 self._todo += machine.refuse_monitor_pages(action.previous)
             case act.TlConnect():
                 self._todo += machine.refuse_tl_connect(action.endpoint_id, action.service_id)
-            case _:
-                pass  # the end of something: it has ended all the same
+            case act.CloseDevice() | act.UnmapGpadl() | act.OfferGone() | act.Disconnected():
+                with suppress(*FAILURES):
+                    self._do(action)  # the end of something: what of it has not been done is done now
+            case act.Send():
+                pass  # the outbox keeps what cannot be sent
 
     def _unsay(self, kind: MessageType) -> None:
         """Take back the message of that type that was about to be sent."""
