@@ -15,7 +15,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from types import TracebackType
@@ -31,13 +31,14 @@ from vmbus.emulated.uart import COM1_IRQ, COM1_PORT, Uart16550
 from vmbus.engine.unicorn import Stop, UnicornEngine
 from vmbus.errors import DeviceError, LocalProtocolError
 from vmbus.hypervisor import CrashReport, Hypervisor, Partition, PartitionEvent, VirtualClock
-from vmbus.hypervisor.personality import LINUX, Personality
+from vmbus.hypervisor.personality import DIRECT_TIMERS_AVAILABLE, LINUX, Personality
 from vmbus.machine.acpi import POWER_PORTS, SLEEP_CONTROL_PORT, PowerAction, PowerPorts, build_tables
 from vmbus.machine.console import Console, Pattern
 from vmbus.machine.kernel_payload import unpack_kernel
 from vmbus.machine.linux import ACPI_ADDRESS, BootError, Kernel, KernelError, load_linux, parse_kernel
 from vmbus.machine.network import GuestNetwork
 from vmbus.machine.nic import TulipAdapter
+from vmbus.machine.smbios import load_smbios
 from vmbus.network.switch import Port
 from vmbus.storage.disk import Disk
 from vmbus.storage.images import open_disk
@@ -66,6 +67,8 @@ PANIC_GRACE: Final = 2_000_000_000
 """Virtual ns that a guest has after it reported a crash, to print about it or to restart."""
 SECOND: Final = 1_000_000_000
 
+MESSAGE_TIMERS: Final = replace(LINUX, features=LINUX.features & ~DIRECT_TIMERS_AVAILABLE)
+"""Linux whose synthetic timers expire with a message, as of Hyper-V before direct mode."""
 PLAIN_PC: Final = Personality("plain-pc", privileges=type(LINUX.privileges)(0), hypervisor_present=False)
 """A machine that shows no hypervisor: its guest uses none of the enlightenments."""
 
@@ -145,6 +148,8 @@ class Machine:
             have a sub-channel.
         enlightenments: show the guest a hypervisor and a VMBus. Without, it sees a plain PC, with its disks on an
             emulated IDE controller.
+        direct_timers: offer direct mode, in which a synthetic timer interrupts without a message. Linux uses it, and
+            then cannot unload `hv_vmbus`: it gives up the timer without one to replace it, and waits for ever.
         unpack: ``"host"`` unpacks a bzImage here, ``"guest"`` lets it unpack itself, ``"auto"`` does it here
             when that is possible.
         name: of the child partition, in the ledger.
@@ -174,6 +179,7 @@ class Machine:
         memory: int = DEFAULT_MEMORY,
         processors: int = 1,
         enlightenments: bool = True,
+        direct_timers: bool = False,
         unpack: str = "auto",
         name: str = "linux",
         versions: frozenset[int] | None = None,
@@ -205,7 +211,7 @@ class Machine:
                 name,
                 memory_size=memory,
                 vps=processors,
-                personality=LINUX if enlightenments else PLAIN_PC,
+                personality=PLAIN_PC if not enlightenments else LINUX if direct_timers else MESSAGE_TIMERS,
             )
             self.partition.on_event = self._on_event
             self.engine = UnicornEngine(self.partition.vps)
@@ -251,6 +257,8 @@ class Machine:
                 pci=None if enlightened else {IDE_SLOT: IDE_LINE, **NIC_LINES},
             ),
         )
+        if enlightened:
+            load_smbios(self.partition.memory, self.partition.name)
         self.engine.cpu.enter_long_mode(
             entry.rip, entry.rsi, entry.rsp, entry.cr3, entry.gdt, entry.code, entry.data
         )
