@@ -1,9 +1,12 @@
 """CPUID as a virtual processor shows it: a plain processor and the hypervisor leaves (TLFS chapter 2).
 
-The processor is a deliberately small x86-64 one: what a general-purpose 64-bit kernel needs and an interpreting
-engine can execute (SSE3 and CMPXCHG16B, no AVX, XSAVE, SMAP, MCE or MTRR), with the TSC frequency in leaf 0x15. It says
-that it does not have the leaks of speculative processors, so that a kernel spares itself separate page tables for user
-space and the like: an engine executes nothing ahead of time.
+It is what the engine of unmodified kernels executes, no more: x86-64-v2 with AES, PCLMULQDQ, BMI and ADX.
+`docs/engine.md` has the list, and why other bits are not shown. It says that it does not have the leaks of speculative
+processors, so that a kernel spares itself separate page tables for user space and the like: an engine executes nothing
+ahead of time.
+
+Under a hypervisor there is neither the TSC-deadline mode of the local APIC's timer nor the promise that it never stops
+(ARAT), as with Hyper-V: its guests have synthetic timers, and Linux takes the local APIC's for a replacement only so.
 """
 
 from typing import Final, TypeAlias
@@ -11,12 +14,23 @@ from typing import Final, TypeAlias
 from vmbus.hypervisor.personality import Personality
 from vmbus.hypervisor.tlfs import MAX_VPS
 
-__all__ = ["ARCH_CAPABILITIES", "FEATURES_LEAF", "TOPOLOGY_LEAF", "CpuidResult", "leaves", "topology"]
+__all__ = [
+    "ARCH_CAPABILITIES",
+    "CACHES_LEAF",
+    "FEATURES_LEAF",
+    "TOPOLOGY_LEAF",
+    "CpuidResult",
+    "caches",
+    "leaves",
+    "topology",
+]
 
 CpuidResult: TypeAlias = tuple[int, int, int, int]
 """EAX, EBX, ECX, EDX."""
 
 MAX_BASIC_LEAF: Final = 0x16
+CACHES_LEAF: Final = 0x04
+"""Deterministic cache parameters, one cache a subleaf."""
 FEATURES_LEAF: Final = 0x07
 """Structured extended features; there is only its subleaf 0."""
 TOPOLOGY_LEAF: Final = 0x0B
@@ -30,11 +44,16 @@ ARCH_CAPABILITIES: Final = sum(1 << n for n in (0, 4, 5, 6, 8, 13, 14, 15, 20, 2
 changes, TAA, SBDR and SSDP, FBSDP, PSDP, BHI, PBRSB, GDS, RFDS, ITS."""
 _ARCH_CAPABILITIES_PRESENT: Final = 1 << 29
 
-_FEATURES_ECX: Final = 1 << 0 | 1 << 13 | 1 << 24  # SSE3, CMPXCHG16B, TSC-deadline
+# SSE3 PCLMULQDQ SSSE3 CMPXCHG16B SSE4.1 SSE4.2 MOVBE POPCNT AES
+_FEATURES_ECX: Final = sum(1 << n for n in (0, 1, 9, 13, 19, 20, 22, 23, 25))
+_TSC_DEADLINE: Final = 1 << 24
 _X2APIC: Final = 1 << 21
 _HYPERVISOR_PRESENT: Final = 1 << 31
 # FPU PSE TSC MSR PAE CX8 APIC SEP PGE CMOV PAT PSE36 CLFLUSH MMX FXSR SSE SSE2; and DE
 _FEATURES_EDX: Final = sum(1 << n for n in (0, 2, 3, 4, 5, 6, 8, 9, 11, 13, 15, 16, 17, 19, 23, 24, 25, 26))
+_STRUCTURED_EBX: Final = sum(1 << n for n in (3, 8, 19))  # BMI1 BMI2 ADX
+_EXTENDED_ECX: Final = sum(1 << n for n in (0, 5, 8))  # LAHF LZCNT PREFETCHW
+_ALWAYS_RUNNING_TIMER: Final = 1 << 2
 _BRAND: Final = b"vmbus virtual processor".ljust(48, b"\0")
 
 
@@ -61,15 +80,16 @@ def leaves(
             8 << 8 | min(vp_count, 255) << 16 | apic_id << 24,
             _FEATURES_ECX
             | (_X2APIC if personality.x2apic else 0)
-            | (_HYPERVISOR_PRESENT if personality.hypervisor_present else 0),
+            | (_HYPERVISOR_PRESENT if personality.hypervisor_present else _TSC_DEADLINE),
             _FEATURES_EDX | (1 << 28 if vp_count > 1 else 0),
         ),
-        0x06: (1 << 2, 0, 0, 0),  # ARAT: the APIC timer always runs
-        FEATURES_LEAF: (0, 0, 0, _ARCH_CAPABILITIES_PRESENT),
+        0x02: (0x00FF_FF01, 0, 0, 0),  # the caches are in leaf 4
+        0x06: (0 if personality.hypervisor_present else _ALWAYS_RUNNING_TIMER, 0, 0, 0),
+        FEATURES_LEAF: (0, _STRUCTURED_EBX, 0, _ARCH_CAPABILITIES_PRESENT),
         0x15: (1, 1, tsc_frequency, 0),
         0x16: (megahertz, megahertz, 100, 0),
         0x8000_0000: (MAX_EXTENDED_LEAF, 0, 0, 0),
-        0x8000_0001: (0, 0, 1, 1 << 11 | 1 << 20 | 1 << 29),  # LAHF; SYSCALL, NX, long mode
+        0x8000_0001: (0, 0, _EXTENDED_ECX, 1 << 11 | 1 << 20 | 1 << 29),  # EDX: SYSCALL, NX, long mode
         0x8000_0002: (brand[0], brand[1], brand[2], brand[3]),
         0x8000_0003: (brand[4], brand[5], brand[6], brand[7]),
         0x8000_0004: (brand[8], brand[9], brand[10], brand[11]),
@@ -102,3 +122,25 @@ def topology(subleaf: int, apic_id: int, vp_count: int) -> CpuidResult:
     shift = (vp_count - 1).bit_length() if subleaf == 1 else 0
     count = (1, vp_count)[subleaf] if subleaf < 2 else 0
     return shift, count, kind << 8 | subleaf & 0xFF, apic_id
+
+
+_CACHES: Final = (
+    # type (1 data, 2 instructions, 3 both), level, ways, sets, shared by all processors
+    (1, 1, 8, 64, False),
+    (2, 1, 8, 64, False),
+    (3, 2, 16, 1024, False),
+    (3, 3, 16, 16384, True),
+)
+"""32 KiB for data and as much for instructions, 1 MiB, and 16 MiB for all processors; lines of 64 bytes. No engine has
+a cache that a guest could measure: they are those of a common server, for programs that cut their work to fit."""
+
+
+def caches(subleaf: int, vp_count: int) -> CpuidResult:
+    """Leaf 0x04 (SDM volume 2, CPUID); type 0, "no more caches", from the fourth subleaf on."""
+    if subleaf >= len(_CACHES):
+        return 0, 0, 0, 0
+    kind, level, ways, sets, shared = _CACHES[subleaf]
+    ids = (1 << (vp_count - 1).bit_length()) - 1  # APIC ids of the package, minus one
+    self_initializing = 1 << 8
+    eax = kind | level << 5 | self_initializing | (ids if shared else 0) << 14 | min(ids, 63) << 26
+    return eax, (ways - 1) << 22 | 63, sets - 1, 0

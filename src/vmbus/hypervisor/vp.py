@@ -20,7 +20,15 @@ from vmbus.hypervisor.apic import (
     LocalApic,
     Register,
 )
-from vmbus.hypervisor.cpuid import FEATURES_LEAF, TOPOLOGY_LEAF, CpuidResult, leaves, topology
+from vmbus.hypervisor.cpuid import (
+    CACHES_LEAF,
+    FEATURES_LEAF,
+    TOPOLOGY_LEAF,
+    CpuidResult,
+    caches,
+    leaves,
+    topology,
+)
 from vmbus.hypervisor.faults import (
     GeneralProtectionFault,
     PageFault,
@@ -250,6 +258,8 @@ class VirtualProcessor:
             result = (*result[:3], result[3] & ~CPUID_APIC)  # SDM 11.4.3
         if leaf == TOPOLOGY_LEAF and partition.personality.x2apic:
             result = topology(subleaf, self.index, shown[1])
+        elif leaf == CACHES_LEAF:
+            result = caches(subleaf, shown[1])
         elif leaf == FEATURES_LEAF and subleaf:
             result = (0, 0, 0, 0)
         if leaf in partition.intercepts.cpuid:

@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -32,7 +33,7 @@ from vmbus.emulated.uart import COM1_IRQ, COM1_PORT, Uart16550
 from vmbus.engine.unicorn import Stop, UnicornEngine
 from vmbus.errors import DeviceError, LocalProtocolError
 from vmbus.hypervisor import Budget, CrashReport, Hypervisor, Partition, PartitionEvent, VirtualClock
-from vmbus.hypervisor.personality import LINUX, Personality
+from vmbus.hypervisor.personality import DIRECT_TIMERS_AVAILABLE, LINUX, Personality
 from vmbus.machine.acpi import POWER_PORTS, SLEEP_CONTROL_PORT, PowerAction, PowerPorts, build_tables
 from vmbus.machine.console import Console, Pattern
 from vmbus.machine.crash import PANIC_SECONDS, CrashWatch
@@ -41,6 +42,7 @@ from vmbus.machine.linux import ACPI_ADDRESS, BootError, Kernel, KernelError, lo
 from vmbus.machine.network import GuestNetwork
 from vmbus.machine.nic import TulipAdapter
 from vmbus.machine.outcome import OUTCOMES, RESUMABLE, Outcome, Result
+from vmbus.machine.smbios import load_smbios
 from vmbus.network.switch import Port
 from vmbus.storage.disk import Disk
 from vmbus.storage.growth import limited
@@ -68,6 +70,8 @@ STORAGE_INSTANCE: Final = UUID("6c2ab6f0-4f0e-4f4e-9d5e-0f2b1f7a5c01")
 """The controller's instance: fixed, because serial numbers of disks come from it and runs have to repeat."""
 SECOND: Final = 1_000_000_000
 
+MESSAGE_TIMERS: Final = replace(LINUX, features=LINUX.features & ~DIRECT_TIMERS_AVAILABLE)
+"""Linux whose synthetic timers expire with a message, as of Hyper-V before direct mode."""
 PLAIN_PC: Final = Personality("plain-pc", privileges=type(LINUX.privileges)(0), hypervisor_present=False)
 """A machine that shows no hypervisor: its guest uses none of the enlightenments."""
 
@@ -92,6 +96,8 @@ class Machine:
             four of them.
         enlightenments: show the guest a hypervisor and a VMBus. Without, it sees a plain PC, with its disks on an
             emulated IDE controller.
+        direct_timers: offer direct mode, in which a synthetic timer interrupts without a message. Linux uses it, and
+            then cannot unload `hv_vmbus`: it gives up the timer without one to replace it, and waits for ever.
         unpack: ``"host"`` unpacks a bzImage here, ``"guest"`` lets it unpack itself, ``"auto"`` does it here
             when that is possible.
         name: of the child partition, in the ledger.
@@ -129,6 +135,7 @@ class Machine:
         memory: int = DEFAULT_MEMORY,
         processors: int = 1,
         enlightenments: bool = True,
+        direct_timers: bool = False,
         unpack: str = "auto",
         name: str = "linux",
         versions: frozenset[int] | None = None,
@@ -170,7 +177,7 @@ class Machine:
                 name,
                 memory_size=memory,
                 vps=processors,
-                personality=LINUX if enlightenments else PLAIN_PC,
+                personality=PLAIN_PC if not enlightenments else LINUX if direct_timers else MESSAGE_TIMERS,
                 budget=budget,
             )
             opened = [limited(disk, self.partition.meter.disk_growth) for disk in opened]
@@ -219,6 +226,8 @@ class Machine:
                 pci=None if enlightened else {IDE_SLOT: IDE_LINE, **NIC_LINES},
             ),
         )
+        if enlightened:
+            load_smbios(self.partition.memory, self.partition.name)
         self.engine.cpu.enter_long_mode(
             entry.rip, entry.rsi, entry.rsp, entry.cr3, entry.gdt, entry.code, entry.data
         )
