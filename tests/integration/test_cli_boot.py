@@ -301,3 +301,20 @@ def test_console_in_a_terminal_and_its_escape_key(kernel) -> None:
             process.wait()
         os.close(parent)
         os.close(child)
+
+
+def test_a_guest_that_no_key_can_wake_is_idle_also_in_a_terminal(kernel) -> None:
+    parent, child = pty.openpty()
+    command = [sys.executable, "-m", "vmbus", "boot", "--memory", "16M", "--timeout", "60"]
+    try:
+        done = subprocess.run(
+            [*command, "--kernel", str(kernel("sti; 1: hlt; jmp 1b"))],
+            stdin=child,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            check=False,
+        )
+    finally:
+        os.close(parent)
+        os.close(child)
+    assert done.returncode == EXIT_STATUS[Outcome.IDLE]
