@@ -5,10 +5,12 @@ import os
 import pty
 import select
 import signal
+import socket
 import subprocess
 import sys
 import termios
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -65,7 +67,65 @@ def test_every_ending_has_its_own_exit_status() -> None:
     ],
 )
 def test_endings(kernel, source: str, status: int) -> None:
-    assert boot("--kernel", kernel(source), "--timeout", 30) == status
+    assert boot("--kernel", kernel(source), "--timeout", 30, "--no-reboot") == status
+
+
+COUNT_STARTS = """
+    mov $0x70, %dx; mov $0x40, %al; out %al, %dx; inc %dx; in %dx, %al; inc %al; out %al, %dx
+    mov %al, %bl; add $'0', %al; putc
+    cmp $3, %bl; je 1f
+    mov $0x604, %dx; mov $1, %al; out %al, %dx; hlt
+1:  power_off
+"""
+
+
+def test_a_reboot_reboots(kernel, tmp_path: Path, capfd) -> None:
+    report = tmp_path / "report.json"
+    assert boot("--kernel", kernel(COUNT_STARTS), "--timeout", 30, "--json", report) == 0
+    assert json.loads(report.read_text())["reboots"] == 2
+    said = capfd.readouterr()
+    assert "123" in said.out
+    assert "it restarted the machine 2 times" in said.err
+    assert boot("--kernel", kernel(COUNT_STARTS), "--timeout", 30, "--until", "2") == 0
+    assert boot("--kernel", kernel(COUNT_STARTS), "--timeout", 30, "--no-reboot") == 10
+
+
+def test_a_crash_report_and_no_crash_kernel(kernel) -> None:
+    crash = "mov $0x40000105, %ecx; mov $0x80000000, %edx; xor %eax, %eax; wrmsr"
+    began = "mov $0x40000000, %ecx; mov $0x81000000, %edx; xor %eax, %eax; wrmsr"
+    path = kernel(f"{began}; {crash}; mov $3000000, %ecx; 1: loop 1b; print 'K'; sti; 2: hlt; jmp 2b")
+    assert boot("--kernel", path, "--timeout", 60, "--panic-timeout", 0.05, "--until", "K") == 0
+    assert boot("--kernel", path, "--timeout", 60, "--panic-timeout", 0.05) == 11
+    assert boot("--kernel", path, "--timeout", 60) == 11
+
+
+SHOW_YEAR = """
+    mov $0x70, %dx; mov $0x0b, %al; out %al, %dx; inc %dx; mov $0x06, %al; out %al, %dx
+    mov $0x70, %dx; mov $9, %al; out %al, %dx; inc %dx; in %dx, %al; add $0x20, %al; putc; power_off
+"""
+
+
+def test_the_clock(kernel, capfdbinary) -> None:
+    path = kernel(SHOW_YEAR)
+    this_year = datetime.now(UTC).year % 100
+    for arguments, year in (
+        ((), 24),
+        (("--clock", "fixed", "--net", "none"), 24),
+        (("--clock", "host"), this_year),
+        (("--clock", "2031-05-06"), 31),
+    ):
+        assert boot("--kernel", path, "--timeout", 30, *arguments) == 0
+        assert bytes([year + 0x20]) in capfdbinary.readouterr().out
+    assert boot("--kernel", path, "--clock", "noon") == 2
+    assert b"--clock noon: neither fixed nor host nor a date" in capfdbinary.readouterr().err
+
+
+def test_the_clock_is_the_hosts_with_a_network_to_the_outside(kernel, tmp_path: Path, capfdbinary) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
+        server.bind(str(tmp_path / "socket"))
+        server.listen()
+        assert boot("--kernel", kernel(SHOW_YEAR), "--timeout", 30, "--net", f"stream:{tmp_path}/socket") == 0
+    assert bytes([datetime.now(UTC).year % 100 + 0x20]) in capfdbinary.readouterr().out
 
 
 def test_limits(kernel) -> None:
@@ -241,3 +301,20 @@ def test_console_in_a_terminal_and_its_escape_key(kernel) -> None:
             process.wait()
         os.close(parent)
         os.close(child)
+
+
+def test_a_guest_that_no_key_can_wake_is_idle_also_in_a_terminal(kernel) -> None:
+    parent, child = pty.openpty()
+    command = [sys.executable, "-m", "vmbus", "boot", "--memory", "16M", "--timeout", "60"]
+    try:
+        done = subprocess.run(
+            [*command, "--kernel", str(kernel("sti; 1: hlt; jmp 1b"))],
+            stdin=child,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            check=False,
+        )
+    finally:
+        os.close(parent)
+        os.close(child)
+    assert done.returncode == EXIT_STATUS[Outcome.IDLE]
