@@ -204,6 +204,8 @@ from FATtools import vhdutils
 path, action, result = sys.argv[1:]
 if action == "make":
     vhdutils.mk_dynamic(path, 8 << 20)
+if action == "child":
+    vhdutils.mk_diff(path, "parent.vhd")
 image = vhdutils.Image(path, "r+b")
 rnd = random.Random(action)
 for turn in range(int(action != "read") * 40):
@@ -220,8 +222,8 @@ image.close()
 def fattools(path: Path, action: str) -> bytes:
     """Do it in a process of its own (the library prints); the disk's content afterwards."""
     result = path.with_name("content")
-    command = [sys.executable, "-W", "ignore", "-c", FATTOOLS, str(path), action, str(result)]
-    done = subprocess.run(command, capture_output=True, check=False)
+    command = [sys.executable, "-W", "ignore", "-c", FATTOOLS, path.name, action, str(result)]
+    done = subprocess.run(command, cwd=path.parent, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()
     content = result.read_bytes()
     assert len(content) == 8 * MIB
@@ -263,3 +265,25 @@ def test_fattools_reads_and_writes_what_we_made(tmp_path: Path) -> None:
     assert theirs != model
     with open_disk(path, read_only=True) as disk:
         assert disk.read(0, 8 * MIB) == theirs
+
+
+@pytest.mark.parametrize("maker", ["FATtools", "vmbus"])
+def test_fattools_and_we_write_one_child_in_turns(maker: str, tmp_path: Path) -> None:
+    library("FATtools")
+    parent, child = tmp_path / "parent.vhd", tmp_path / "child.vhd"
+    with create_vhd(parent, 8 * MIB) as disk:
+        disk.write(MIB, pattern(5, 0, 4 * MIB))
+    if maker == "vmbus":
+        create_vhd(child, parent=parent).close()
+    model = bytearray(fattools(child, "child" if maker == "FATtools" else "read"))
+    for step in range(2):
+        with open_disk(child) as disk:
+            assert disk.read(0, 8 * MIB) == model
+            for turn in range(12):
+                kind = "unmap" if turn % 4 == 3 else "write"
+                apply(disk, model, (kind, 900 * turn + step, 33 + 500 * (turn % 3), turn + 40))
+        assert fattools(child, "read") == model
+        assert read_vhd([child, parent]) == model
+        model = bytearray(fattools(child, f"write {step}"))
+    with open_disk(child, read_only=True) as disk:
+        assert disk.read(0, 8 * MIB) == model

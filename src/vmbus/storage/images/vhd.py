@@ -41,33 +41,49 @@ _MAX_ENTRIES = 1 << 24  # enough for 2040 GiB in blocks of 128 KiB, a quarter of
 
 
 def find_footer(host: HostFile) -> Footer | None:
-    """The footer of a VHD, from the file's end or else the copy at its start; None if the file is no VHD at all.
+    """The footer of a VHD, at the file's end or the copy at its start; None if the file is no VHD at all.
 
     Versions before Virtual PC 2004 wrote footers of 511 bytes (specification, "Hard Disk Footer Format"); the missing
     byte is a zero.
 
+    A guest can write what looks like a footer: into the first sector of a fixed image, or into the last one of a
+    dynamic image that lost its footer in a crash. So the copy at the start counts where there is one, and neither does
+    where the end says that the start is the guest's.
+
     Raises:
-        DiskError: it is a VHD, but no footer is intact.
+        DiskError: it is a VHD, but no footer is intact, or the two contradict each other.
     """
     size = host.size
-    damaged = None
-    for offset in (size - SECTOR, size - _OLD_FOOTER if size % SECTOR == _OLD_FOOTER else -1, 0):
-        if offset < 0 or size < SECTOR:
-            continue
-        footer = Footer.unpack(host.read(offset, min(SECTOR, size - offset)).ljust(SECTOR, b"\0"))
-        if footer.cookie != Footer.COOKIE:
-            continue
-        if footer.checksum != checksum(footer):
-            damaged = "the footer's checksum is wrong and there is no intact copy"
-        elif offset == 0 and footer.disk_type == DiskType.FIXED and size != SECTOR:
-            damaged = "the file is cut short: a fixed image ends with its footer"
-        else:
-            if offset == 0 and footer.disk_type != DiskType.FIXED:
-                _log.info("%s: no footer at the end, using the copy at the start", printable(str(host.path)))
-            return footer
+    if size < SECTOR:
+        return None
+    first = _footer_at(host, 0)
+    last = _footer_at(host, size - SECTOR)
+    if last is None and size % SECTOR == _OLD_FOOTER:
+        last = _footer_at(host, size - _OLD_FOOTER)
+    damaged = first is not None or last is not None
+    first = first if first is not None and first.checksum == checksum(first) else None
+    last = last if last is not None and last.checksum == checksum(last) else None
+    if first is not None and first.disk_type != DiskType.FIXED:
+        if last is not None and last.disk_type == DiskType.FIXED:
+            raise bad_image(
+                host.path,
+                "it is a fixed image by its end and a dynamic one by its start, which may be its guest's work",
+            )
+        if last is None:
+            _log.info("%s: no footer at the end, using the copy at the start", printable(str(host.path)))
+        return first
+    if last is not None:
+        return last
+    if first is not None:
+        raise bad_image(host.path, "the file is cut short: a fixed image ends with its footer")
     if damaged:
-        raise bad_image(host.path, damaged)
+        raise bad_image(host.path, "the footer's checksum is wrong and there is no intact copy")
     return None
+
+
+def _footer_at(host: HostFile, offset: int) -> Footer | None:
+    raw = host.read(offset, min(SECTOR, host.size - offset)).ljust(SECTOR, b"\0")
+    return Footer.unpack(raw) if raw.startswith(Footer.COOKIE) else None
 
 
 def open_vhd(host: HostFile, footer: Footer, opener: OpenParent, chain: Chain) -> "FixedVhd | DynamicVhd":
