@@ -25,7 +25,7 @@ import os
 from array import array as _array
 
 from vmbus.core.atomic cimport exchange32, load_acquire32, store_release32, unlikely
-from vmbus.core.copy cimport copy_bytes
+from vmbus.core.copy cimport copy_bytes, copy_from_shared
 from vmbus.core.memory cimport (ACCESS_READ, ACCESS_WRITE, GuestMemory, gpa_cursor_iov, gpa_cursor_start,
                                 gpa_cursor_t, gpa_ranges_check, gpa_transfer, guest_memory_t, guest_pointer, iovec)
 from vmbus.core.ring cimport (DESCRIPTOR_BYTES, EXTERNAL_HEADER_BYTES, FLAG_COMPLETION_REQUESTED, PACKET_COMPLETION,

@@ -8,7 +8,6 @@ serves each signalled channel in batches; a channel that fails is taken out, the
 
 cimport cython
 from cpython.buffer cimport PyBUF_CONTIG_RO, PyBuffer_Release, PyObject_GetBuffer
-from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_CheckSignals
 from libc.errno cimport EAGAIN, EBADF, EINTR, errno
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
@@ -18,6 +17,7 @@ from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 from vmbus.core.atomic cimport (cpu_pause, exchange32, exchange64, fetch_and64, fetch_or8, fetch_or64, load_acquire32,
                                 load_acquire64, load_relaxed32, load_relaxed64, store_relaxed32, store_release32)
+from vmbus.core.copy cimport bytes_at, copy_from_shared
 from vmbus.core.memory cimport ACCESS_READ, ACCESS_WRITE, GuestMemory
 from vmbus.core.ring cimport CONTROL_WRITE_INDEX, RingReader, ring_mask, ring_unmask
 
@@ -218,14 +218,12 @@ cdef class MessageSlot:
         """The guest's side: the message in the slot, which stays taken until `end`; None if it is empty."""
         cdef uint32_t type = load_acquire32(self.slot)
         cdef uint64_t sender
-        cdef uint8_t length
+        cdef uint8_t header[MESSAGE_HEADER_BYTES]
         if type == 0:
             return None
-        length = self.slot[4]
-        if length > MESSAGE_PAYLOAD_BYTES:
-            length = MESSAGE_PAYLOAD_BYTES
-        memcpy(&sender, self.slot + 8, 8)
-        return Message(type, sender, PyBytes_FromStringAndSize(<char *>self.slot + MESSAGE_HEADER_BYTES, length))
+        copy_from_shared(header, self.slot, sizeof(header))
+        memcpy(&sender, header + 8, 8)
+        return Message(type, sender, bytes_at(self.slot + MESSAGE_HEADER_BYTES, min(header[4], MESSAGE_PAYLOAD_BYTES)))
 
     def end(self) -> bool:
         """The guest's side: empty the slot.

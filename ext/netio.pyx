@@ -17,7 +17,7 @@ from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
 
-from vmbus.core.copy cimport bytes_at, copy_bytes
+from vmbus.core.copy cimport bytes_at, copy_bytes, copy_from_shared
 from vmbus.core.memory cimport Window
 from vmbus.core.ring cimport (FLAG_COMPLETION_REQUESTED, PACKET_COMPLETION, PACKET_IN_BAND, PACKET_TRANSFER_PAGES,
                               RING_EMPTY, RING_FULL, RingReader, RingWriter, ring_advance, ring_packet_bytes,

@@ -15,6 +15,7 @@ from libc.stdint cimport int8_t, int16_t, int32_t, int64_t, uint8_t, uint16_t, u
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
+from vmbus.core.copy cimport copy_from_shared
 from vmbus.core.memory cimport (
     ACCESS_EXECUTE,
     ACCESS_READ,

@@ -189,7 +189,7 @@ cdef class BlockClient:
             else:
                 self.states[index] = STATE_FAILED
                 if packet.length - packet.offset >= sizeof(wire_request_t):
-                    memcpy(&answer, packet.start + packet.offset, sizeof(wire_request_t))
+                    copy_from_shared(&answer, packet.start + packet.offset, sizeof(wire_request_t))
                     if (answer.operation == OPERATION_COMPLETE_IO and answer.status == 0
                             and (answer.srb_status & SRB_MASK) == SRB_SUCCESS and answer.scsi_status == 0
                             and answer.data_transfer_length == self.length):

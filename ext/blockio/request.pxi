@@ -49,7 +49,7 @@ cdef inline int _parse(const ring_packet_t *packet, unit_t *units, int unit_coun
     if (packet.type != PACKET_GPA_DIRECT or packet.flags != FLAG_COMPLETION_REQUESTED
             or header > MOST_RANGE_WORDS * 8 or payload < HEADER + REQUEST_LEAST):
         return LEFT
-    memcpy(wire, start + packet.offset, sizeof(wire_request_t))
+    copy_from_shared(wire, start + packet.offset, sizeof(wire_request_t))
     if wire.operation != OPERATION_EXECUTE_SRB or (wire.path_id != 0 and path < 0) or wire.cdb[1] != 0:
         return LEFT
     if wire.cdb[0] == READ_10 or wire.cdb[0] == WRITE_10:
@@ -82,9 +82,9 @@ cdef inline int _parse(const ring_packet_t *packet, unit_t *units, int unit_coun
     request.length = blocks << unit.sector_shift
     if request.length > wire.data_transfer_length:
         return LEFT
-    memcpy(first, start + DESCRIPTOR_BYTES, 8)
+    copy_from_shared(first, start + DESCRIPTOR_BYTES, 8)
     request.range_count = <uint32_t>(first[0] >> 32)
-    memcpy(request.ranges, start + EXTERNAL_HEADER_BYTES, header)
+    copy_from_shared(request.ranges, start + EXTERNAL_HEADER_BYTES, header)
     total = gpa_ranges_check(<const uint8_t *>request.ranges, header, request.range_count)
     if total < wire.data_transfer_length:   # malformed ranges are negative
         return LEFT

@@ -240,7 +240,7 @@ cdef class GuestQueue:
             return False
         answer[0] = answer[1] = 0
         if size >= <Py_ssize_t>sizeof(answer):
-            memcpy(answer, payload, sizeof(answer))
+            copy_from_shared(answer, payload, sizeof(answer))
         if answer[0] == NVSP_RNDIS_COMPLETE and answer[1] == NVSP_SUCCESS:
             self.sent_frames += self.pool.frames[section]
             self.sent_bytes += self.pool.octets[section]
@@ -257,18 +257,18 @@ cdef class GuestQueue:
         cdef rndis_packet_t head
         if at.length - at.offset < 4:
             return 0
-        memcpy(&type, at.start + at.offset, 4)
-        memcpy(&word, at.start + 16, 8)
+        copy_from_shared(&type, at.start + at.offset, 4)
+        copy_from_shared(&word, at.start + 16, 8)
         count = <uint32_t>(word >> 32)
         if (type != NVSP_RNDIS_PACKET or <uint16_t>word != self.set_id or count == 0 or count > MOST_IN_RANGES
                 or count > (at.offset - 24) // 8):
             return 0
         for index in range(count):
-            memcpy(&span, at.start + 24 + 8 * index, 8)
+            copy_from_shared(&span, at.start + 24 + 8 * index, 8)
             size, offset = <uint32_t>span, <uint32_t>(span >> 32)
             if size < HEADER or size > self.section_size or <uint64_t>offset + size > self.receive_size:
                 return 0
-            memcpy(&head, self.base + offset, HEADER)
+            copy_from_shared(&head, self.base + offset, HEADER)
             if head.type != RNDIS_PACKET or head.length < HEADER or head.length > size:
                 return 0
             if head.oob_offset | head.oob_length | head.oob_count | head.handle:

@@ -208,7 +208,7 @@ cdef class HostQueue:
             if at.type != PACKET_IN_BAND or at.length - at.offset < sizeof(nvsp_rndis_t) or self.send_base == NULL:
                 reason = R_SLOW
                 break
-            memcpy(&message, at.start + at.offset, sizeof(nvsp_rndis_t))
+            copy_from_shared(&message, at.start + at.offset, sizeof(nvsp_rndis_t))
             if (message.type != NVSP_RNDIS_PACKET or message.section >= self.send_section_count
                     or message.size > self.send_section_size):
                 reason = R_SLOW
@@ -246,7 +246,7 @@ cdef class HostQueue:
             left = size - at
             if left < HEADER or found == MOST_MESSAGES:
                 return 0
-            memcpy(&head, buffer + at, HEADER)
+            copy_from_shared(&head, buffer + at, HEADER)
             if head.type != RNDIS_PACKET or head.length < HEADER or head.length > left:
                 return 0
             if head.oob_offset | head.oob_length | head.oob_count | head.handle:

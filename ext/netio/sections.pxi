@@ -111,7 +111,7 @@ cdef bint _info_is_plain(const uint8_t *message, const rndis_packet_t *head, bin
             or (head.info_offset < head.data_offset + head.data_length
                 and head.data_offset < head.info_offset + head.info_length)):
         return False
-    memcpy(info, message + 8 + head.info_offset, head.info_length)
+    copy_from_shared(info, message + 8 + head.info_offset, head.info_length)
     while at < head.info_length:
         if head.info_length - at < sizeof(item):
             return False

@@ -234,7 +234,7 @@ cdef uint32_t x86_run(x86_state_t *c, uint64_t limit) noexcept nogil:
         if (i.rip != rip or (bytes_get(code, 8) ^ i.raw0) & i.mask0 or (bytes_get(code + 8, 8) ^ i.raw1) & i.mask1
                 or i.length > available or available == 0):
             if available == 16 and code != copy:
-                memcpy(copy, code, 16)
+                copy_from_shared(copy, code, 16)
             status = <uint32_t>decode(c, rip, copy, available, &fresh)
             if status:
                 c.reason = status

@@ -324,3 +324,39 @@ def test_linux_chooses_its_offloads(lan: Lan, fetch: Any) -> None:
     lan.run("ethtool -K eth0 lro off")
     assert lan.protocol.rsc == (False, False)
     assert lan.download(2_000_000) == wanted
+
+
+def test_ethtool_sets_channels_table_and_key_of_an_adapter_as_it_is(
+    guest: Any, shell: Any, needs: Callable[[str], str]
+) -> None:
+    """Nothing is said of queues: three processors have three. The address that the guest sets outlives all of it."""
+    initramfs = guest.initramfs.read_bytes() + archive_of(needs("ethtool"))
+    with Machine(
+        guest.kernel,
+        initrd=initramfs,
+        append="console=ttyS0 quiet panic=-1",
+        processors=3,
+        networks=["none"],
+    ) as machine:
+        adapter = machine.network.interfaces[0].adapter
+        adapter.config.allow_mac_change = True
+        run = shell(machine)
+        run("ip link set eth0 address 02:11:22:33:44:55 && ip link set eth0 up")
+        assert re.search(r"Combined:\s+3\n.*Combined:\s+3\n", run("ethtool -l eth0"), re.S)
+        for channels in (1, 3, 2):
+            run(f"ethtool -L eth0 combined {channels}")
+            assert re.search(rf"Current.*Combined:\s+{channels}\n", run("ethtool -l eth0"), re.S)
+            assert adapter.vsp is not None
+            protocol = adapter.vsp.protocol
+            assert protocol.subchannels == channels - 1
+            assert len(adapter.vsp._queues) == channels
+            assert adapter.state.mac == bytes.fromhex("021122334455")
+        run("ethtool -X eth0 equal 1")
+        assert set(protocol.oids.rss.table) == {0}
+        run("ethtool -X eth0 weight 1 3")
+        assert set(protocol.oids.rss.table) == {0, 1}
+        key = bytes(range(100, 140))
+        run(f"ethtool -X eth0 hkey {key.hex(':')}")
+        assert run("ethtool -x eth0").count(key.hex(":")) == 1
+        assert adapter.statistics.violations == 0
+        assert machine.bus.violations == 0

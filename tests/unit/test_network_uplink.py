@@ -234,6 +234,32 @@ def test_pcapng_of_others() -> None:
     ]
 
 
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("kind", [0x0A0D0D0A, 1, 3, 6, 0xBAD])
+def test_blocks_of_every_short_length_are_errors_not_crashes(order: str, kind: int) -> None:
+    """Each as the only block behind a section header, and in its place; with the length once and twice.
+
+    A file takes no negative length to read, a `BytesIO` does.
+    """
+    good = block(order, 0x0A0D0D0A, struct.pack(order + "IHHq", 0x1A2B3C4D, 1, 0, -1))
+    least = {0x0A0D0D0A: 28, 1: 20, 3: 16, 6: 32}.get(kind, 12)
+    for length in (*range(least), *range(least + 1, 48), 0x7FFFFFFF, 0xFFFFFFFC, 0xFFFFFFFF):
+        if least <= length < 48 and length % 4 == 0:
+            continue
+        words = struct.pack(order + "III", kind, length, 0x1A2B3C4D)
+        for rest in (bytes(64), bytes(max(0, min(length, 64) - 16)) + words[4:8] + bytes(64)):
+            for before in (b"", good):
+                for opened in (io.BytesIO, lambda data: io.BufferedReader(io.BytesIO(data))):  # type: ignore[arg-type]
+                    with pytest.raises(DeviceError, match="pcapng"):
+                        list(PcapngReader(opened(before + words + rest)))
+
+
+def test_options_by_the_million_take_no_longer_than_their_bytes() -> None:
+    good = block("<", 0x0A0D0D0A, struct.pack("<IHHq", 0x1A2B3C4D, 1, 0, -1))
+    interface = block("<", 1, struct.pack("<HHI", 1, 0, 0) + struct.pack("<HH", 7, 0) * 1_000_000)
+    assert list(PcapngReader(io.BytesIO(good + interface))) == []
+
+
 @given(st.binary(max_size=60), st.integers(0, 200))
 def test_damaged_captures_are_errors_not_crashes(noise: bytes, at: int) -> None:
     file = io.BytesIO()

@@ -5,6 +5,10 @@ it is (measured), except when the target lies 1 to 31 bytes further into its pag
 takes 1.3 times as long as a plain loop, and below 16 bytes some 15 times as long (glibc bug 30994). Packets move through
 a ring in steps of 8 bytes, so each page-aligned buffer that is sent meets that sooner or later. `copy_bytes` is memcpy but
 for these.
+
+`copy_from_shared` is for what the other side of shared memory wrote and may still change. A compiler takes a copy for
+the same value as its source, and may read the source again where the copy is used: then what was checked is not what
+counts. After this copy it may not.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
@@ -43,12 +47,20 @@ cdef extern from *:
     #else
     #define vmbus_copy_bytes memcpy
     #endif
+    /* The barrier reads the copy and changes any memory, as far as the compiler knows: so the copy is whole before it,
+       and nothing behind it can come from the source. */
+    static inline __attribute__((unused)) void vmbus_copy_from_shared(void *to, const void *from, size_t length)
+    {
+        vmbus_copy_bytes(to, from, length);
+        __asm__ __volatile__("" : : "r"(to) : "memory");
+    }
     """
+    void copy_from_shared "vmbus_copy_from_shared"(void *to, const void *source, size_t length) noexcept nogil
     void copy_bytes "vmbus_copy_bytes"(void *to, const void *source, size_t length) noexcept nogil
 
 
 cdef inline bytes bytes_at(const void *source, Py_ssize_t length):
     """A new `bytes` of what is there now."""
     cdef bytes made = PyBytes_FromStringAndSize(NULL, length)
-    copy_bytes(PyBytes_AS_STRING(made), source, length)
+    copy_from_shared(PyBytes_AS_STRING(made), source, length)
     return made

@@ -28,6 +28,10 @@ OPTION_END: Final = 0
 OPTION_NAME: Final = 2
 OPTION_RESOLUTION: Final = 9
 MAX_BLOCK: Final = 16 << 20
+SHORTEST: Final = 12
+"""Bytes of a block without a body: type, and the length twice."""
+SHORTEST_BODY: Final = {SECTION_HEADER: 16, INTERFACE_DESCRIPTION: 8, SIMPLE_PACKET: 4, ENHANCED_PACKET: 20}
+"""Bytes of the fixed part of the blocks that are read."""
 
 
 class Capture(NamedTuple):
@@ -121,17 +125,14 @@ class PcapngReader:
             kind = self._next_kind(head, first)
             first = False
             (length,) = struct.unpack_from(self._order + "I", head, 4)
-            if length < 12 or length % 4 or length > MAX_BLOCK:
-                raise DeviceError(f"pcapng block of {length} bytes")
+            if not SHORTEST + SHORTEST_BODY.get(kind, 0) <= length <= MAX_BLOCK or length % 4:
+                raise DeviceError(f"pcapng block of type {kind} with {length} bytes")
             already = self._magic if kind == SECTION_HEADER else b""
-            body = already + self._file.read(length - 12 - len(already))
+            body = already + self._file.read(length - SHORTEST - len(already))
             tail = self._file.read(4)
-            if len(body) != length - 12 or len(tail) != 4 or tail != head[4:]:
+            if len(body) != length - SHORTEST or len(tail) != 4 or tail != head[4:]:
                 raise DeviceError("truncated or damaged pcapng block")
-            try:
-                capture = self._parse(kind, body)
-            except struct.error:
-                raise DeviceError(f"pcapng block of type {kind} is too short") from None
+            capture = self._parse(kind, body)
             if capture is not None:
                 yield capture
 
@@ -155,7 +156,6 @@ class PcapngReader:
 
     def _parse(self, kind: int, body: bytes) -> Capture | None:
         if kind == INTERFACE_DESCRIPTION:
-            struct.unpack_from(self._order + "HHI", body)
             self._units.append(self._resolution(body[8:]))
         elif kind == ENHANCED_PACKET:
             interface, high, low, kept, _ = struct.unpack_from(self._order + "5I", body)
@@ -170,14 +170,15 @@ class PcapngReader:
 
     def _resolution(self, options: bytes) -> int:
         """Time units in a second: a power of ten, or of two if bit 7 is set; microseconds if not said."""
-        while len(options) >= 4:
-            code, length = struct.unpack_from(self._order + "HH", options)
+        at = 0
+        while len(options) - at >= 4:
+            code, length = struct.unpack_from(self._order + "HH", options, at)
             if code == OPTION_END:
                 break
-            if code == OPTION_RESOLUTION and length == 1 and len(options) >= 5:
-                value = options[4]
+            if code == OPTION_RESOLUTION and length == 1 and len(options) - at >= 5:
+                value = options[at + 4]
                 return 1 << (value & 0x7F) if value & 0x80 else 10 ** min(value, 18)
-            options = options[4 + (length + 3 & ~3) :]
+            at += 4 + (length + 3 & ~3)
         return 1_000_000
 
     def close(self) -> None:

@@ -195,7 +195,8 @@ class TapUplink(Uplink):
 def enlarge(connection: socket.socket) -> tuple[int, int]:
     """Let a socket hold `SOCKET_BUFFER` bytes each way, or as many as this process may.
 
-    Without ``CAP_NET_ADMIN`` in the first user namespace the limits are ``net.core.wmem_max`` and ``net.core.rmem_max`` (usually 208 KiB).
+    Without ``CAP_NET_ADMIN`` in the first user namespace the limits are ``net.core.wmem_max`` and
+    ``net.core.rmem_max``, usually 208 KiB.
 
     Returns:
         what was got for sending and receiving, in the kernel's own terms: it doubles what it is asked for (socket(7)).
