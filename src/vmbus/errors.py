@@ -1,7 +1,7 @@
 """Every error that the package raises on purpose, in one tree under `VmbusError`.
 
 Compiled code that runs without the GIL returns negative codes; the thin Python classes around it raise
-these at the edge.
+these at the edge. Whatever a message quotes from a guest, an image or a server goes through `printable`.
 """
 
 from typing import Any
@@ -19,7 +19,29 @@ __all__ = [
     "RingError",
     "RingFull",
     "VmbusError",
+    "printable",
 ]
+
+
+def printable(text: str, limit: int = 256) -> str:
+    """Text of somebody who is not trusted, as a message may show it on a terminal or in a log.
+
+    Control characters, line ends, marks that change the direction of writing, and whatever else shows no glyph of
+    its own become escapes as in a Python literal (``\\x1b``, ``\\u202e``), so that the text stays on its line and
+    cannot command a terminal. Of a long text the beginning and the end are kept.
+
+    Args:
+        text: any string, also one with lone surrogates.
+        limit: characters of it that are shown at most; the escapes of one character count as one.
+    """
+    if len(text) > limit:
+        tail = limit // 3
+        text = f"{text[: limit - tail]}…{text[len(text) - tail :]}"
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text
+    )
 
 
 class VmbusError(Exception):

@@ -19,13 +19,14 @@ from weakref import WeakKeyDictionary
 
 from vmbus.core.dispatch import Doorbell
 from vmbus.hypervisor import VirtualClock
+from vmbus.trace.guest_log import GuestLog
 
 if TYPE_CHECKING:
     from vmbus.hypervisor import Clock, Hypervisor
 
 __all__ = ["Hosting", "Inline", "Processes", "Task", "Threads", "hosting_of"]
 
-log = logging.getLogger(__name__)
+guest_log = GuestLog(logging.getLogger(__name__))
 
 DEFAULT_SPIN: Final = 20e-6
 """Seconds that a worker polls before it sleeps: about what an eventfd wake-up across processors costs."""
@@ -274,7 +275,7 @@ class _Worker(threading.Thread):
                 try:
                     task.work()
                 except Exception:
-                    log.exception("task %s failed", task.name)
+                    guest_log.exception(task.name, "its task failed")
                 finally:
                     task.running = False
                 self._progressed()
@@ -303,7 +304,7 @@ class _Timekeeper(threading.Thread):
             try:
                 clock.run_due()
             except Exception:
-                log.exception("a timer failed")
+                guest_log.exception("the clock", "a timer failed")
 
 
 class Threads(Hosting):

@@ -28,15 +28,17 @@ from vmbus.core.dispatch import EventFlags
 from vmbus.core.memory import READ, WRITE, GpaRanges, Window
 from vmbus.core.ring import RingReader, RingWriter
 from vmbus.errors import HypercallError, RemoteProtocolError, VmbusError
-from vmbus.hypervisor import Hypervisor, Partition, PartitionEvent
+from vmbus.hypervisor import GuestFault, Hypervisor, Partition, PartitionEvent, VpSuspended
 from vmbus.hypervisor.synic import Synic
 from vmbus.hypervisor.tlfs import Status
 from vmbus.trace.events import EventTrace
+from vmbus.trace.guest_log import GuestLog
 from vmbus.trace.ledger import Account
 
 __all__ = ["Offered", "VmbusHost"]
 
 log = logging.getLogger(__name__)
+guest_log = GuestLog(log)
 
 BACKLOG_LIMIT: Final = 8192
 """Messages that wait behind the hypervisor's own queue. All offers there can be fit; a guest that lets more pile up
@@ -254,7 +256,7 @@ class VmbusHost:
                     continue
                 request = offered.request
                 if gpadl.is_mapped or (request is not None and request.gpadl_id == gpadl.gpadl_id):
-                    log.warning("%s: %s loses page 0x%x and ends", self.child.name, offered.name, gpa)
+                    guest_log.warning(self.child.name, "%s loses page 0x%x and ends", offered.name, gpa)
                     self.rescind(offered)
                     gpadl.close()
 
@@ -296,7 +298,7 @@ class VmbusHost:
                         self._do(action)
                     except VmbusError as error:
                         # One thing that fails (a provider's, or pages that are gone) must not stop the others.
-                        log.warning("%s: %s: %s", self.child.name, type(action).__name__, error)
+                        guest_log.warning(self.child.name, "%s: %s", type(action).__name__, error)
             finally:
                 self._performing = False
 
@@ -338,7 +340,7 @@ class VmbusHost:
             self._record_message(self._parent_name, self.child.name, action.payload)
         if self._backlog or not self._post(action):
             if len(self._backlog) >= BACKLOG_LIMIT:
-                log.warning("%s does not read its messages; its connection is reset", self.child.name)
+                guest_log.warning(self.child.name, "it does not read its messages; its connection is reset")
                 self._backlog.clear()
                 self._todo += self.machine.reset()
                 return
@@ -465,7 +467,7 @@ class VmbusHost:
             if offered.on_open is not None:
                 offered.on_open(channel)
         except VmbusError as error:
-            log.warning("%s: %s cannot be opened: %s", self.child.name, offered.name, error)
+            guest_log.warning(self.child.name, "%s cannot be opened: %s", offered.name, error)
             self._close(offered)
             self._todo += self.machine.complete_open(action.serial, False)
             return
@@ -493,6 +495,7 @@ class VmbusHost:
             channel_id=channel_id,
             user_data=request.user_data,
             target_vp=request.target_vp if request.target_vp is not None else -1,
+            name=f"{self.child.name}/{offered.name}",
         )
         offered.channel, offered.request = channel, request
         offered.windows = (up, down)
@@ -546,9 +549,22 @@ class VmbusHost:
             self._record("doorbell", self.child.name, self._parent_name, channel=channel.channel_id)
         try:
             channel.deliver_signal()
+        except (GuestFault, VpSuspended):
+            self.again(channel)  # on one thread the guest's handler runs inside of ours: it was stopped there
+            raise
         except VmbusError as error:
-            log.warning("%s: %s is taken away: %s", self.child.name, offered.name, error)
+            guest_log.warning(self.child.name, "%s is taken away: %s", offered.name, error)
             self.rescind(offered)
+        except Exception as error:
+            # A defect of the provider. Its channel would wait for it for ever, with the guest's doorbells masked.
+            guest_log.warning(
+                self.child.name, "%s is taken away: its provider failed: %s", offered.name, repr(error)
+            )
+            self.rescind(offered)
+            raise
+        except BaseException:
+            self.again(channel)  # Ctrl-C ends what its user does, not what the guest does
+            raise
 
     def _on_shared_event(self, flag: int) -> None:
         """Before 2.4: the guest's half of the interrupt page says which channels it rang."""

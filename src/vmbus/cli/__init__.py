@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 import vmbus
-from vmbus.errors import VmbusError
+from vmbus.errors import VmbusError, printable
 
 __all__ = ["SUBCOMMANDS", "main"]
 
@@ -68,7 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def describe(error: Exception) -> str:
-    """One sentence for an error that a user can mend."""
+    """One sentence for an error that a user can mend; whoever wrote parts of it, a terminal may show it."""
+    sentence = str(error)
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
-    return str(error)
+        sentence = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+    return printable(sentence, 2000)

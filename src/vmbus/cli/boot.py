@@ -20,7 +20,7 @@ from rich.table import Table
 
 from vmbus.cli.output import Screen, check_output, write_output
 from vmbus.cli.units import seconds, size
-from vmbus.errors import DeviceError, EngineError, VmbusError
+from vmbus.errors import DeviceError, EngineError, VmbusError, printable
 from vmbus.machine.guest import Machine, Outcome, Result
 from vmbus.machine.linux import BootError, KernelError, SizeError
 from vmbus.machine.network import FORMS, OPTIONS
@@ -151,7 +151,7 @@ def run(args: argparse.Namespace) -> int:
             raise
         for kind, status, _ in START_STATUS:
             if isinstance(error, kind):
-                print(f"vmbus: {error}", file=sys.stderr)
+                print(f"vmbus: {printable(str(error), 2000)}", file=sys.stderr)
                 return status
         raise
 

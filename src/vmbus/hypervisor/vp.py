@@ -189,7 +189,8 @@ class VirtualProcessor:
         account.hypercalls[control & 0xFFFF] += 1
         if not self.partition.hypercalls_enabled:
             raise UndefinedOpcodeFault(
-                f"{hypercall_name(control & 0xFFFF)}: hypercalls are not enabled: write HV_X64_MSR_GUEST_OS_ID, then HV_X64_MSR_HYPERCALL with bit 0"
+                f"{hypercall_name(control & 0xFFFF)}: hypercalls are not enabled: "
+                "write HV_X64_MSR_GUEST_OS_ID, then HV_X64_MSR_HYPERCALL with bit 0"
             )
         return dispatch(self, control, input, output, xmm)
 
