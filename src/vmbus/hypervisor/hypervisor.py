@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import threading
+from collections.abc import Callable
 from typing import Final, Self
 
 from vmbus.core.memory import GuestMemory
@@ -62,6 +63,10 @@ class Hypervisor:
         self.root: Partition | None = None
         self.partitions: dict[int, Partition] = {}
         """All partitions that are not deleted, by id."""
+        self.hosting: object = None
+        """Where the work of its buses runs (`vmbus.bus.hosting`): kept here, so that it goes when the instance goes."""
+        self.on_closed: list[Callable[[], None]] = []
+        """Called, without a lock held, when the root partition is gone; each once."""
         self._next_id = 1
         self._lock = threading.RLock()  # of the tree: partitions come and go in any thread
         self.map_lock = threading.RLock()
@@ -276,6 +281,10 @@ class Hypervisor:
                     partition.parent.children.pop(partition.id, None)
                 else:
                     self.root = None
+            if partition.parent is None:
+                closed, self.on_closed = self.on_closed, []
+                for call in closed:
+                    call()
 
     def _stop(self, partition: Partition) -> None:
         """Stop what executes `partition` and everything below it.
