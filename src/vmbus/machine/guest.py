@@ -444,8 +444,8 @@ class Machine:
         self.engine.stop()
 
     def _on_output(self, data: bytes) -> None:
-        start = max(0, len(self.console.output) - len(PANIC_TEXT))
         self.console.feed(data)
+        start = max(0, len(self.console.output) - len(data) - len(PANIC_TEXT))
         if b"c" in data and self.console.output.find(PANIC_TEXT, start) >= 0:
             self._end(Outcome.PANIC)
 
