@@ -27,11 +27,13 @@ cdef class GuestMemory:
     Raises:
         ValueError: the size is not a positive multiple of 4096 below 2**46, or `fd` is smaller or could shrink.
         OSError: the host has no memory or address space for it.
+        TypeError: the size is no integer.
     """
 
     def __cinit__(self, size, *, bint mapped=True, int fd=-1):
         self.fd = -1
         self.sources = set()
+        size = byte_count(size, "guest memory")
         if not 0 < size < MOST_MEMORY or size % PAGE_BYTES:
             raise ValueError(f"guest memory of {size} bytes: not a positive multiple of {PAGE_BYTES} below 2**46")
         cdef uint64_t length = size, page

@@ -22,6 +22,7 @@ from vmbus.hypervisor.tlfs import (
     PortType,
     Status,
 )
+from vmbus.sizes import byte_count
 from vmbus.trace.ledger import Ledger
 
 __all__ = ["Hypervisor"]
@@ -104,7 +105,8 @@ class Hypervisor:
         """
         if self.root is not None:
             raise LocalProtocolError("a hypervisor has exactly one root partition")
-        self.root = self._create(None, name, GuestMemory(memory_size), vps, personality, ROOT_PRIVILEGES)
+        memory = GuestMemory(byte_count(memory_size, "memory"))
+        self.root = self._create(None, name, memory, vps, personality, ROOT_PRIVILEGES)
         self.root.state = PartitionState.ACTIVE
         return self.root
 
@@ -140,7 +142,7 @@ class Hypervisor:
         child = self._create(
             parent,
             name,
-            memory if memory is not None else GuestMemory(memory_size),
+            memory if memory is not None else GuestMemory(byte_count(memory_size, "memory")),
             vps,
             personality,
             personality.privileges if privileges is None else privileges,
