@@ -14,6 +14,7 @@ Both sides copy a packet out of the ring once, check the copy, and use only that
 cimport cython
 from cpython.buffer cimport PyBUF_CONTIG, PyBUF_CONTIG_RO, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cpython.exc cimport PyErr_CheckSignals
 from libc.errno cimport EINTR, errno
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
@@ -34,6 +35,9 @@ from vmbus.core.ring cimport (DESCRIPTOR_BYTES, EXTERNAL_HEADER_BYTES, FLAG_COMP
                               ring_peek, ring_publish, ring_reader_t, ring_release, ring_reserve, ring_writer_t)
 
 from vmbus.errors import DeviceError, GuestMemoryError, RingCorrupt
+
+cdef enum:
+    TURNS = 1 << 14             # rounds of client and server after which signals (Ctrl-C) are looked at
 
 cdef array.array _QUADS = _array("Q")
 
@@ -63,23 +67,27 @@ def run_without_gil(BlockClient client not None, BlockServer server not None) ->
     anything happens that needs Python.
     """
     cdef uint64_t before = server.packets
-    cdef int state, code
+    cdef int turn, state, code = SERVE_EMPTY
     if client.stepping or server.serving:
         raise DeviceError("another thread drives the batch or serves the channel")
     server.serving = client.stepping = True
     try:
-        with nogil:
-            ring_mask(&client.incoming.c)
-            ring_mask(&server.incoming.c)
-            while True:
-                state = client._step()
-                if state < 0 or state & (STEP_DONE | STEP_STRAY):
-                    break
-                code = server._serve(1 << 16)
-                ring_release(&server.incoming.c)
-                ring_publish(&server.outgoing.c)
-                if code != SERVE_EMPTY:
-                    break
+        ring_mask(&client.incoming.c)
+        ring_mask(&server.incoming.c)
+        while True:
+            with nogil:
+                for turn in range(TURNS):
+                    state = client._step()
+                    if state < 0 or state & (STEP_DONE | STEP_STRAY):
+                        break
+                    code = server._serve(1 << 16)
+                    ring_release(&server.incoming.c)
+                    ring_publish(&server.outgoing.c)
+                    if code != SERVE_EMPTY:
+                        break
+            if state < 0 or state & (STEP_DONE | STEP_STRAY) or code != SERVE_EMPTY:
+                break
+            PyErr_CheckSignals()    # a request that got lost must not keep Ctrl-C from the user
     finally:
         server.serving = client.stepping = False
     return server.packets - before

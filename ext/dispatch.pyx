@@ -53,6 +53,7 @@ cdef extern from *:
 cdef enum:
     FLAGS_PER_SINT = 2048
     ROUNDS = 8                  # batches of one channel before the others get their turn
+    SPIN_TURN = 20000000        # nanoseconds of spinning after which signals (Ctrl-C) are looked at
 
 EVENT_FLAGS = <int>FLAGS_PER_SINT
 MESSAGE_PAYLOAD = <int>MESSAGE_PAYLOAD_BYTES
@@ -287,6 +288,12 @@ cdef int _wait_for(int fd, int64_t deadline) except -2:
             return 0
 
 
+cdef inline int64_t _turn_end(int64_t end) noexcept nogil:
+    """When to look at signals while spinning until `end`."""
+    cdef int64_t turn = _now() + SPIN_TURN
+    return turn if turn < end else end
+
+
 cdef inline bint _taken(int fd) noexcept nogil:
     cdef uint64_t count
     return read(fd, &count, 8) == 8
@@ -358,17 +365,23 @@ cdef class Doorbell:
             if spin_end > deadline:
                 spin_end = deadline
         cdef bint found = False
+        cdef int64_t turn_end
         cdef int fd
         if reader is None:
             if self.clear():
                 return True
             fd = self.fd
             self.waiting += 1
-            with nogil:
+            try:
                 while not found and _now() < spin_end:
-                    found = _taken(fd)
-            self.waiting -= 1
-            self._leave()
+                    turn_end = _turn_end(spin_end)
+                    with nogil:
+                        while not found and _now() < turn_end:
+                            found = _taken(fd)
+                    PyErr_CheckSignals()
+            finally:
+                self.waiting -= 1
+                self._leave()
             if found:
                 self.spins_paid += 1
                 return True
@@ -376,8 +389,13 @@ cdef class Doorbell:
             return _sleep(self, deadline) != 0
         while True:
             ring_mask(&reader.c)
-            with nogil:
-                found = _spin(reader, spin_end)
+            while True:
+                turn_end = _turn_end(spin_end)
+                with nogil:
+                    found = _spin(reader, turn_end)
+                if found or turn_end == spin_end:
+                    break
+                PyErr_CheckSignals()
             if found:
                 self.spins_paid += 1
                 return True
@@ -528,7 +546,13 @@ cdef class Dispatcher:
                 bits &= bits - 1
                 channel = self.channels[flag]
                 if channel is not None:
-                    count += self._serve(flag, channel)
+                    try:
+                        count += self._serve(flag, channel)
+                    except BaseException:
+                        # Ctrl-C in a handler, or an `on_error` that fails: the others' signals are not lost.
+                        fetch_or64(&self.pending[index], bits)
+                        self.served += count
+                        raise
         self.served += count
         return count
 
@@ -558,6 +582,10 @@ cdef class Dispatcher:
                 _log.exception("channel %d was removed", flag)
             else:
                 channel.on_error(error)
+        except BaseException:
+            # The caller is interrupted (Ctrl-C), which is nobody's fault here: the channel goes on with the next poll.
+            self.mark(flag)
+            raise
         return count
 
     cdef bint _marked(self) noexcept nogil:
@@ -578,17 +606,23 @@ cdef class Dispatcher:
             False if the time ran out.
         """
         cdef int64_t start = _now(), deadline = -1, spin_end = start + <int64_t>(spin * 1e9)
+        cdef int64_t turn_end
         cdef bint marked = False
         if timeout is not None:
             deadline = start + _nanoseconds(timeout)
             if spin_end > deadline:
                 spin_end = deadline
-        with nogil:
-            while True:
-                marked = self._marked()
-                if marked or _now() >= spin_end:
-                    break
-                cpu_pause()
+        while True:
+            turn_end = _turn_end(spin_end)
+            with nogil:
+                while True:
+                    marked = self._marked()
+                    if marked or _now() >= turn_end:
+                        break
+                    cpu_pause()
+            if marked or turn_end == spin_end:
+                break
+            PyErr_CheckSignals()
         if marked:
             self.doorbell.spins_paid += 1
             return True

@@ -25,6 +25,7 @@ from collections import namedtuple
 
 from vmbus.core.copy cimport bytes_at, copy_bytes
 
+from vmbus.sizes import byte_count
 from vmbus.errors import GuestMemoryError, RingCorrupt
 
 cdef extern from "<sys/mman.h>" nogil:

@@ -10,6 +10,7 @@ The sources of the rules are the Intel SDM and AMD APM, volumes 2 and 3. The par
 """
 
 cimport cython
+from cpython.exc cimport PyErr_CheckSignals
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from libc.stdint cimport int8_t, int16_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
@@ -26,6 +27,9 @@ from vmbus.core.memory cimport (
 )
 
 from vmbus.errors import EngineError, GuestMemoryError, LocalProtocolError
+
+cdef enum:
+    TURN = 1 << 22              # steps after which signals (Ctrl-C) are looked at
 
 include "x86/flags.pxi"
 include "x86/access.pxi"
@@ -275,10 +279,20 @@ cdef class Cpu:
             raise LocalProtocolError("the last exit is not completed")
         if self.running:
             raise LocalProtocolError("the processor runs already, in another thread")
+        cdef uint64_t turn
         self.running = True
-        with nogil:
-            reason = x86_run(&self.c, limit)
-        self.running = False
+        try:
+            while True:
+                turn = limit if limit < TURN else TURN
+                with nogil:
+                    reason = x86_run(&self.c, turn)
+                if limit != <uint64_t>-1:
+                    limit -= turn
+                if reason != X86_LIMIT or limit == 0:
+                    break
+                PyErr_CheckSignals()    # a guest that never exits must not keep Ctrl-C from its user
+        finally:
+            self.running = False
         if X86_IO <= reason <= X86_HYPERCALL:
             self.c.pending = 1
         elif reason >= X86_UNKNOWN:

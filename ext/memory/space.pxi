@@ -60,6 +60,7 @@ cdef class GuestMemory:
         ValueError: the size is not a positive multiple of 4096 below 2**46, or `fd` is no file that can be used: not
             open, no memfd, smaller, not sealed against shrinking, or not writable.
         OSError: the host has no memory or address space for it.
+        TypeError: the size is no integer.
 
     Attributes:
         allowance: what the process's mappings for windows of it are charged to: an object with ``charge(count)``,
@@ -70,6 +71,7 @@ cdef class GuestMemory:
     def __cinit__(self, size, *, bint mapped=True, fd=-1):
         self.fd = -1
         self.sources = set()
+        size = byte_count(size, "guest memory")
         if not 0 < size < MOST_MEMORY or size % PAGE_BYTES:
             raise ValueError(f"guest memory of {size} bytes: not a positive multiple of {PAGE_BYTES} below 2**46")
         cdef uint64_t length = size, page

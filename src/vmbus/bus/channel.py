@@ -153,6 +153,7 @@ class Channel:
         account: where this end counts packets and doorbells.
         user_data: the 120 bytes that the guest gave when opening (empty at the guest's end of older calls).
         target_vp: the guest VP that the host interrupts.
+        name: for logs: the guest's and the device's, where they are known.
         on_signal: called whenever the peer rang. It must read `incoming` until empty, or else ask again. A ring that
             came before there was a callback is delivered when one is set.
         on_closed: called once when the channel ends for any reason: closed by either end, rescinded,
@@ -168,6 +169,7 @@ class Channel:
         "channel_id",
         "incoming",
         "memory",
+        "name",
         "offer",
         "on_closed",
         "outgoing",
@@ -187,8 +189,10 @@ class Channel:
         channel_id: int = 0,
         user_data: bytes = b"",
         target_vp: int = 0,
+        name: str = "",
     ) -> None:
         self._owner = owner
+        self.name = name or f"channel {channel_id}"
         self._open = True
         self.offer = offer
         self.channel_id = channel_id

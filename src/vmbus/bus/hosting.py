@@ -12,20 +12,20 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from itertools import count
 from typing import TYPE_CHECKING, Final
-from weakref import WeakKeyDictionary
 
 from vmbus.core.dispatch import Doorbell
 from vmbus.hypervisor import VirtualClock
+from vmbus.trace.guest_log import GuestLog
 
 if TYPE_CHECKING:
     from vmbus.hypervisor import Clock, Hypervisor
 
 __all__ = ["Hosting", "Inline", "Processes", "Task", "Threads", "hosting_of"]
 
-log = logging.getLogger(__name__)
+guest_log = GuestLog(logging.getLogger(__name__))
 
 DEFAULT_SPIN: Final = 20e-6
 """Seconds that a worker polls before it sleeps: about what an eventfd wake-up across processors costs."""
@@ -97,9 +97,14 @@ class Hosting(ABC):
         """Run the task never again (a run under way ends by itself)."""
         task.closed = True
 
+    @property
+    @abstractmethod
+    def is_closed(self) -> bool:
+        """Whether it runs nothing any more."""
+
     @abstractmethod
     def close(self) -> None:
-        """Stop; tasks that wait are dropped."""
+        """Stop; tasks that wait are dropped, with all that they hold on to."""
 
 
 class _Held:
@@ -170,6 +175,11 @@ class Inline(Hosting):
         self._depth -= 1
         if self._eager and self._depth == 0 and self._ready:
             self.run()
+
+    @property
+    def is_closed(self) -> bool:
+        """Never: it has nothing of its own that could end."""
+        return False
 
     def close(self) -> None:
         """Drop what waits."""
@@ -258,6 +268,12 @@ class _Worker(threading.Thread):
             if not self.serve_one():
                 self.doorbell.wait(1.0, self._spin)
 
+    def forget(self) -> None:
+        """Drop what waits: a task holds on to its bus, and that to a whole hypervisor."""
+        while self.queue:
+            with suppress(IndexError):
+                self.queue.popleft().queued = False
+
     def serve_one(self) -> bool:
         """Run the first task that does not run already (further down this very stack)."""
         for _ in range(len(self.queue)):
@@ -274,7 +290,7 @@ class _Worker(threading.Thread):
                 try:
                     task.work()
                 except Exception:
-                    log.exception("task %s failed", task.name)
+                    guest_log.exception(task.name, "its task failed")
                 finally:
                     task.running = False
                 self._progressed()
@@ -303,7 +319,7 @@ class _Timekeeper(threading.Thread):
             try:
                 clock.run_due()
             except Exception:
-                log.exception("a timer failed")
+                guest_log.exception("the clock", "a timer failed")
 
 
 class Threads(Hosting):
@@ -364,6 +380,8 @@ class Threads(Hosting):
         except OSError:
             if not self._closed:  # else the worker has just ended, and its eventfd is closed
                 raise
+        if self.is_closed:
+            home.forget()  # nobody comes for it any more
 
     def progressed(self) -> None:
         """Have waiters look at their conditions again."""
@@ -401,8 +419,13 @@ class Threads(Hosting):
             with self._progress:
                 self._waiting -= 1
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether the workers have been stopped."""
+        return self._closed
+
     def close(self) -> None:
-        """Stop the workers and wait for them; their eventfds are closed."""
+        """Stop the workers and wait for them; their eventfds are closed, and what waits for them is dropped."""
         if self._closed:
             return
         self._closed = True
@@ -417,6 +440,7 @@ class Threads(Hosting):
             if worker is not threading.current_thread():
                 worker.join()
             worker.doorbell.close()
+            worker.forget()
 
 
 class Processes(Threads):
@@ -428,12 +452,14 @@ class Processes(Threads):
     kind = "processes"
 
 
-_HOSTINGS: "WeakKeyDictionary[Hypervisor, Hosting]" = WeakKeyDictionary()
 _HOSTINGS_LOCK: Final = threading.Lock()
 
 
 def hosting_of(hypervisor: "Hypervisor", hosting: "Hosting | str | None" = None) -> Hosting:
     """The hosting of a hypervisor instance: the one given or named for the first time, inline by default.
+
+    One that is made here, because it was named, is closed with the instance's root partition; one that was given is
+    its owner's to close.
 
     Args:
         hypervisor: all buses of one instance share one hosting.
@@ -447,9 +473,11 @@ def hosting_of(hypervisor: "Hypervisor", hosting: "Hosting | str | None" = None)
 
 
 def _hosting_of(hypervisor: "Hypervisor", hosting: "Hosting | str | None") -> Hosting:
-    present = _HOSTINGS.get(hypervisor)
+    known = hypervisor.hosting
+    present = known if isinstance(known, Hosting) else None
+    made = False
     if isinstance(hosting, str):
-        if present is not None and present.kind == hosting:
+        if present is not None and present.kind == hosting and not present.is_closed:
             return present
         kinds: dict[str, Callable[[], Hosting]] = {
             "inline": Inline,
@@ -458,12 +486,22 @@ def _hosting_of(hypervisor: "Hypervisor", hosting: "Hosting | str | None") -> Ho
         }
         if hosting not in kinds:
             raise ValueError(f"no hosting {hosting!r}; there are {', '.join(kinds)}")
-        hosting = kinds[hosting]()
+        if present is not None and not present.is_closed:
+            raise ValueError(f"the hypervisor's buses are hosted {present.kind} already")
+        hosting, made = kinds[hosting](), True
     if hosting is None:
         hosting = present or Inline()
-    if present is not None and present is not hosting:
+    if present is not None and present is not hosting and not present.is_closed:
         raise ValueError(f"the hypervisor's buses are hosted {present.kind} already")
     if isinstance(hosting, Inline):
         hosting.clock = hypervisor.clock
-    _HOSTINGS[hypervisor] = hosting
+    hypervisor.hosting = hosting
+    if made:
+        hypervisor.on_closed.append(lambda: _close_with(hypervisor, hosting))
     return hosting
+
+
+def _close_with(hypervisor: "Hypervisor", hosting: Hosting) -> None:
+    hosting.close()
+    if hypervisor.hosting is hosting:
+        hypervisor.hosting = None

@@ -16,10 +16,12 @@ from vmbus.hypervisor import Hypervisor, Partition
 from vmbus.hypervisor.clock import Timer
 from vmbus.hypervisor.synic import Synic
 from vmbus.hypervisor.tlfs import Status
+from vmbus.trace.guest_log import GuestLog
 
 __all__ = ["Outbox"]
 
 log = logging.getLogger(__name__)
+guest_log = GuestLog(log)
 
 RETRY: Final = 1_000_000
 """Nanoseconds after which a message is tried again that the host had no memory for."""
@@ -93,7 +95,7 @@ class Outbox:
             # Who is not connected, or named another processor, may be gone for good.
             log.debug("%s cannot be sent a message: %s", self._child.name, error)
         except (OSError, MemoryError) as error:
-            log.warning("%s: a message has to wait: %s", self._child.name, error)
+            guest_log.warning(self._child.name, "a message has to wait: %s", error)
             if self._retry is None:
                 clock = self._hypervisor.clock
                 self._hosting.keep_time(clock)

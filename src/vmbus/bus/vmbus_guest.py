@@ -30,11 +30,13 @@ from vmbus.errors import HypercallError, LocalProtocolError, RemoteProtocolError
 from vmbus.hypervisor import GuestFault, VirtualProcessor, VpSuspended
 from vmbus.hypervisor.faults import VpStalled
 from vmbus.hypervisor.tlfs import LINUX_GUEST_OS_ID, CallCode, Msr, Status
+from vmbus.trace.guest_log import GuestLog
 from vmbus.trace.ledger import Account
 
 __all__ = ["GuestProcessor", "VmbusGuest"]
 
 log = logging.getLogger(__name__)
+guest_log = GuestLog(log)
 
 T = TypeVar("T")
 
@@ -560,10 +562,22 @@ class VmbusGuest:
             try:
                 channel.deliver_signal()
             except RingCorrupt as error:
-                log.warning("channel %d is closed: %s", channel.channel_id, error)
+                guest_log.warning("the host", "channel %d is closed: %s", channel.channel_id, error)
                 self._calls.append(channel.close)
+            except (GuestFault, VpSuspended):
+                del self._busy[channel]
+                raise
+            except Exception as error:
+                # A defect of the driver. Its channel would wait for it for ever, with the host's doorbells masked.
+                del self._busy[channel]
+                guest_log.warning(
+                    "the host", "channel %d is closed: its driver failed: %s", channel.channel_id, repr(error)
+                )
+                self._calls.append(channel.close)
+                raise
             except BaseException:
                 del self._busy[channel]
+                channel.again()  # Ctrl-C ends what its user does, not what the host does
                 raise
             with self._gate:
                 more = self._busy[channel]

@@ -29,13 +29,15 @@ from vmbus.core.dispatch import EventFlags
 from vmbus.core.memory import PAGE_SIZE, READ, WRITE, GpaRanges, Window
 from vmbus.core.ring import RingReader, RingWriter
 from vmbus.errors import BudgetExceeded, GuestMemoryError, HypercallError, RemoteProtocolError, VmbusError
-from vmbus.hypervisor import Hypervisor, Partition, PartitionEvent
+from vmbus.hypervisor import GuestFault, Hypervisor, Partition, PartitionEvent, VpSuspended
 from vmbus.trace.events import EventTrace
+from vmbus.trace.guest_log import GuestLog
 from vmbus.trace.ledger import Account
 
 __all__ = ["Offered", "VmbusHost"]
 
 log = logging.getLogger(__name__)
+guest_log = GuestLog(log)
 
 FAILURES: Final = (VmbusError, OSError, MemoryError)
 """What the work for one guest may end in, its own fault or the host's lack of something: that guest has the loss."""
@@ -266,7 +268,7 @@ class VmbusHost:
                 if gpadl is None or offered is None:
                     continue  # it ended with the one before
                 if gpadl.is_mapped or (offered.channel is not None and offered.ring_serial == serial):
-                    log.warning("%s: %s loses page 0x%x and ends", self.child.name, offered.name, gpa)
+                    guest_log.warning(self.child.name, "%s loses page 0x%x and ends", offered.name, gpa)
                     self.rescind(offered)
                     gpadl.close()
 
@@ -308,7 +310,7 @@ class VmbusHost:
                         self._do(action)
                     except FAILURES as error:
                         # One thing that fails (a provider's, or pages that are gone) must not stop the others.
-                        log.warning("%s: %s: %s", self.child.name, type(action).__name__, error)
+                        guest_log.warning(self.child.name, "%s: %s", type(action).__name__, error)
                         self._failed(action)
             finally:
                 self._performing = False
@@ -383,7 +385,9 @@ class VmbusHost:
         try:
             self._outbox.send(action)
         except BudgetExceeded as error:
-            log.warning("%s does not read its messages; its connection is reset: %s", self.child.name, error)
+            guest_log.warning(
+                self.child.name, "it does not read its messages; its connection is reset: %s", error
+            )
             self._outbox.clear()
             self._todo += self.machine.reset()
 
@@ -422,7 +426,7 @@ class VmbusHost:
         try:
             self.monitor.use(action.monitor_pages)
         except GuestMemoryError as error:  # taken from it: what rings by hypercall is served all the same
-            log.warning("%s: its monitor pages cannot be used: %s", self.child.name, error)
+            guest_log.warning(self.child.name, "its monitor pages cannot be used: %s", error)
             self.monitor.use(None)
 
     def _disconnected(self, action: act.Disconnected) -> None:
@@ -471,7 +475,7 @@ class VmbusHost:
             if offered.on_open is not None:
                 offered.on_open(channel)
         except FAILURES as error:
-            log.warning("%s: %s cannot be opened: %s", self.child.name, offered.name, error)
+            guest_log.warning(self.child.name, "%s cannot be opened: %s", offered.name, error)
             self._todo += self.machine.complete_open(action.serial, False)
             self._close(offered)
             return
@@ -524,6 +528,7 @@ class VmbusHost:
             channel_id=channel_id,
             user_data=request.user_data,
             target_vp=request.target_vp if request.target_vp is not None else -1,
+            name=f"{self.child.name}/{offered.name}",
         )
         offered.windows = (up, down)
         return channel
@@ -567,9 +572,22 @@ class VmbusHost:
             self._record("doorbell", self.child.name, self._parent_name, channel=channel.channel_id)
         try:
             channel.deliver_signal()
+        except (GuestFault, VpSuspended):
+            self.again(channel)  # on one thread the guest's handler runs inside of ours: it was stopped there
+            raise
         except FAILURES as error:
-            log.warning("%s: %s is taken away: %s", self.child.name, offered.name, error)
+            guest_log.warning(self.child.name, "%s is taken away: %s", offered.name, error)
             self.rescind(offered)
+        except Exception as error:
+            # A defect of the provider. Its channel would wait for it for ever, with the guest's doorbells masked.
+            guest_log.warning(
+                self.child.name, "%s is taken away: its provider failed: %s", offered.name, repr(error)
+            )
+            self.rescind(offered)
+            raise
+        except BaseException:
+            self.again(channel)  # Ctrl-C ends what its user does, not what the guest does
+            raise
 
     def _on_shared_event(self, flag: int) -> None:
         """Before 2.4: the guest's half of the interrupt page says which channels it rang."""

@@ -22,11 +22,13 @@ from vmbus.emulated.ata import (
     identify,
 )
 from vmbus.errors import DeviceError
+from vmbus.trace.guest_log import GuestLog
 from vmbus.trace.ledger import Account
 
 __all__ = ["CHUNK", "AtaDrive"]
 
 _log = logging.getLogger(__name__)
+guest_log = GuestLog(_log)
 
 CHUNK = 128 * SECTOR
 """Bytes read ahead or written behind in one backend call."""
@@ -325,7 +327,7 @@ class AtaDrive:
         try:
             return call()
         except DeviceError as error:
-            _log.warning("IDE disk %d: %s", self.number, error)
+            guest_log.warning(f"IDE disk {self.number}", "%s", error)
             return None
 
     def _write(self, lba: int, data: bytes) -> bool:

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import threading
+from collections.abc import Callable
 from typing import Final, Self
 
 from vmbus.core.memory import GuestMemory
@@ -22,6 +23,7 @@ from vmbus.hypervisor.tlfs import (
     PortType,
     Status,
 )
+from vmbus.sizes import byte_count
 from vmbus.trace.ledger import Ledger
 
 __all__ = ["Hypervisor"]
@@ -68,6 +70,10 @@ class Hypervisor:
         self.root: Partition | None = None
         self.partitions: dict[int, Partition] = {}
         """All partitions that are not deleted, by id."""
+        self.hosting: object = None
+        """Where the work of its buses runs (`vmbus.bus.hosting`): kept here, so that it goes when the instance goes."""
+        self.on_closed: list[Callable[[], None]] = []
+        """Called, without a lock held, when the root partition is gone; each once."""
         self._next_id = 1
         self._lock = threading.RLock()  # of the tree: partitions come and go in any thread
         self.map_lock = threading.RLock()
@@ -114,7 +120,7 @@ class Hypervisor:
         if self.root is not None:
             raise LocalProtocolError("a hypervisor has exactly one root partition")
         meter = Meter(Budget.unlimited() if budget is None else budget, name)
-        memory = GuestMemory(memory_size)
+        memory = GuestMemory(byte_count(memory_size, "memory"))
         self.root = self._create(None, name, memory, vps, personality, ROOT_PRIVILEGES, meter=meter)
         self.root.state = PartitionState.ACTIVE
         return self.root
@@ -153,7 +159,7 @@ class Hypervisor:
         child = self._create(
             parent,
             name,
-            memory if memory is not None else GuestMemory(memory_size),
+            memory if memory is not None else GuestMemory(byte_count(memory_size, "memory")),
             vps,
             personality,
             personality.privileges if privileges is None else privileges,
@@ -311,6 +317,10 @@ class Hypervisor:
                     partition.parent.children.pop(partition.id, None)
                 else:
                     self.root = None
+            if partition.parent is None:
+                closed, self.on_closed = self.on_closed, []
+                for call in closed:
+                    call()
 
     def _stop(self, partition: Partition) -> None:
         """Stop what executes `partition` and everything below it.

@@ -21,13 +21,14 @@ from vmbus.hypervisor.ports import Connection, Port
 from vmbus.hypervisor.tlfs import HV_PAGE_SIZE, PartitionState, Status
 from vmbus.hypervisor.vp import VirtualProcessor
 from vmbus.hypervisor.wire import ReferenceTscPage
+from vmbus.trace.guest_log import GuestLog
 
 if TYPE_CHECKING:
     from vmbus.hypervisor.hypervisor import Hypervisor
 
 __all__ = ["CrashReport", "Partition", "PartitionEvent"]
 
-log = logging.getLogger(__name__)
+guest_log = GuestLog(logging.getLogger(__name__))
 
 HYPERCALL_CODE: Final = b"\x0f\x01\xc1\xc3"
 """VMCALL; RET: what the hypercall page holds. The guest may execute it, and nothing else of the page."""
@@ -332,7 +333,7 @@ class Partition:
                     self.crash_parameters[3], min(self.crash_parameters[4], HV_PAGE_SIZE)
                 )
             except (GuestMemoryError, OverflowError):
-                log.warning("%s crashed with a message outside of its memory", self.name)
+                guest_log.warning(self.name, "it crashed with a message outside of its memory")
         self.notify("crash", CrashReport(tuple(self.crash_parameters), message))
 
     # Events about the partition
@@ -345,8 +346,7 @@ class Partition:
     def provider_failed(self, error: Exception) -> None:
         """A provider refused this partition's input: an event about the child, never an exception in the parent."""
         self.provider_errors += 1
-        if self.provider_errors & (self.provider_errors - 1) == 0:  # a flood must not fill the log
-            log.warning("%s: refused by its provider (%d times): %s", self.name, self.provider_errors, error)
+        guest_log.warning(self.name, "refused by its provider (%d times): %s", self.provider_errors, error)
         self.notify("provider-error", error)
 
     def _raise_vector(self, vector: int) -> None:

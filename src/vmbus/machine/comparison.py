@@ -19,6 +19,7 @@ from typing import Any
 from vmbus.errors import DeviceError
 from vmbus.machine.block import BlockDevice
 from vmbus.machine.model import ModelMachine
+from vmbus.sizes import byte_count
 from vmbus.storage.disk import Disk, RawDisk
 from vmbus.storage.images import open_disk
 from vmbus.trace.ledger import Account
@@ -146,7 +147,9 @@ def compare(
     Raises:
         DeviceError: the image cannot be opened (`open_disk`), has sectors that an emulated disk cannot have, is to be
             written and read-only, or `block` or `depth` make no sense.
+        TypeError: a size is no integer.
     """
+    block, size = byte_count(block, "blocks"), byte_count(size, "the image")
     if block <= 0 or block % 512:
         raise DeviceError(f"blocks of {block} bytes: must be a positive multiple of 512")
     if depth < 1:

@@ -44,6 +44,7 @@ from vmbus.machine.nic import TulipAdapter
 from vmbus.machine.outcome import OUTCOMES, RESUMABLE, Outcome, Result
 from vmbus.machine.smbios import load_smbios
 from vmbus.network.switch import Port
+from vmbus.sizes import byte_count
 from vmbus.storage.disk import Disk
 from vmbus.storage.growth import limited
 from vmbus.storage.images import ImageDisk, open_disk
@@ -117,7 +118,7 @@ class Machine:
         DeviceError: a disk or a network cannot be opened.
         EngineError: there is no engine to run it.
         OSError: a file cannot be read.
-        TypeError: `disks`, `cdroms` or `networks` is one thing instead of a list.
+        TypeError: `disks`, `cdroms` or `networks` is one thing instead of a list, or `memory` is no integer.
 
     Attributes:
         hypervisor, partition, engine, console, bus, storage, network: the parts; the engine is another one after a
@@ -159,6 +160,7 @@ class Machine:
         self._image = _parse(kernel, unpack)
         self._initrd = b"" if initrd is None else _contents(initrd)
         self._command_line = append
+        memory = byte_count(memory, "memory")
         if memory % 4096 or memory <= 0:
             raise BootError(f"{memory} bytes of memory are not whole pages")
         if not 0 < processors <= MOST_PROCESSORS:
@@ -379,7 +381,8 @@ class Machine:
 
         Args:
             until: stop as soon as this appears in its output (a compiled pattern of bytes is a regular
-                expression). Output that an earlier run matched does not count again.
+                expression). Output that an earlier run matched does not count again. A guest that never says it and
+                has timers - every Linux has - goes on for ever, in skipped time: give a limit as well.
             virtual_seconds: stop after so much of the guest's time.
             wall_seconds: stop after so much host time.
             idle, poll: see `UnicornEngine`. The machine's networks are polled in any case; without `idle`, a guest

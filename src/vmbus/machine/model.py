@@ -19,6 +19,7 @@ from vmbus.network.vsc import NetworkVsc, default_page_count
 from vmbus.network.vsc_protocol import GuestConfig
 from vmbus.network.vsp_oid import AdapterConfig
 from vmbus.network.wire import Version as NetworkVersion
+from vmbus.sizes import byte_count
 from vmbus.storage.disk import Disk
 from vmbus.storage.growth import limited
 from vmbus.storage.guest_disk import StorageDisk
@@ -74,6 +75,7 @@ class ModelMachine:
         ledger: Ledger | None = None,
         budget: Budget | None = None,
     ) -> None:
+        memory_size = byte_count(memory_size, "memory")
         if memory_size < LEAST_MEMORY:
             raise LocalProtocolError(f"the drivers need {LEAST_MEMORY >> 20} MiB of memory")
         if isinstance(personality, str):

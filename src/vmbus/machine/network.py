@@ -21,7 +21,7 @@ from typing import Final
 from uuid import UUID, uuid5
 
 from vmbus.bus import VmbusHost
-from vmbus.errors import DeviceError, VmbusError
+from vmbus.errors import DeviceError, VmbusError, printable
 from vmbus.machine.nic import TulipAdapter
 from vmbus.network.adapter import NetworkAdapter
 from vmbus.network.oid import Offloads
@@ -386,7 +386,7 @@ class GuestNetwork:
             try:
                 interface.uplink.poll()
             except DeviceError as error:
-                log.warning("%s: %s; its link is down now", interface.device.port.name, error)
+                log.warning("%s: %s; its link is down now", interface.device.port.name, printable(str(error)))
                 interface.uplink.close()
                 interface.uplink = None
                 interface.device.set_link(False)

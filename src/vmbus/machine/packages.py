@@ -19,6 +19,7 @@ from typing import Final
 
 from vmbus.machine.initramfs import RECIPE, build_initramfs, resolve_modules
 from vmbus.machine.linux import BootError, parse_kernel
+from vmbus.sizes import byte_count
 
 __all__ = ["Guest", "default_cache", "describe", "load_guest", "make_root_disk", "prepare_guest"]
 
@@ -247,6 +248,7 @@ def make_root_disk(
     Raises:
         BootError: the file exists, or mke2fs (e2fsprogs) is not there or fails.
     """
+    path, size = Path(path), byte_count(size, "the root disk")
     if path.exists():
         raise BootError(f"{path} exists already")
     if shutil.which("mke2fs") is None:

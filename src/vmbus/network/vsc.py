@@ -41,10 +41,12 @@ from vmbus.network.wire import (
     NvspStatus,
     packet_size,
 )
+from vmbus.trace.guest_log import GuestLog
 
 __all__ = ["NetworkVsc", "default_page_count"]
 
 log = logging.getLogger(__name__)
+guest_log = GuestLog(log)
 
 T = TypeVar("T")
 BATCH: Final = 64
@@ -383,7 +385,7 @@ class NetworkVsc(Sending):
                     more = taken > 0 or channel.incoming.unmask()
             except RingError as error:
                 self._failure = error
-                log.warning("network adapter closed: %s", error)
+                guest_log.warning("the host", "network adapter closed: %s", error)
                 channel.close()
                 return True
             if needed:

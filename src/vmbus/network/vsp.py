@@ -53,10 +53,12 @@ from vmbus.network.wire import (
     NvspStatus,
     SendRndisPacket,
 )
+from vmbus.trace.guest_log import GuestLog
 
 __all__ = ["NetworkVsp"]
 
 log = logging.getLogger(__name__)
+guest_log = GuestLog(log)
 
 SLOW_BATCH: Final = 16
 """Packets taken in Python before the compiled path gets its turn again."""
@@ -471,7 +473,7 @@ class NetworkVsp(Delivery):
 
     def _fail(self, index: int, error: RingError) -> None:
         """A ring cannot be trusted any more: close that channel."""
-        log.warning("%s: channel %d closed: %s", self.port.name, index, error)
+        guest_log.warning(self.port.name, "channel %d closed: %s", index, error)
         self.statistics.violations += 1
         queue = self._queues.get(index)
         if queue is not None:

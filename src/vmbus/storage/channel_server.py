@@ -13,10 +13,11 @@ from vmbus.core.ring import COMPLETION, COMPLETION_REQUESTED, IN_BAND, Packet
 from vmbus.errors import RingFull
 from vmbus.storage.scsi.task import Outcome
 from vmbus.storage.wire import MAX_REQUEST_SIZE, NtStatus, Operation, PacketHeader
+from vmbus.trace.guest_log import GuestLog
 
 __all__ = ["ChannelServer"]
 
-_log = logging.getLogger(__name__)
+guest_log = GuestLog(logging.getLogger(__name__))
 
 _MOST_FUTILE = 16
 
@@ -64,9 +65,7 @@ class ChannelServer:
         """The guest broke the protocol, without harm to anyone but itself."""
         self.violations += 1
         if self.violations == 1:
-            _log.warning(
-                "storage channel %d: %s; more of the kind is only counted", self.channel.channel_id, what
-            )
+            guest_log.warning(self.channel.name, "%s; more on it is only counted", what)
 
     def kick(self, run: Callable[["ChannelServer"], None]) -> None:
         """Run the server unless somebody does so already; then let that one look again.

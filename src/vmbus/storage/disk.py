@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple, Self, TypeAlias
 from uuid import UUID
 
 from vmbus.errors import DeviceError, printable
+from vmbus.sizes import byte_count
 
 if TYPE_CHECKING:
     from vmbus.core.blockio import Requests
@@ -377,6 +378,7 @@ class RawDisk(_FileDisk):
         Raises:
             DiskError: the file exists, cannot be made, or the size is not whole sectors.
         """
+        size = byte_count(size, "the image")
         if size <= 0 or size % sector_size:
             raise DiskError(
                 f"{Path(path)}: {size} bytes are not a whole number of {sector_size}-byte sectors"
@@ -426,6 +428,7 @@ class MemoryDisk(_FileDisk):
         content: Buffer = b"",
         read_only: bool = False,
     ) -> None:
+        size = byte_count(size, "a memory disk")
         if size <= 0:
             raise DiskError(f"a memory disk of {size} bytes")
         if len(content) > size:

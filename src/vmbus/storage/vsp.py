@@ -47,10 +47,11 @@ from vmbus.storage.wire import (
     ide_instance,
     parse_scsi_request,
 )
+from vmbus.trace.guest_log import GuestLog
 
 __all__ = ["Address", "StorageVsp"]
 
-_log = logging.getLogger(__name__)
+guest_log = GuestLog(logging.getLogger(__name__))
 
 Address: TypeAlias = tuple[int, int]
 """(target, lun) on path 0, each below 256."""
@@ -351,7 +352,7 @@ class StorageVsp:
                 elif not incoming.unmask():
                     return
         except RingCorrupt as error:
-            _log.warning("storage channel %d is corrupt and gets closed: %s", channel.channel_id, error)
+            guest_log.warning(channel.name, "it is corrupt and gets closed: %s", error)
             self.close(channel)
             channel.close()
         except LocalProtocolError:

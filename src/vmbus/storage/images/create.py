@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal, TypeAlias
 from uuid import UUID, uuid4
 
+from vmbus.sizes import byte_count
 from vmbus.storage.disk import DiskError
 from vmbus.storage.images.blocks import ImageDisk
 from vmbus.storage.images.opening import open_image
@@ -59,6 +60,7 @@ def create_vhd(
     Raises:
         DiskError: the file exists, an argument is not possible, or the host's disk refused.
     """
+    size, block_size = byte_count(size, "the disk"), byte_count(block_size, "blocks")
     target, base = Path(path), _open_parent(parent, "vhd")
     try:
         if base is not None:
@@ -183,6 +185,7 @@ def create_vhdx(
     Raises:
         DiskError: the file exists, an argument is not possible, or the host's disk refused.
     """
+    size, block_size = byte_count(size, "the disk"), byte_count(block_size, "blocks")
     target, base = Path(path), _open_parent(parent, "vhdx")
     try:
         if base is not None:

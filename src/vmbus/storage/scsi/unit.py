@@ -29,10 +29,11 @@ from vmbus.storage.scsi.reservations import Reservations
 from vmbus.storage.scsi.sense import CheckCondition, ReservationConflict, Sense, invalid_field
 from vmbus.storage.scsi.task import BytesBuffer, Outcome, Task
 from vmbus.storage.scsi.task_set import TaskAborted, TaskSet, TaskSetBusy
+from vmbus.trace.guest_log import GuestLog
 
 __all__ = ["DiskUnit", "LogicalUnit"]
 
-_log = logging.getLogger(__name__)
+guest_log = GuestLog(logging.getLogger(__name__))
 
 _MAX_ATTENTIONS = 16
 _NO_ATTENTION = (Opcode.INQUIRY, Opcode.REPORT_LUNS, Opcode.REQUEST_SENSE)
@@ -209,8 +210,7 @@ class LogicalUnit:
             return self._check(invalid_field(0).sense)
         except Exception:  # a fault of ours must cost the guest this command, not the whole disk
             self.faults += 1
-            if self.faults == 1:
-                _log.exception("command %s failed; more of the kind is only counted", task.cdb.hex())
+            guest_log.exception(f"SCSI unit {self.identity}", "command %s failed", task.cdb.hex())
             return self._check(_INTERNAL)
 
     def _check(self, sense: Sense, overrun: bool = False) -> Outcome:
