@@ -94,7 +94,7 @@ class NetworkAdapter:
     @property
     def is_listening(self) -> bool:
         """Whether the guest takes frames: its driver has opened the adapter and set a packet filter."""
-        return self._link_up and self.vsp is not None and self.vsp.protocol.can_receive
+        return self.link_up and self.vsp is not None and self.vsp.protocol.can_receive
 
     def set_link(self, up: bool) -> None:
         """Connect or disconnect the cable."""
