@@ -361,7 +361,11 @@ class RawDisk(_FileDisk):
         Raises:
             DiskError: the file exists, cannot be made, or the size is not whole sectors.
         """
-        if size <= 0 or size % sector_size:
+        if sector_size not in SECTOR_SIZES:
+            raise DiskError(f"{Path(path)}: sectors of {sector_size} bytes, must be one of {SECTOR_SIZES}")
+        if "\0" in os.fsdecode(path):
+            raise DiskError(f"{os.fsdecode(path)!r}: no file can have this name", errno.EINVAL)
+        if not 0 < size < 1 << 63 or size % sector_size:
             raise DiskError(
                 f"{Path(path)}: {size} bytes are not a whole number of {sector_size}-byte sectors"
             )
@@ -410,7 +414,7 @@ class MemoryDisk(_FileDisk):
         content: Buffer = b"",
         read_only: bool = False,
     ) -> None:
-        if size <= 0:
+        if not 0 < size < 1 << 63:
             raise DiskError(f"a memory disk of {size} bytes")
         if len(content) > size:
             raise DiskError(f"{len(content)} bytes do not fit a memory disk of {size}")
