@@ -305,14 +305,20 @@ cdef class Doorbell:
     Args:
         fd: use this descriptor, which the caller keeps open and closes; -1 makes a new one.
 
+    Raises:
+        ValueError: `fd` cannot be a descriptor.
+        OSError: the process can have no more.
+
     Attributes:
         fd: the descriptor: non-blocking, readable while rung.
         spins_paid: waits that ended while still spinning.
         sleeps: waits that went to sleep.
     """
 
-    def __cinit__(self, int fd=-1):
-        self.closing = -1
+    def __cinit__(self, fd=-1):
+        self.closing = self.fd = -1
+        if not -1 <= fd <= 0x7fffffff:
+            raise ValueError(f"{fd} is no descriptor")
         self.owned = fd < 0
         self.fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK) if fd < 0 else fd
         if self.fd < 0:
@@ -464,12 +470,16 @@ cdef class Dispatcher:
     Args:
         flags: how many channels; they are numbered from 0.
 
+    Raises:
+        ValueError: none, or more than 2**20.
+        OSError: the process can have no more descriptors.
+
     Attributes:
         doorbell: rung by `signal` while `wait` sleeps.
         served: packets handled so far.
     """
 
-    def __cinit__(self, int flags=FLAGS_PER_SINT):
+    def __cinit__(self, flags=FLAGS_PER_SINT):
         if not 0 < flags <= 1 << 20:
             raise ValueError(f"a dispatcher of {flags} channels")
         self.flags = flags

@@ -21,6 +21,7 @@ from libc.string cimport memcpy
 
 import fcntl as fcntl_module
 import os
+from array import array as _array
 from collections import namedtuple
 
 from vmbus.core.copy cimport bytes_at, copy_bytes
@@ -66,6 +67,7 @@ cdef enum:
     MOST_WINDOW_PAGES = 1 << 19
 
 cdef uint64_t MOST_MEMORY = <uint64_t>1 << 46
+cdef object MOST_ADDRESS = 1 << 64
 
 Buffer = bytes | bytearray | memoryview     # and numpy arrays: for annotations, see the stub
 PAGE_SIZE = <int>PAGE_BYTES

@@ -152,7 +152,8 @@ cdef class GpaRanges:
         ranges: (byte_count, byte_offset, pfns) for each buffer.
 
     Raises:
-        ValueError: a range names no bytes, starts beyond its first page, or has the wrong number of pages.
+        ValueError: a range names no bytes, starts beyond its first page, or has the wrong number of pages, or a page
+            number does not fit 64 bits.
 
     Attributes:
         total: bytes of all ranges together.
@@ -173,12 +174,15 @@ cdef class GpaRanges:
             count += 1
         if not count:
             raise ValueError("no ranges")
-        self.raw = b"".join([part.to_bytes(8, "little") for part in parts])
+        try:
+            self.raw = _array("Q", parts).tobytes()
+        except OverflowError:
+            raise ValueError("a page number is negative, or of more than 64 bits") from None
         self.count = count
         self.total = gpa_ranges_check(<const uint8_t *>PyBytes_AS_STRING(self.raw), len(self.raw), self.count)
 
     @staticmethod
-    def parse(data, uint32_t count) -> GpaRanges:
+    def parse(data, count) -> GpaRanges:
         """`count` ranges in wire form; bytes after them are ignored.
 
         Raises:
@@ -186,6 +190,8 @@ cdef class GpaRanges:
         """
         cdef GpaRanges ranges = GpaRanges.__new__(GpaRanges)
         ranges.raw = bytes(data)
+        if not 0 <= count <= 0xffffffff:
+            raise RingCorrupt(f"{count} GPA ranges")
         ranges.count = count
         ranges.total = gpa_ranges_check(<const uint8_t *>PyBytes_AS_STRING(ranges.raw), len(ranges.raw), count)
         if ranges.total < 0:
@@ -193,8 +199,14 @@ cdef class GpaRanges:
         return ranges
 
     @staticmethod
-    def contiguous(uint64_t gpa, uint64_t length) -> GpaRanges:
-        """One buffer of `length` bytes at guest physical address `gpa`."""
+    def contiguous(gpa, length) -> GpaRanges:
+        """One buffer of `length` bytes at guest physical address `gpa`.
+
+        Raises:
+            ValueError: no bytes, 4 GiB or more of them, or an address that is none.
+        """
+        if not 0 <= gpa < MOST_ADDRESS or not 0 < length < 1 << 32:
+            raise ValueError(f"a range of {length} bytes at {gpa:#x}")
         first = gpa // PAGE_BYTES
         return GpaRanges([(length, gpa % PAGE_BYTES, range(first, (gpa + length + PAGE_BYTES - 1) // PAGE_BYTES))])
 

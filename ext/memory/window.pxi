@@ -77,6 +77,9 @@ cdef class Window:
         except BaseException:   # the interpreter ends and has taken the allowance's module apart: nobody counts any more
             pass
 
+    def __init__(self, *_, **__):
+        raise TypeError("windows are made by GuestMemory.window, Window.allocate and Window.from_fd")
+
     def __repr__(self):
         kind = " and their mirror" if self.mirrored else ""
         return f"<Window of {self.size // PAGE_BYTES} pages{kind}>" if self.base != NULL else "<Window, closed>"
@@ -89,7 +92,12 @@ cdef class Window:
 
     @staticmethod
     def allocate(data_pages) -> Window:
-        """A mirrored window of new, zeroed memory: one control page and `data_pages` pages of data."""
+        """A mirrored window of new, zeroed memory: one control page and `data_pages` pages of data.
+
+        Raises:
+            ValueError: no pages, or too many.
+            OSError: the host has no memory, mappings or descriptors for it.
+        """
         if not 0 < data_pages < MOST_WINDOW_PAGES:
             raise ValueError(f"a ring of {data_pages} data pages")
         fd = os.memfd_create("vmbus-ring")
@@ -100,18 +108,20 @@ cdef class Window:
             os.close(fd)
 
     @staticmethod
-    def from_fd(int fd, pages, *, bint mirrored=True) -> Window:
+    def from_fd(fd, pages, *, bint mirrored=True) -> Window:
         """Map `pages` (page numbers within the file `fd`, in this order); the descriptor may be closed afterwards.
 
         The file must not shrink while the window exists: seal it if a peer holds its descriptor.
 
         Raises:
-            ValueError: a page is beyond the end of the file, or there are too few.
-            OSError: the host cannot map it.
+            ValueError: a page is beyond the end of the file, there are too few, or `fd` cannot be a descriptor.
+            OSError: the host cannot map it: it is not open, not a file, or not writable.
         """
         cdef Window window = Window.__new__(Window)
         cdef size_t index
         numbers = list(pages)
+        if not 0 <= fd <= 0x7fffffff:
+            raise ValueError(f"{fd} is no descriptor")
         cdef guest_page_t *backing = <guest_page_t *>calloc(len(numbers) or 1, sizeof(guest_page_t))
         if backing == NULL:
             raise MemoryError()

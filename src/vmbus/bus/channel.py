@@ -474,6 +474,10 @@ def loopback(
 
     Returns:
         (guest's end, host's end). Closing either closes both.
+
+    Raises:
+        ValueError: a ring without pages, or too many.
+        OSError: the host has no memory for them.
     """
     offer = offer or Offer(UUID(int=0), UUID(int=0))
     windows = Window.allocate(outgoing_pages), Window.allocate(incoming_pages)

@@ -30,6 +30,9 @@ class Offer:
         connection_id: what the guest signals to ring the host.
         is_dedicated: the channel has a connection of its own; else the shared interrupt page says who rang.
         monitor_id: the channel's bit in the monitor pages, or None.
+
+    Raises:
+        ValueError: `user_defined` is too long, or a number does not fit its field.
     """
 
     interface_id: UUID

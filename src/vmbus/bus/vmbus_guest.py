@@ -28,7 +28,6 @@ from vmbus.core.memory import PAGE_SIZE, GpaRanges, GuestMemory, Window
 from vmbus.core.ring import RingReader, RingWriter
 from vmbus.errors import HypercallError, LocalProtocolError, RemoteProtocolError, RingCorrupt
 from vmbus.hypervisor import GuestFault, VirtualProcessor, VpSuspended
-from vmbus.hypervisor.faults import VpStalled
 from vmbus.hypervisor.tlfs import LINUX_GUEST_OS_ID, CallCode, Msr, Status
 from vmbus.trace.guest_log import GuestLog
 from vmbus.trace.ledger import Account
@@ -76,6 +75,9 @@ class VmbusGuest:
 
     Raises:
         LocalProtocolError: the partition's guest operating system has no VMBus driver.
+        ValueError: no versions.
+        TypeError: processors of another process come without memory and hosting.
+        MemoryError: the guest has too few pages.
     """
 
     def __init__(
@@ -414,7 +416,7 @@ class VmbusGuest:
             try:
                 with self.hosting.held():
                     port.vp.hypercall(SIGNAL_EVENT, connection_id, 0)
-            except (GuestFault, VpSuspended, VpStalled):
+            except (GuestFault, VpSuspended):
                 if (
                     not self.lost
                 ):  # else it was reset or destroyed just now: nobody hears it, whoever waits is told

@@ -110,6 +110,10 @@ class VmbusHost:
         on_tl_connect: hv_sock: ``on_tl_connect(endpoint_id, service_id, silo_id)`` offers a channel and returns True,
             or refuses with False.
 
+    Raises:
+        HypercallError: the child has a bus already (INVALID_CONNECTION_ID), or is gone.
+        ValueError: no such hosting, or the instance's buses have another one.
+
     Attributes:
         machine: the control plane's state.
         violations: messages of the guest that were refused.

@@ -53,6 +53,9 @@ class Hypervisor:
         clock: the time of all partitions; the host's by default, a `VirtualClock` for repeatable runs.
         tsc_frequency: Hz of the guests' time stamp counters.
         apic_frequency: Hz of the guests' local APIC timers.
+
+    Raises:
+        ValueError: a frequency that is no positive number of 64 bits.
     """
 
     def __init__(
@@ -63,6 +66,9 @@ class Hypervisor:
         tsc_frequency: int = DEFAULT_TSC_FREQUENCY,
         apic_frequency: int = DEFAULT_APIC_FREQUENCY,
     ) -> None:
+        for what, frequency in (("TSC", tsc_frequency), ("APIC", apic_frequency)):
+            if not 0 < frequency < 1 << 64:
+                raise ValueError(f"a {what} frequency of {frequency} Hz")
         self.ledger = ledger if ledger is not None else Ledger()
         self.clock = clock if clock is not None else HostClock()
         self.tsc_frequency = tsc_frequency
@@ -115,10 +121,13 @@ class Hypervisor:
             budget: what it may make the host spend; without limit by default, since it is who runs the experiment.
 
         Raises:
-            LocalProtocolError: there is one already.
+            LocalProtocolError: there is one already, or the number of processors is none that a partition can have.
+            ValueError, OSError: as of `GuestMemory`.
         """
         if self.root is not None:
             raise LocalProtocolError("a hypervisor has exactly one root partition")
+        if not 1 <= vps <= MAX_VPS:
+            raise LocalProtocolError(f"{vps} processors: a partition has 1 to {MAX_VPS}")
         meter = Meter(Budget.unlimited() if budget is None else budget, name)
         memory = GuestMemory(byte_count(memory_size, "memory"))
         self.root = self._create(None, name, memory, vps, personality, ROOT_PRIVILEGES, meter=meter)
@@ -150,12 +159,18 @@ class Hypervisor:
             budget: what its guest may make the host spend; `Budget`'s defaults if None.
 
         Raises:
-            LocalProtocolError: the parent is not active, or the nesting too deep.
+            LocalProtocolError: the parent is not active, the nesting too deep, the number of processors or the
+                privileges are none that a partition can have, or `memory` is closed.
+            ValueError, OSError: as of `GuestMemory`.
         """
         if parent.state is not PartitionState.ACTIVE or self.partitions.get(parent.id) is not parent:
             raise LocalProtocolError(f"{parent!r} cannot have children now")
         if parent.depth + 1 > MAX_DEPTH or not 1 <= vps <= MAX_VPS:
             raise LocalProtocolError(f"nesting depth {parent.depth + 1} or {vps} processors: too many")
+        if privileges is not None and not 0 <= privileges < 1 << 64:
+            raise LocalProtocolError(f"a privilege mask of {privileges:#x}: it has 64 bits")
+        if memory is not None and not memory.size:
+            raise LocalProtocolError(f"{memory!r} cannot be a partition's")
         child = self._create(
             parent,
             name,

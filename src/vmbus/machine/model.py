@@ -36,6 +36,8 @@ DATA_PAGES = 512
 """Guest pages that a storage client may use for data: 2 MiB, 64 requests of 32 KiB."""
 LEAST_MEMORY = 8 << 20
 """Bytes that the child has at least."""
+MOST_MEMORY = 1 << 46
+"""And less than these."""
 EMULATED_MEMORY = 2 << 20
 """Bytes at the end of the child's memory for the drivers of emulated hardware; VMBus drivers have the rest."""
 TULIP_OFFSET = 0x140000
@@ -57,7 +59,8 @@ class ModelMachine:
         budget: what the guest may make the host spend; `Budget`'s defaults if None.
 
     Raises:
-        LocalProtocolError: too little memory, or no personality of that name.
+        LocalProtocolError: too little memory or not whole pages, or no personality of that name.
+        OSError: the host has not that much memory.
 
     Attributes:
         hypervisor: the instance.
@@ -76,8 +79,10 @@ class ModelMachine:
         budget: Budget | None = None,
     ) -> None:
         memory_size = byte_count(memory_size, "memory")
-        if memory_size < LEAST_MEMORY:
-            raise LocalProtocolError(f"the drivers need {LEAST_MEMORY >> 20} MiB of memory")
+        if not LEAST_MEMORY <= memory_size < MOST_MEMORY or memory_size % PAGE_SIZE:
+            raise LocalProtocolError(
+                f"{memory_size} bytes of memory: the drivers need {LEAST_MEMORY >> 20} MiB or more, whole pages"
+            )
         if isinstance(personality, str):
             personality = _named(personality)
         self.ledger = ledger if ledger is not None else Ledger()

@@ -91,6 +91,7 @@ class NetworkVsc(Sending):
             timeout: seconds to wait for each answer of the host.
 
         Raises:
+            LocalProtocolError: too few pages for the MTU.
             DeviceError: the host refuses or does not answer.
             RemoteProtocolError: the host breaks the protocol.
         """

@@ -83,6 +83,9 @@ class AdapterConfig:
         friendly_name: Linux shows it as the interface's alias unless it is "Network Adapter".
         allow_mac_change: the guest may take another address (Hyper-V: MAC address spoofing).
         table_entries: entries of the RSS indirection table.
+
+    Raises:
+        ValueError: `mac` is no address of one station, or `max_queues` is not in 1 to 64.
     """
 
     mac: bytes

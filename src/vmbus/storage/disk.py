@@ -379,7 +379,11 @@ class RawDisk(_FileDisk):
             DiskError: the file exists, cannot be made, or the size is not whole sectors.
         """
         size = byte_count(size, "the image")
-        if size <= 0 or size % sector_size:
+        if sector_size not in SECTOR_SIZES:
+            raise DiskError(f"{Path(path)}: sectors of {sector_size} bytes, must be one of {SECTOR_SIZES}")
+        if "\0" in os.fsdecode(path):
+            raise DiskError(f"{os.fsdecode(path)!r}: no file can have this name", errno.EINVAL)
+        if not 0 < size < 1 << 63 or size % sector_size:
             raise DiskError(
                 f"{Path(path)}: {size} bytes are not a whole number of {sector_size}-byte sectors"
             )
@@ -429,7 +433,7 @@ class MemoryDisk(_FileDisk):
         read_only: bool = False,
     ) -> None:
         size = byte_count(size, "a memory disk")
-        if size <= 0:
+        if not 0 < size < 1 << 63:
             raise DiskError(f"a memory disk of {size} bytes")
         if len(content) > size:
             raise DiskError(f"{len(content)} bytes do not fit a memory disk of {size}")

@@ -52,6 +52,10 @@ class StorageDisk:
         size: capacity in bytes.
         thin: unmapped blocks can be given back.
         queue_depth: requests of a batch that are outstanding at once.
+
+    Raises:
+        DeviceError: there is no such unit, or the host does not answer.
+        LocalProtocolError: the client is not connected.
     """
 
     def __init__(self, vsc: "StorageVsc", target: int = 0, lun: int = 0) -> None:

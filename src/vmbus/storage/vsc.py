@@ -118,6 +118,9 @@ class StorageVsc:
         sub_channels: how many sub-channels to ask for; open them and give them to `add_channel`.
         timeout: seconds to wait for the host before giving up.
         on_change: called after the host's notice that disks came or went, outside of any request.
+
+    Raises:
+        LocalProtocolError: no pages.
     """
 
     def __init__(

@@ -105,6 +105,11 @@ class StorageVsp:
         offer: what to offer on the bus, with `open` and `close` as its callbacks; `offer_on` does it.
         create_sub_channels: called with a number when the guest asks for sub-channels; whoever offers
             `offer` sets it to offer ``offer.subchannel(1)`` to ``offer.subchannel(number)``.
+
+    Raises:
+        LocalProtocolError: an address of a disk is none that a unit can have.
+        TypeError: what is attached is no disk.
+        ValueError: a negative number of `workers`.
     """
 
     def __init__(

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO, Literal, TypeAlias
+from typing import BinaryIO, Literal, TypeAlias, get_args
 from uuid import UUID, uuid4
 
 from vmbus.sizes import byte_count
@@ -61,7 +61,7 @@ def create_vhd(
         DiskError: the file exists, an argument is not possible, or the host's disk refused.
     """
     size, block_size = byte_count(size, "the disk"), byte_count(block_size, "blocks")
-    target, base = Path(path), _open_parent(parent, "vhd")
+    target, base = _target(path, variant), _open_parent(parent, "vhd")
     try:
         if base is not None:
             variant, size = "differencing", size or base.size
@@ -186,7 +186,7 @@ def create_vhdx(
         DiskError: the file exists, an argument is not possible, or the host's disk refused.
     """
     size, block_size = byte_count(size, "the disk"), byte_count(block_size, "blocks")
-    target, base = Path(path), _open_parent(parent, "vhdx")
+    target, base = _target(path, variant), _open_parent(parent, "vhdx")
     try:
         if base is not None:
             variant, size, sector_size = "differencing", size or base.size, sector_size or base.sector_size
@@ -210,6 +210,22 @@ def create_vhdx(
         if base is not None:
             base.close()
     return open_image(target, read_only=False, account=Account(), format="vhdx")
+
+
+def _target(path: str | os.PathLike[str], variant: str) -> Path:
+    """The file to make.
+
+    Raises:
+        DiskError: there is no such variant, or no file can have this name.
+    """
+    target = Path(path)
+    if variant not in get_args(Variant):
+        raise DiskError(
+            f"{target}: {variant!r} is no kind of image; there are {', '.join(get_args(Variant))}"
+        )
+    if "\0" in str(target):
+        raise DiskError(f"{str(target)!r}: no file can have this name", errno.EINVAL)
+    return target
 
 
 def _open_parent(parent: str | os.PathLike[str] | None, format: str) -> ImageDisk | None:
