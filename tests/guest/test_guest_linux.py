@@ -31,7 +31,6 @@ def test_root_file_system_on_the_storage_provider(guest: Guest, boot, shell, tmp
     assert re.search(r"^/dev/sda / ext4 rw", run("grep ' / ' /proc/mounts"), re.MULTILINE)
     checksum = re.search(r"([0-9a-f]{64})  /file", run("writer"))
     assert checksum
-    assert "Hyper-V stimer0" in run("cat /proc/interrupts")
     run.power_off()
     machine.close()
     check = subprocess.run(["e2fsck", "-fn", image], capture_output=True, text=True, check=False)
@@ -73,7 +72,57 @@ def test_driver_unloads_and_loads_again(boot, shell, image: Path) -> None:
     run("test ! -e /dev/sda")
     run("insmod /lib/modules/hv_storvsc.ko; sleep 1")
     assert hashlib.sha256(image.read_bytes()).hexdigest() in run("sha256sum /dev/sda")
-    # Not hv_vmbus itself: taking it out stops the synthetic timer in direct mode, and Linux 6.1 then has none.
+
+
+@pytest.mark.parametrize("processors", [1, 2])
+def test_the_bus_driver_unloads_and_loads_again(boot, shell, image: Path, processors: int) -> None:
+    # Its clock event device goes with it: Linux falls back to the local APIC's timer, if that looks like one for it.
+    machine = boot(disks=[image], processors=processors)
+    run = shell(machine)
+    device = "cat /sys/devices/system/clockevents/clockevent0/current_device"
+    assert "Hyper-V clockevent" in run(device)
+    for _ in range(3):
+        run("for m in hv_netvsc hv_storvsc hv_utils hv_vmbus; do rmmod $m || exit; done")
+        assert not machine.bus.channels
+        run("test ! -e /sys/bus/vmbus")
+        assert re.search(r"^lapic", run(device), re.MULTILINE)
+        run("sleep 0.5; uptime")
+        run(
+            "for m in hv_vmbus hv_storvsc hv_utils hv_netvsc; do insmod /lib/modules/$m.ko || exit; done; sleep 1"
+        )
+        assert hashlib.sha256(image.read_bytes()).hexdigest() in run("sha256sum /dev/sda")
+
+
+def test_timers_in_direct_mode(boot, shell) -> None:
+    run = shell(boot(direct_timers=True))
+    before, after = (
+        int(re.search(r"HVS: +(\d+)", run("sleep 0.2; cat /proc/interrupts"))[1]) for _ in range(2)
+    )
+    assert after > before + 10
+    assert "Hyper-V stimer0" in run("cat /proc/interrupts")
+
+
+def test_linux_sees_what_the_machine_says_that_it_is(boot, shell) -> None:
+    machine = boot(processors=2)
+    run = shell(machine)
+    log = run("dmesg")
+    assert "DMI: Microsoft Corporation Virtual Machine/Virtual Machine, BIOS Hyper-V UEFI Release v4.1" in log
+    assert "SMBIOS 3.1.0 present" in log
+    field = "cat /sys/class/dmi/id/"
+    for name in ("sys_vendor", "board_vendor", "chassis_vendor", "bios_vendor"):
+        assert "Microsoft Corporation" in run(field + name)
+    assert re.search(r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", run(field + "product_uuid"), re.MULTILINE)
+    assert re.search(r"^(\d{4}-){6}\d\d\s", run(field + "product_serial"), re.MULTILINE)
+    flags = re.search(r"^flags\s*: (.*)$", run("cat /proc/cpuinfo"), re.MULTILINE)
+    assert flags
+    shown = set(flags[1].split())
+    assert {"pni", "ssse3", "cx16", "sse4_1", "sse4_2", "popcnt", "lahf_lm"} <= shown, "x86-64-v2"
+    assert {"movbe", "aes", "pclmulqdq", "bmi1", "bmi2", "abm", "constant_tsc", "nonstop_tsc"} <= shown
+    assert not shown & {"arat", "tsc_deadline_timer"}
+    cache = "cat /sys/devices/system/cpu/cpu0/cache/index"
+    assert "32K" in run(f"{cache}0/size")
+    assert "16384K" in run(f"{cache}3/size")
+    assert "0-1" in run(f"{cache}3/shared_cpu_list")
 
 
 def test_a_lun_comes_and_goes(boot, shell, image: Path, tmp_path: Path) -> None:

@@ -1,18 +1,28 @@
 """The Linux boot protocol: what is refused, and where things end up in memory."""
 
+import bz2
 import gzip
 import lzma
+import resource
 import struct
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from reference.tiny_guest import elf
+from reference.tiny_guest import LOAD_ADDRESS, elf
 
 from vmbus.core.memory import GuestMemory
 from vmbus.machine.acpi import build_tables
 from vmbus.machine.kernel_payload import unpack_kernel
-from vmbus.machine.linux import ACPI_ADDRESS, MOST_MEMORY, BootError, load_linux, parse_kernel
+from vmbus.machine.linux import (
+    ACPI_ADDRESS,
+    MOST_MEMORY,
+    BootError,
+    KernelError,
+    SizeError,
+    load_linux,
+    parse_kernel,
+)
 
 MIB = 1 << 20
 
@@ -144,6 +154,91 @@ def test_legacy_lz4_payload() -> None:
         packed = block.compress(wanted[at : at + (8 << 20)], store_size=False)
         payload += len(packed).to_bytes(4, "little") + packed
     assert unpack_kernel(bzimage(payload + len(wanted).to_bytes(4, "little"))) == wanted
+
+
+def bomb(kind: str, size: int) -> bytes:
+    """A payload that unpacks to an ELF file's first bytes and `size` zeros."""
+    if kind == "gzip":
+        return gzip.compress(elf(b"\x90") + bytes(size), 9)
+    if kind == "xz":
+        return lzma.compress(elf(b"\x90") + bytes(size))
+    if kind == "lzma":
+        return lzma.compress(elf(b"\x90") + bytes(size), lzma.FORMAT_ALONE)
+    if kind == "bzip2":
+        return bz2.compress(elf(b"\x90") + bytes(size))
+    if kind == "zstd":
+        return bytes(pytest.importorskip("zstandard").compress(elf(b"\x90") + bytes(size)))
+    block = pytest.importorskip("lz4.block")
+    packed = block.compress(bytes(8 << 20), store_size=False)
+    return b"\x02\x21\x4c\x18" + (len(packed).to_bytes(4, "little") + packed) * (size >> 23)
+
+
+KINDS = ["gzip", "xz", "lzma", "bzip2", "zstd", "lz4"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_small_file_does_not_unpack_to_more_than_a_kernel_has(kind: str) -> None:
+    size = 1200 * MIB if kind == "lz4" else 48 * MIB  # LZ4 packs to 1/255 at best
+    payload = bomb(kind, size)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(KernelError, match="unpacks to more than"):
+        unpack_kernel(bzimage(payload))
+    most = max(16 * MIB, 64 * len(payload)) + 8 * MIB
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 3 * most >> 10
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_fits_a_kernel_and_not_the_memory_is_said(kind: str) -> None:
+    with pytest.raises(SizeError, match="more than 4 MiB, all of the memory"):
+        unpack_kernel(bzimage(bomb(kind, 8 * MIB)), 4 * MIB)
+
+
+def test_a_format_that_wants_a_gigabyte_to_unpack_is_refused() -> None:
+    packed = bytearray(lzma.compress(elf(b"\x90"), lzma.FORMAT_ALONE, preset=0))
+    packed[1:5] = (1 << 30).to_bytes(4, "little")
+    with pytest.raises(KernelError, match="damaged"):
+        unpack_kernel(bzimage(bytes(packed)))
+
+
+def elf_of(headers: list[tuple[int, int, int, int]], contents: bytes) -> bytes:
+    """An ELF64 file with program headers (offset in the contents, address, bytes in the file, bytes in memory)."""
+    one = elf(b"")
+    start = 64 + 56 * len(headers)
+    table = b"".join(
+        struct.pack("<IIQQQQQQ", 1, 7, start + offset, address, address, in_file, in_memory, 0x1000)
+        for offset, address, in_file, in_memory in headers
+    )
+    return one[:56] + struct.pack("<H", len(headers)) + one[58:64] + table + contents
+
+
+def test_overlapping_program_headers_are_refused() -> None:
+    contents = b"\xf4" * 4096
+    same = [(0, LOAD_ADDRESS, 4096, 4096)] * 4000
+    with pytest.raises(KernelError, match="loads twice"):
+        parse_kernel(elf_of(same, contents))
+    nested = [(0, LOAD_ADDRESS, 4096, 4096), (0, LOAD_ADDRESS + 64, 8, 8)]
+    with pytest.raises(KernelError, match="loads twice"):
+        parse_kernel(elf_of(nested, contents))
+    with pytest.raises(KernelError, match="for 8 bytes of memory"):
+        parse_kernel(elf_of([(0, LOAD_ADDRESS, 4096, 8)], contents))
+
+
+def test_program_headers_that_share_the_files_bytes_are_kernels() -> None:
+    apart = [(0, LOAD_ADDRESS + 4096 * n, 4096, 4096) for n in reversed(range(8))]
+    empty = [(0, LOAD_ADDRESS, 0, 65536)] * 3
+    kernel = parse_kernel(elf_of(apart + empty, b"\xf4" * 4096))
+    assert sum(len(data) for _, data in kernel.segments) == 8 * 4096
+
+
+@pytest.mark.parametrize("what", ["kernel", "initrd"])
+def test_a_file_without_an_end_is_not_read_for_ever(what: str, tmp_path: Path) -> None:
+    guest = pytest.importorskip("vmbus.machine.guest")
+    sparse = tmp_path / "sparse"
+    with sparse.open("wb") as file:
+        file.truncate(1 << 40)
+    files = {"kernel": elf(b"\xf4"), "initrd": b"", what: sparse}
+    with pytest.raises(SizeError, match="has more than"):
+        guest.Machine(files["kernel"], initrd=files["initrd"], memory=16 * MIB)
 
 
 def test_disks_and_files_that_are_missing(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """CPUID as a virtual processor shows it: a plain processor and the hypervisor leaves (TLFS chapter 2).
 
-It is what the engine of unmodified kernels executes, no more: x86-64-v2 with AES, PCLMULQDQ, BMI and ADX.
+It is what the engine of unmodified kernels executes, no more: x86-64-v2 with AES, PCLMULQDQ, MOVBE and BMI.
 `docs/engine.md` has the list, and why other bits are not shown. It says that it does not have the leaks of speculative
 processors, so that a kernel spares itself separate page tables for user space and the like: an engine executes nothing
 ahead of time.
@@ -51,7 +51,7 @@ _X2APIC: Final = 1 << 21
 _HYPERVISOR_PRESENT: Final = 1 << 31
 # FPU PSE TSC MSR PAE CX8 APIC SEP PGE CMOV PAT PSE36 CLFLUSH MMX FXSR SSE SSE2; and DE
 _FEATURES_EDX: Final = sum(1 << n for n in (0, 2, 3, 4, 5, 6, 8, 9, 11, 13, 15, 16, 17, 19, 23, 24, 25, 26))
-_STRUCTURED_EBX: Final = sum(1 << n for n in (3, 8, 19))  # BMI1 BMI2 ADX
+_STRUCTURED_EBX: Final = 1 << 3 | 1 << 8  # BMI1 BMI2
 _EXTENDED_ECX: Final = sum(1 << n for n in (0, 5, 8))  # LAHF LZCNT PREFETCHW
 _ALWAYS_RUNNING_TIMER: Final = 1 << 2
 _BRAND: Final = b"vmbus virtual processor".ljust(48, b"\0")

@@ -19,7 +19,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
-from pathlib import Path
 from types import TracebackType
 from typing import Final, Self, TypeAlias
 from uuid import UUID, uuid5
@@ -38,7 +37,15 @@ from vmbus.machine.acpi import POWER_PORTS, SLEEP_CONTROL_PORT, PowerAction, Pow
 from vmbus.machine.console import Console, Pattern
 from vmbus.machine.crash import PANIC_SECONDS, CrashWatch
 from vmbus.machine.kernel_payload import unpack_kernel
-from vmbus.machine.linux import ACPI_ADDRESS, BootError, Kernel, KernelError, load_linux, parse_kernel
+from vmbus.machine.linux import (
+    ACPI_ADDRESS,
+    BootError,
+    Kernel,
+    KernelError,
+    SizeError,
+    load_linux,
+    parse_kernel,
+)
 from vmbus.machine.network import GuestNetwork
 from vmbus.machine.nic import TulipAdapter
 from vmbus.machine.outcome import OUTCOMES, RESUMABLE, Outcome, Result
@@ -70,6 +77,8 @@ PROCESSORS_PER_CHANNEL: Final = 4
 STORAGE_INSTANCE: Final = UUID("6c2ab6f0-4f0e-4f4e-9d5e-0f2b1f7a5c01")
 """The controller's instance: fixed, because serial numbers of disks come from it and runs have to repeat."""
 SECOND: Final = 1_000_000_000
+MOST_KERNEL_FILE: Final = 1 << 30
+"""Bytes of a kernel's file, most of which may be debugging information that is not loaded."""
 
 MESSAGE_TIMERS: Final = replace(LINUX, features=LINUX.features & ~DIRECT_TIMERS_AVAILABLE)
 """Linux whose synthetic timers expire with a message, as of Hyper-V before direct mode."""
@@ -157,10 +166,10 @@ class Machine:
         for what, given in (("disks", disks), ("cdroms", cdroms), ("networks", networks)):
             if isinstance(given, str | bytes | os.PathLike):
                 raise TypeError(f"{what} is a list, also of one: {what}=[{given!r}]")
-        self._image = _parse(kernel, unpack)
-        self._initrd = b"" if initrd is None else _contents(initrd)
-        self._command_line = append
         memory = byte_count(memory, "memory")
+        self._image = _parse(kernel, unpack, memory)
+        self._initrd = b"" if initrd is None else _contents(initrd, max(memory, 0))
+        self._command_line = append
         if memory % 4096 or memory <= 0:
             raise BootError(f"{memory} bytes of memory are not whole pages")
         if not 0 < processors <= MOST_PROCESSORS:
@@ -576,28 +585,34 @@ def _real_time_clock(wanted: str | datetime, clock: VirtualClock) -> RealTimeClo
     return RealTimeClock(clock.now, wanted if wanted.tzinfo else wanted.replace(tzinfo=UTC))
 
 
-def _contents(source: str | os.PathLike[str] | bytes) -> bytes:
-    return source if isinstance(source, bytes) else Path(source).read_bytes()
+def _contents(source: str | os.PathLike[str] | bytes, most: int) -> bytes:
+    """A file's bytes, up to `most`; it may be a pipe, or a device that never ends."""
+    if isinstance(source, bytes):
+        return source
+    with open(source, "rb") as file:
+        if os.fstat(file.fileno()).st_size <= most and len(contents := file.read(most + 1)) <= most:
+            return contents
+    raise SizeError(f"{os.fspath(source)} has more than {most >> 20} MiB")
 
 
-def _parse(source: str | os.PathLike[str] | bytes, unpack: str) -> Kernel:
+def _parse(source: str | os.PathLike[str] | bytes, unpack: str, memory: int) -> Kernel:
     if unpack not in ("auto", "host", "guest"):
         raise BootError(f"a kernel is unpacked by 'host', 'guest' or 'auto', not by {unpack!r}")
-    image = _contents(source)
+    image = _contents(source, max(memory, MOST_KERNEL_FILE))
     try:
-        return _unpacked(image, unpack)
+        return _unpacked(image, unpack, memory)
     except BootError as error:
         if isinstance(source, bytes):
             raise
         raise type(error)(f"{os.fspath(source)}: {error}") from error
 
 
-def _unpacked(image: bytes, unpack: str) -> Kernel:
+def _unpacked(image: bytes, unpack: str, memory: int) -> Kernel:
     kernel = parse_kernel(image)
     if not kernel.compressed or unpack == "guest":
         return kernel
     try:
-        return parse_kernel(unpack_kernel(image))
+        return parse_kernel(unpack_kernel(image, memory))
     except KernelError:
         raise  # the kernel could not do it either
     except BootError:

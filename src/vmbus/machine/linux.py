@@ -187,9 +187,17 @@ def _parse_elf(image: bytes) -> Kernel:
             raise KernelError(f"the kernel is truncated: {len(image)} of {offset + in_file} bytes")
         if physical < HIGH_MEMORY_START or physical + max(in_memory, in_file) > MOST_MEMORY:
             raise KernelError(f"the ELF file wants to lie at {physical:#x}, where no kernel can")
+        if in_file > in_memory:
+            raise KernelError(f"the ELF file has {in_file} bytes for {in_memory} bytes of memory")
         if virtual <= entry < virtual + in_memory:
             entry = physical + entry - virtual
         segments.append((physical, memoryview(image)[offset : offset + in_file], in_memory))
+    # Each byte of memory is loaded once at most: that is all that a file can make of its contents.
+    loaded = HIGH_MEMORY_START
+    for physical, data, _ in sorted(segments, key=lambda segment: segment[0]):
+        if data and physical < loaded:
+            raise KernelError(f"the ELF file loads twice what lies at {physical:#x}")
+        loaded = max(loaded, physical + len(data))
     if not any(physical <= entry < physical + size for physical, _, size in segments):
         raise KernelError("the ELF file's entry point is outside of what it loads")
     header = bytearray(HEADER_END - SETUP_SECTS)
