@@ -152,6 +152,14 @@ def test_a_fifo_is_looked_at_and_not_opened(tmp_path: Path) -> None:
         assert writer.communicate()[0] == ""
 
 
+def test_a_uri_that_became_a_path_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DiskError, match="an NBD URI is given as text"):
+        open_disk(Path("nbd+unix:///data?socket=nbd.sock"))
+    Path("nbd:image").write_bytes(bytes(MIB))
+    open_disk(Path("nbd:image")).close()
+
+
 def test_names_that_no_file_can_have() -> None:
     for attempt in (lambda: open_disk("a\0b"), lambda: RawDisk("a\0b")):
         with pytest.raises(DiskError, match="no file can have this name"):

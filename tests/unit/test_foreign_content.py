@@ -255,8 +255,9 @@ def test_a_guest_cannot_make_another_format_of_its_vhdx(tmp_path: Path) -> None:
         disk.write(0, bytes(MIB - 512) + made.read_bytes()[-512:])
     with pytest.raises(DiskError, match="a VHDX by its start and a VHD by its end"):
         open_disk(path)
+    with create_vhdx(tmp_path / "child", parent=path) as child:  # the parent of a VHDX can only be one
+        assert child.read(MIB - 512, 512)[:8] == b"conectix"
     with open_disk(path, format="vhdx") as disk:
-        assert disk.read(MIB - 512, 512)[:8] == b"conectix"
         disk.write(MIB - 512, bytes(512))
     open_disk(path).close()
 

@@ -264,7 +264,7 @@ def _writes(
     """Write a quarter of the blocks, flush, and read them back from the disks on the host."""
     choice = random.Random(f"blocks {seed}")
     noise = random.Random(f"data {seed}")
-    whole = list(range(0, length - length % block, block))
+    whole = range(0, length - length % block, block)
     offsets = sorted(choice.sample(whole, max(1, len(whole) // 4))) if whole else []
     expected = hashlib.sha256()
     paths = {kind: _Path(kind, disk, depth) for kind, disk in disks.items()}

@@ -5,6 +5,7 @@ with open_disk("root.vhdx") as disk:
     disk.flush()
 """
 
+import errno
 import os
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -70,6 +71,8 @@ def open_disk(
             raise DiskError(f"{path_or_uri}: what an NBD server shows is a raw disk, not {format}")
         return NbdDisk(path_or_uri, read_only=read_only, account=account)
     path = Path(path_or_uri)
+    if is_nbd_uri(str(path)) and not path.exists():  # a path has lost slashes of the URI that it was
+        raise DiskError(f"{path}: no such file; an NBD URI is given as text, not as a path", errno.ENOENT)
     if format in ("vhd", "vhdx"):
         return open_image(path, read_only=read_only, account=account, format=format, parents=parents)
     if format == "raw":

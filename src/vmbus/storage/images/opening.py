@@ -2,6 +2,7 @@
 
 import errno
 import logging
+from functools import partial
 from pathlib import Path
 
 from vmbus.errors import DeviceError, printable
@@ -68,11 +69,7 @@ def open_image(
     image = _image_in(host, Chain(parents), format)
     if image is not None:
         return image
-    try:
-        found = _format_of(host) or (_foreign(host) or ("no image of a known format",))[0]
-    finally:
-        host.close()
-    raise DiskError(f"{path}: expected a {format} image, found {found}", errno.EINVAL)
+    raise DiskError(f"{path}: expected a {format} image, found {_described(host)}", errno.EINVAL)
 
 
 def _image_in(host: HostFile, chain: Chain, format: str | None = None) -> ImageDisk | None:
@@ -86,10 +83,10 @@ def _image_in(host: HostFile, chain: Chain, format: str | None = None) -> ImageD
                 "say format=vhd or format=vhdx, whichever it was made as",
             )
         if is_vhdx and format in (None, "vhdx"):
-            return Vhdx(host, _open_parent, chain)
+            return Vhdx(host, partial(_open_parent, "vhdx"), chain)
         wanted = format == "vhd" or (format is None and not is_vhdx)
         if wanted and (footer := find_footer(host)) is not None:
-            return open_vhd(host, footer, _open_parent, chain)
+            return open_vhd(host, footer, partial(_open_parent, "vhd"), chain)
     except DiskError:
         host.close()
         raise
@@ -113,10 +110,16 @@ def _has_footer(host: HostFile) -> bool:
         return False
 
 
-def _format_of(host: HostFile) -> str | None:
-    if _is_vhdx(host):
-        return "a vhdx image"
-    return "a vhd image" if _has_footer(host) else None
+def _described(host: HostFile) -> str:
+    """What an open file is, with its article; closes the file."""
+    try:
+        if _is_vhdx(host):
+            return "a vhdx image"
+        if _has_footer(host):
+            return "a vhd image"
+        return (_foreign(host) or ("no image of a known format",))[0]
+    finally:
+        host.close()
 
 
 def _foreign(host: HostFile) -> tuple[str, str] | None:
@@ -125,10 +128,10 @@ def _foreign(host: HostFile) -> tuple[str, str] | None:
     return foreign_content(host.read(0, length), host.read(size - length, length))
 
 
-def _open_parent(path: Path, chain: Chain, account: Account) -> ImageDisk:
+def _open_parent(format: str, path: Path, chain: Chain, account: Account) -> ImageDisk:
+    """Open the parent of an image of the format, which it has to have as well."""
     host = HostFile(path, read_only=True, account=account)
-    image = _image_in(host, chain)
+    image = _image_in(host, chain, format)
     if image is None:
-        host.close()
-        raise DiskError(f"{path}: the parent is no image of a known format")
+        raise DiskError(f"{path}: the parent is {_described(host)}", errno.EINVAL)
     return image
