@@ -12,6 +12,7 @@ import pytest
 from reference.disk_model import fast_folder
 from reference.fuzz import Fuzz
 from reference.mutation import WORDS
+from reference.vhd_writer import scattered, write_vhd
 
 from vmbus.core.crc32c import crc32c
 from vmbus.storage.disk import Disk, DiskError
@@ -110,14 +111,22 @@ def test_vhd(fuzz: Fuzz, tmp_path: Path) -> None:
     with create_vhd(child, parent=parent, block_size=512 << 10) as disk:
         disk.write(MIB, b"y" * 512)
     create_vhd(fixed, MIB, variant="fixed").close()
-    originals = [path.read_bytes(), child.read_bytes(), fixed.read_bytes()]
+    others = tmp_path / "others"  # sectors that nobody wrote, and a table that the format does not know
+    blocks = scattered(1, 4 * MIB, 512 << 10)
+    write_vhd(others, 4 * MIB, 512 << 10, blocks, batmap=True)
+    originals = [path.read_bytes(), child.read_bytes(), fixed.read_bytes(), others.read_bytes()]
     victim = tmp_path / "victim"
 
     def case(rng: random.Random) -> None:
         raw = bytearray(rng.choice(originals))
         size = len(raw)
         dynamic = raw[:8] == b"conectix"
-        damage(rng, raw, [(0, 2048), (0, 512), (size - 512, 512)] if dynamic else [(size - 512, 512)], "big")
+        damage(
+            rng,
+            raw,
+            [(0, 2048), (0, 512), (1536, 1536), (size - 512, 512)] if dynamic else [(size - 512, 512)],
+            "big",
+        )
         if rng.random() < 0.8 and len(raw) == size:  # somebody who knows the checksums
             vhd_sum(raw, size - 512, 512, 64)
             if dynamic:

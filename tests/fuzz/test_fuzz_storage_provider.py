@@ -56,6 +56,7 @@ def disks(tmp_path: Path) -> Iterator[list[Disk]]:
     """What a guest may find: mapped memory, a file, an image, and disks that it must not be able to change."""
     raw = RawDisk.create(tmp_path / "raw", MIB)
     raw.write(0, CONTENT)
+    (tmp_path / "fixed").write_bytes((tmp_path / "raw").read_bytes())
     image = tmp_path / "image.vhdx"
     with create_vhdx(image, 4 * MIB, block_size=MIB) as disk:
         disk.write(0, CONTENT)
@@ -64,7 +65,7 @@ def disks(tmp_path: Path) -> Iterator[list[Disk]]:
         raw,
         open_disk(image),
         MemoryDisk(MIB, content=CONTENT, read_only=True),
-        RawDisk(tmp_path / "raw", read_only=True, sector_size=4096),
+        RawDisk(tmp_path / "fixed", read_only=True, sector_size=4096),
     ]
     yield made
     for disk in made:

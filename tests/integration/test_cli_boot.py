@@ -1,5 +1,6 @@
 """`vmbus boot` and `vmbus guest` from the command line: endings, exit statuses, and what users get wrong."""
 
+import gzip
 import json
 import os
 import pty
@@ -10,15 +11,19 @@ import sys
 import termios
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from reference.engine import need_engine
+from reference.nbd_servers import qemu_nbd
 from reference.tiny_guest import elf, tiny_guest
 
 from vmbus.cli import main
 from vmbus.cli.boot import EXIT_STATUS, START_STATUS
-from vmbus.machine.guest import Outcome
+from vmbus.machine.guest import Machine, Outcome
 from vmbus.network.pcapng import PcapngReader
+from vmbus.storage.disk import Disk
+from vmbus.storage.images import create_vhd, create_vhdx, open_disk
 
 need_engine()
 
@@ -109,6 +114,12 @@ def test_report_in_json_and_as_a_table(kernel, tmp_path: Path, capsys) -> None:
         (elf(b"\xf4"), ("--append", "x" * 3000), 4, "command line"),
         (elf(b"\xf4"), ("--disk", "/nowhere/disk.img"), 5, "No such file"),
         (elf(b"\xf4"), ("--disk", "DIRECTORY"), 5, "DIRECTORY"),
+        (elf(b"\xf4"), ("--disk", "DISK,format=vhdx"), 5, "expected a vhdx image"),
+        (elf(b"\xf4"), ("--disk", "DISK", "--disk", "DISK"), 5, "in use"),
+        (elf(b"\xf4"), ("--disk", "PACKED"), 5, "a gzip-compressed file"),
+        (elf(b"\xf4"), ("--cdrom", "PACKED"), 5, "a gzip-compressed file"),
+        (elf(b"\xf4"), ("--cdrom", "VHD"), 5, "a vhd image is no disc"),
+        (elf(b"\xf4"), ("--disk", "nbd+unix:///?socket=DIRECTORY/none"), 5, "DIRECTORY/none"),
         (elf(b"\xf4"), ("--cdrom", "/nowhere/disc.iso"), 5, "No such file"),
         (elf(b"\xf4"), ("--initrd", "/nowhere/initrd"), 2, "No such file"),
         (elf(b"\xf4"), ("--processors", "17"), 2, "1 to 16 processors"),
@@ -131,12 +142,51 @@ def test_bad_input_is_one_line_and_a_status_of_its_own(
     kernel.write_bytes(contents)
     (tmp_path / "initrd").write_bytes(bytes(16 << 20))
     (tmp_path / "disk").write_bytes(bytes(1 << 20))
+    (tmp_path / "packed").write_bytes(gzip.compress(bytes(1 << 20)))
+    create_vhd(tmp_path / "vhd", 1 << 20).close()
     places = {"INITRD": tmp_path / "initrd", "DIRECTORY": tmp_path, "DISK": tmp_path / "disk"}
+    places |= {"PACKED": tmp_path / "packed", "VHD": tmp_path / "vhd"}
     assert boot("--kernel", kernel, "--quiet", *(_fill(a, places) for a in arguments)) == status
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1, lines
     assert message.replace("DIRECTORY", str(tmp_path)) in lines[0]
     assert (tmp_path / "disk").read_bytes() == bytes(1 << 20)
+
+
+def test_disks_and_what_is_said_of_them(
+    kernel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """The guest gets what was typed, and a raw disk whatever its guest wrote into it."""
+    seen: list[list[tuple[str, int, bool]]] = []
+    init = Machine.__init__
+
+    def noted(machine: Machine, *arguments: Any, disks: list[Disk], **options: Any) -> None:
+        seen.append([(type(disk).__name__, disk.size, disk.read_only) for disk in disks])
+        init(machine, *arguments, disks=disks, **options)
+
+    monkeypatch.setattr(Machine, "__init__", noted)
+    image, fixed = tmp_path / "a,b.vhdx", tmp_path / "fixed.vhd"
+    create_vhdx(image, 8 << 20).close()
+    create_vhd(fixed, 4 << 20, variant="fixed").close()
+    size = image.stat().st_size
+    arguments = ["--kernel", kernel(POWER_OFF), "--quiet"]
+    assert boot(*arguments, "--disk", image) == 0
+    assert boot(*arguments, "--disk", f"{image},format=raw,read-only", "--disk", f"{fixed},read-only") == 0
+    assert seen == [
+        [("Vhdx", 8 << 20, False)],
+        [("RawDisk", size, True), ("FixedVhd", 4 << 20, True)],
+    ]
+    for disk in (image, fixed):
+        open_disk(disk).close()  # given back when the machine ended
+    with pytest.raises(SystemExit, match="2"):
+        boot(*arguments, "--disk", f"{image},format=qcow2")
+    assert "format= is one of raw, vhd, vhdx" in capsys.readouterr().err
+
+
+def test_a_disk_of_an_nbd_server(kernel, tmp_path: Path) -> None:
+    (tmp_path / "disk").write_bytes(bytes(1 << 20))
+    with qemu_nbd(tmp_path, tmp_path / "disk", "-f", "raw") as uri:
+        assert boot("--kernel", kernel(POWER_OFF), "--disk", uri, "--cdrom", f"{uri},read-only") == 0
 
 
 @pytest.mark.parametrize("option", ["--timeout", "--virtual-timeout"])

@@ -13,9 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from reference.disk_model import qemu_img
+from reference.nbd_servers import qemu_nbd
 
 from vmbus import cli
+from vmbus.errors import DeviceError
 from vmbus.machine.comparison import PATHS, compare
+from vmbus.storage.disk import MemoryDisk
+from vmbus.storage.images import create_vhd, create_vhdx, open_disk
 
 
 @pytest.fixture
@@ -83,6 +88,109 @@ def test_write_changes_the_image_and_only_the_chosen_blocks(image: Path) -> None
     after = image.read_bytes()
     changed = [i for i in range(0, len(after), 4096) if after[i : i + 4096] != before[i : i + 4096]]
     assert len(changed) == result.phases["writes"]["emulated"].operations == 6
+
+
+IMAGES = {
+    "dynamic.vhd": lambda path: create_vhd(path, 9 << 20),
+    "fixed.vhd": lambda path: create_vhd(path, 9 << 20, variant="fixed"),
+    "dynamic.vhdx": lambda path: create_vhdx(path, 9 << 20, block_size=1 << 20),
+}
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_the_disk_in_an_image_is_compared_not_the_image(name: str, tmp_path: Path) -> None:
+    path, before, after = tmp_path / name, tmp_path / "before", tmp_path / "after"
+    noise = random.Random(2).randbytes(3 << 20)
+    with IMAGES[name](path) as disk:
+        disk.write(2 << 20, noise)
+    before.write_bytes(path.read_bytes())
+    expected = bytes(2 << 20) + noise + bytes(4 << 20)
+
+    result = compare(path, block=65536)
+    assert result.correct
+    assert result.size == 9 << 20
+    assert result.expected["reads"] == hashlib.sha256(expected).hexdigest()
+    assert path.read_bytes() == before.read_bytes()  # read-only, and nothing of it written
+
+    assert compare(path, block=65536, write=True, seed=3).correct
+    with open_disk(path, read_only=True) as disk:
+        content = disk.read(0, disk.size)
+    changed = [
+        at for at in range(0, len(content), 65536) if content[at : at + 65536] != expected[at : at + 65536]
+    ]
+    assert len(changed) == (9 << 20) // 65536 // 4
+    qemu_format = "vhdx" if name.endswith("vhdx") else "vpc"
+    qemu_img("convert", "-f", qemu_format, "-O", "raw", path, after)
+    assert after.read_bytes() == content
+    if qemu_format == "vhdx":
+        qemu_img("check", "-f", "vhdx", path)
+
+
+def test_an_open_disk_stays_open() -> None:
+    with MemoryDisk(1 << 20, content=random.Random(3).randbytes(1 << 20)) as disk:
+        before = disk.read(0, 1 << 20)
+        assert compare(disk).correct
+        assert disk.read(0, 1 << 20) == before
+        assert compare(disk, write=True).correct
+        assert disk.read(0, 1 << 20) != before
+    with MemoryDisk(1 << 20, read_only=True) as disk, pytest.raises(DeviceError, match="read-only"):
+        compare(disk, write=True)
+    with MemoryDisk(1 << 20, sector_size=4096) as disk, pytest.raises(DeviceError, match="sectors of 512"):
+        compare(disk)
+
+
+def test_disks_on_the_command_line(
+    image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Formats by content, options behind commas, and names with commas in them."""
+    monkeypatch.chdir(tmp_path)
+    create_vhdx("my,disk.vhdx", 4 << 20).close()
+    before = image.read_bytes()
+    json_out = ["--block", "64K", "--json", "-"]
+
+    def command(*arguments: str) -> dict[str, Any]:
+        capsys.readouterr()
+        assert cli.main(["compare", *arguments, *json_out]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    def refused(*arguments: str) -> str:
+        capsys.readouterr()
+        assert cli.main(["compare", *arguments]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.count("\n") == 1
+        return err
+
+    assert command("--disk", "my,disk.vhdx")["size"] == 4 << 20
+    assert command("--disk", "my,,disk.vhdx,format=vhdx,read-only")["size"] == 4 << 20
+    assert command("--disk", "my,disk.vhdx,format=raw")["size"] == os.path.getsize("my,disk.vhdx")
+    assert command("--disk", str(image), "--write")["correct"]
+    assert image.read_bytes() != before
+    assert "expected a vhd image, found a vhdx image" in refused("--disk", "my,disk.vhdx,format=vhd")
+    assert "read-only at once" in refused("--disk", "my,disk.vhdx,read-only", "--write")
+    qemu_img("create", "-q", "-f", "qcow2", "foreign", "1M")
+    assert "a QCOW2 image" in refused("--disk", "foreign", "--write")
+    with open_disk(image):
+        assert "in use" in refused("--disk", str(image))
+    for wrong in ("my,disk.vhdx,format=qcow2", "my,disk.vhdx,readonly"):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(["compare", "--disk", wrong])
+        assert "argument --disk" in capsys.readouterr().err
+
+
+def test_a_disk_of_an_nbd_server(image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image.write_bytes(random.Random(1).randbytes(1 << 20))
+    with qemu_nbd(tmp_path, image, "-f", "raw") as uri:
+        assert uri.startswith("nbd+unix:///")
+        assert cli.main(["compare", "--disk", uri, "--json", "-"]) == 0
+        data = json.loads(capsys.readouterr().out)
+        assert data["expected"]["reads"] == sha256(image)
+        assert cli.main(["compare", "--disk", f"{uri},read-only", "--write"]) == 2
+        capsys.readouterr()
+        before = image.read_bytes()
+        assert cli.main(["compare", "--disk", uri, "--write", "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["correct"]
+    assert image.read_bytes() != before
 
 
 def test_command_prints_a_table_and_writes_json_and_a_picture(

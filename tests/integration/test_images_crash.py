@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from reference.disk_model import fast_folder, qemu_img
 from reference.sector_history import PARENT, History, perform, steps
+from reference.vhd_writer import write_vhd
 
 from vmbus.storage.images import create_vhd, create_vhdx, open_disk
 from vmbus.storage.images.hostfile import HostFile
@@ -33,11 +34,19 @@ def make_vhd(path: Path, parent: Path | None) -> None:
     create_vhd(path, SIZE, block_size=256 << 10, parent=parent).close()
 
 
+def make_vhd_of_others(path: Path, parent: Path | None) -> None:
+    """Every block is in the file, and no sector of it was ever written; what is in their places must never show."""
+    assert parent is None
+    blocks = dict.fromkeys(range(-(-SIZE // (256 << 10))), (b"", b"garbage!" * (32 << 10)))
+    write_vhd(path, SIZE, 256 << 10, blocks)
+
+
 KINDS: dict[str, tuple[Callable[[Path, Path | None], None], bool, int]] = {
     "vhdx-dynamic": (make_vhdx, False, 2048),
     "vhdx-differencing": (make_vhdx, True, 2048),
     "vhd-dynamic": (make_vhd, False, 512),
     "vhd-differencing": (make_vhd, True, 512),
+    "vhd-bitmap": (make_vhd_of_others, False, 512),
 }
 
 
@@ -64,7 +73,7 @@ def judge(kind: str, image: Path, history: History) -> None:
         history.check(disk, SECTORS)
         whole = disk.read(0, SIZE)
     assert image.read_bytes() == before
-    if not kind.endswith("differencing"):
+    if not kind.endswith(("differencing", "bitmap")):  # QEMU knows neither parents nor sectors nobody wrote
         copy, raw = image.with_name("copy"), image.with_name("raw")
         shutil.copy(image, copy)
         raw.write_bytes(whole)

@@ -1,5 +1,6 @@
 """What a disk does, as operations on a `bytearray`; and the outside tools that judge image files."""
 
+import importlib
 import itertools
 import os
 import shutil
@@ -7,7 +8,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import pytest
 from hypothesis import strategies as st
@@ -92,6 +93,13 @@ def tool(name: str) -> str:
             pytest.fail(f"{name} is not installed, and CI must not go without it")
         pytest.skip(f"{name} is not installed")
     return found
+
+
+def library(name: str) -> Any:
+    """A Python library of somebody else; where all extras are promised (CI) its absence is a failure, else a skip."""
+    if os.environ.get("VMBUS_ALL_EXTRAS"):
+        return importlib.import_module(name)
+    return pytest.importorskip(name)
 
 
 def qemu_img(*arguments: str | os.PathLike[str], ok: Sequence[int] = (0,)) -> str:

@@ -4,6 +4,7 @@ import random
 import struct
 from itertools import pairwise
 from pathlib import Path
+from urllib.parse import quote
 from uuid import UUID, uuid4
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference.disk_model import fast_folder, qemu_img
+from reference.vhd_writer import write_vhd
 from reference.work import bounded
 
 from vmbus.core.crc32c import crc32c
@@ -19,7 +21,7 @@ from vmbus.storage.images import create_vhd, create_vhdx, open_disk
 from vmbus.storage.images.hostfile import HostFile, SharedLock
 from vmbus.storage.images.parents import windows_relative
 from vmbus.storage.images.space import SectorBits, SpaceMap
-from vmbus.storage.images.vhd_wire import geometry
+from vmbus.storage.images.vhd_wire import file_url_paths, geometry
 from vmbus.storage.images.vhdx_log import LogWriter, find_replay
 from vmbus.storage.images.vhdx_wire import chunk_ratio, table_entries
 from vmbus.trace.ledger import Account
@@ -361,3 +363,55 @@ def test_our_log_never_overwrites_the_entry_before(host: HostFile) -> None:
             assert found == before
             host.write(offset, bytes(new))
         before = pages
+
+
+@pytest.mark.parametrize(
+    ("url", "paths"),
+    [
+        ("file:///disks/base.vhd", ["/disks/base.vhd"]),
+        ("file:///My%20Disks/b%C3%A4se.vhd", ["/My Disks/bäse.vhd", "/My%20Disks/b%C3%A4se.vhd"]),
+        ("file://localhost/My%20Disks/b.vhd", ["/My Disks/b.vhd", "/My%20Disks/b.vhd"]),
+        ("FILE://LocalHost/b.vhd", ["/b.vhd"]),
+        ("file:/disks/base.vhd", ["/disks/base.vhd"]),
+        ("file://./more/base%25one.vhd", ["./more/base%one.vhd", "./more/base%25one.vhd"]),
+        ("file://server/share/base.vhd", ["base.vhd"]),
+        ("/plain/path with 100%.vhd", ["/plain/path with 100%.vhd"]),
+        ("file:///not escaped/100%.vhd", ["/not escaped/100%.vhd", "/not escaped/100%.vhd"]),
+    ],
+)
+def test_paths_of_file_urls(url: str, paths: list[str]) -> None:
+    assert list(file_url_paths(url)) == paths
+
+
+@pytest.mark.parametrize("form", ["file://{}", "file://localhost{}", "file:{}"])
+@pytest.mark.parametrize("name", ["My Disks/base one.vhd", "100%/ä+b#c?.vhd"])
+def test_a_parent_that_is_named_by_a_file_url(form: str, name: str, tmp_path: Path) -> None:
+    parent, child = tmp_path / name, tmp_path / "elsewhere" / "child.vhd"
+    parent.parent.mkdir()
+    child.parent.mkdir()
+    write_vhd(parent, MIB, MIB, {0: (b"\xff" * 256, b"P" * MIB)}, unique_id=b"\x22" * 16)
+    url = form.format(quote(str(parent))).encode()
+    write_vhd(child, MIB, MIB, {}, parent_id=b"\x22" * 16, locators=[(b"MacX", url)])
+    with open_disk(child, read_only=True) as disk:
+        assert disk.read(0, MIB) == b"P" * MIB
+
+
+def test_a_parent_that_is_named_by_a_url_relative_to_the_image(tmp_path: Path) -> None:
+    parent, child = tmp_path / "My Disks" / "base one.vhd", tmp_path / "child.vhd"
+    parent.parent.mkdir()
+    write_vhd(parent, MIB, MIB, {0: (b"\xff" * 256, b"P" * MIB)}, unique_id=b"\x22" * 16)
+    url = b"file://./My%20Disks/base%20one.vhd"
+    write_vhd(child, MIB, MIB, {}, parent_id=b"\x22" * 16, locators=[(b"MacX", url)])
+    with open_disk(child, read_only=True) as disk:
+        assert disk.read(0, MIB) == b"P" * MIB
+
+
+@pytest.mark.parametrize("size", [3 << 40, 32 << 40, 64 << 40])
+def test_fixed_vhds_have_no_table_to_limit_them(size: int, tmp_path: Path) -> None:
+    with create_vhd(tmp_path / "disk", size, variant="fixed") as disk:
+        disk.write(size - 512, b"Z" * 512)
+    with open_disk(tmp_path / "disk", read_only=True) as disk:
+        assert (disk.size, disk.read(size - 512, 512)) == (size, b"Z" * 512)
+    for arguments in ({"variant": "fixed", "size": (64 << 40) + 512}, {"size": size}):
+        with pytest.raises(DiskError, match="not possible in a VHD"):
+            create_vhd(tmp_path / "none", **arguments)

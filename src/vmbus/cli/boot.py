@@ -11,13 +11,14 @@ import threading
 import time
 import tty
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 from rich.table import Table
 
+from vmbus.cli.disks import FORM, HELP, disk
 from vmbus.cli.output import Screen, check_output, write_output
 from vmbus.cli.units import seconds, size
 from vmbus.errors import DeviceError, EngineError, VmbusError, printable
@@ -77,19 +78,19 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--initrd", type=Path, help="initial RAM disk or initramfs")
     parser.add_argument(
         "--disk",
-        type=Path,
+        type=disk,
         action="append",
         default=[],
-        metavar="IMAGE",
-        help="raw, VHD or VHDX; may be repeated",
+        metavar=FORM,
+        help=f"{HELP}; may be repeated",
     )
     parser.add_argument(
         "--cdrom",
-        type=Path,
+        type=disk,
         action="append",
         default=[],
-        metavar="ISO",
-        help="in a CD-ROM drive; may be repeated",
+        metavar="ISO[,OPTION...]",
+        help="in a CD-ROM drive, with the same options; only read; may be repeated",
     )
     parser.add_argument(
         "--net",
@@ -145,7 +146,8 @@ def run(args: argparse.Namespace) -> int:
     """Boot; the exit status says how the guest ended (`EXIT_STATUS`), or why it was not started (`START_STATUS`)."""
     started: list[Machine] = []
     try:
-        return _boot(args, started)
+        with ExitStack() as disks:
+            return _boot(args, started, disks)
     except VmbusError as error:
         if started:
             raise
@@ -156,7 +158,7 @@ def run(args: argparse.Namespace) -> int:
         raise
 
 
-def _boot(args: argparse.Namespace, started: list[Machine]) -> int:
+def _boot(args: argparse.Namespace, started: list[Machine], disks: ExitStack) -> int:
     kernel, initrd = args.kernel, args.initrd
     if kernel is None:
         guest = load_guest()
@@ -173,8 +175,8 @@ def _boot(args: argparse.Namespace, started: list[Machine]) -> int:
     with Machine(
         kernel,
         initrd=initrd,
-        disks=args.disk,
-        cdroms=args.cdrom,
+        disks=[disks.enter_context(one.open()) for one in args.disk],
+        cdroms=[disks.enter_context(one.open(read_only=True)) for one in args.cdrom],
         append=command_line,
         memory=args.memory,
         processors=args.processors,

@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from vmbus.cli.disks import FORM, HELP, disk
 from vmbus.cli.output import Screen, check_output, write_output
 from vmbus.cli.units import format_size, size
 from vmbus.errors import VmbusError
@@ -49,7 +51,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "emulated IDE controller. Checks the data by hash, then prints counts and times per operation.",
     )
     parser.add_argument(
-        "--disk", metavar="IMAGE", help="a raw disk image (without it: one is made for the run)"
+        "--disk", type=disk, metavar=FORM, help=f"{HELP} (without --disk: one is made for the run)"
     )
     parser.add_argument("--size", type=size, default=4 << 20, help="of the image that is made (default: 4M)")
     parser.add_argument("--block", type=size, default=4096, help="bytes of an operation (default: 4K)")
@@ -76,6 +78,8 @@ def run(args: argparse.Namespace) -> int:
         _pyplot()  # a missing library is said before the work, not after
     if args.write and args.disk is None:
         raise VmbusError("--write needs the image to write to: add --disk IMAGE")
+    if args.write and args.disk.read_only:
+        raise VmbusError(f"{args.disk.place}: --write, and read-only at once")
     to_stdout = args.json is not None and str(args.json) == "-"
     for path in (None if to_stdout else args.json, args.plot):
         check_output(path)
@@ -96,15 +100,16 @@ def run(args: argparse.Namespace) -> int:
                 tasks[phase] = bars.add_task(phase, total=total)
             bars.update(tasks[phase], completed=done)
 
-        result = compare(
-            args.disk,
-            size=args.size,
-            block=args.block,
-            depth=args.depth,
-            seed=args.seed,
-            write=args.write,
-            progress=progress,
-        )
+        with nullcontext() if args.disk is None else args.disk.open(read_only=not args.write) as image:
+            result = compare(
+                image,
+                size=args.size,
+                block=args.block,
+                depth=args.depth,
+                seed=args.seed,
+                write=args.write,
+                progress=progress,
+            )
     if to_stdout:
         json.dump(result.to_dict(), sys.stdout, indent=2)
         print()

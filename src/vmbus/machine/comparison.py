@@ -11,6 +11,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,17 @@ from typing import Any
 from vmbus.errors import DeviceError
 from vmbus.machine.block import BlockDevice
 from vmbus.machine.model import ModelMachine
-from vmbus.storage.disk import RawDisk
+from vmbus.storage.disk import Disk, RawDisk
+from vmbus.storage.images import open_disk
 from vmbus.trace.ledger import Account
 
 __all__ = ["PATHS", "Comparison", "Phase", "compare"]
 
 PATHS = ("enlightened", "emulated")
 """The two ways of a request: storage VSC → VMBus → storage VSP, and ATA driver → intercepts → IDE controller."""
+
+_PART = 1 << 20
+"""Bytes that the host's own reads and writes move at once."""
 
 Progress = Callable[[str, int, int], None]
 """``progress(phase, done, total)`` in operations."""
@@ -116,7 +121,7 @@ class Comparison:
 
 
 def compare(
-    image: str | os.PathLike[str] | None = None,
+    image: str | os.PathLike[str] | Disk | None = None,
     *,
     size: int = 4 << 20,
     block: int = 4096,
@@ -128,9 +133,10 @@ def compare(
     """Read a whole disk, and write a quarter of its blocks, over both paths.
 
     Args:
-        image: a raw disk image; None makes one of `size` bytes of noise for this run.
+        image: what `open_disk` takes, or an open disk, which stays open; None makes one of `size` bytes of noise for
+            this run.
         size: bytes of the image that is made; ignored when one is given.
-        block: bytes of one operation, a multiple of 512.
+        block: bytes of one operation, whole sectors.
         depth: requests that may be under way at once where the path can have more than one.
         seed: chooses the blocks written and their data (and the noise of an image that is made).
         write: write to the given image itself. Otherwise it is opened read-only and the writes go to an empty
@@ -138,7 +144,8 @@ def compare(
         progress: called after every batch.
 
     Raises:
-        DeviceError: the image is missing, unreadable, empty or not whole sectors, or `block` or `depth` make no sense.
+        DeviceError: the image cannot be opened (`open_disk`), has sectors that an emulated disk cannot have, is to be
+            written and read-only, or `block` or `depth` make no sense.
     """
     if block <= 0 or block % 512:
         raise DeviceError(f"blocks of {block} bytes: must be a positive multiple of 512")
@@ -146,22 +153,27 @@ def compare(
         raise DeviceError(f"a queue depth of {depth}: must be at least 1")
     if size <= 0 or size % 512:
         raise DeviceError(f"an image of {size} bytes: must be a positive multiple of 512")
-    with tempfile.TemporaryDirectory(prefix="vmbus-compare-") as folder:
-        if image is None:
-            name = "made for this run"
-            source = Path(folder, "disk.img")
-            _make_image(source, size, seed)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vmbus-compare-")))
+        if isinstance(image, Disk):
+            name, disk = _name(image), image
+        elif image is None:
+            name, disk = (
+                "made for this run",
+                stack.enter_context(_make_image(folder / "disk.img", size, seed)),
+            )
         else:
-            name, source = os.fspath(image), Path(image)
-        with RawDisk(source, read_only=not write) as disk:
-            length = disk.size
-            reads, read_hash = _reads(disk, source, block, depth, progress)
+            name, disk = os.fspath(image), stack.enter_context(open_disk(image, read_only=not write))
+        if write and disk.read_only:
+            raise DeviceError(f"{name}: is read-only and cannot be written")
+        length = disk.size
+        reads, read_hash = _reads(disk, block, depth, progress)
         if write:
-            targets = dict.fromkeys(PATHS, source)
+            targets = dict.fromkeys(PATHS, disk)
         else:
-            targets = {path: Path(folder, f"{path}.img") for path in PATHS}
-            for target in targets.values():
-                RawDisk.create(target, length).close()
+            targets = {
+                path: stack.enter_context(RawDisk.create(folder / f"{path}.img", length)) for path in PATHS
+            }
         writes, write_hash = _writes(targets, length, block, depth, seed, progress)
     return Comparison(
         name,
@@ -173,11 +185,17 @@ def compare(
     )
 
 
-def _make_image(path: Path, size: int, seed: int) -> None:
+def _name(disk: Disk) -> str:
+    """What to call a disk that somebody else opened."""
+    return str(getattr(disk, "path", "") or getattr(disk, "name", "") or type(disk).__name__)
+
+
+def _make_image(path: Path, size: int, seed: int) -> RawDisk:
     noise = random.Random(seed)
-    with RawDisk.create(path, size) as disk:
-        for offset in range(0, size, 1 << 20):
-            disk.write(offset, noise.randbytes(min(1 << 20, size - offset)))
+    disk = RawDisk.create(path, size)
+    for offset in range(0, size, _PART):
+        disk.write(offset, noise.randbytes(min(_PART, size - offset)))
+    return disk
 
 
 def _operations(length: int, block: int, depth: int) -> Iterator[tuple[list[int], int]]:
@@ -192,7 +210,7 @@ def _operations(length: int, block: int, depth: int) -> Iterator[tuple[list[int]
 class _Path:
     """One machine, its guest's disk, and the phase that it is in."""
 
-    def __init__(self, kind: str, disk: RawDisk, depth: int) -> None:
+    def __init__(self, kind: str, disk: Disk, depth: int) -> None:
         self.machine = ModelMachine()
         self.device: BlockDevice = (
             self.machine.add_enlightened_disk(disk, depth=depth)
@@ -211,9 +229,7 @@ class _Path:
         self.phase.counts = self.machine.ledger.total() - self.before
 
 
-def _reads(
-    disk: RawDisk, source: Path, block: int, depth: int, progress: Progress | None
-) -> tuple[dict[str, Phase], str]:
+def _reads(disk: Disk, block: int, depth: int, progress: Progress | None) -> tuple[dict[str, Phase], str]:
     paths = {kind: _Path(kind, disk, depth) for kind in PATHS}
     hashes = {kind: hashlib.sha256() for kind in PATHS}
     total = -(-disk.size // block)
@@ -232,45 +248,42 @@ def _reads(
             progress("reads", done, total)
     for path in paths.values():
         path.stop_counting()
-    with source.open("rb") as file:
-        expected = hashlib.file_digest(file, "sha256").hexdigest()
-    return {kind: path.done(hashes[kind].hexdigest()) for kind, path in paths.items()}, expected
+    expected = hashlib.sha256()
+    for offset in range(0, disk.size, _PART):
+        expected.update(disk.read(offset, min(_PART, disk.size - offset)))
+    results = {kind: path.done(hashes[kind].hexdigest()) for kind, path in paths.items()}
+    return results, expected.hexdigest()
 
 
 def _writes(
-    targets: dict[str, Path], length: int, block: int, depth: int, seed: int, progress: Progress | None
+    disks: dict[str, Disk], length: int, block: int, depth: int, seed: int, progress: Progress | None
 ) -> tuple[dict[str, Phase], str]:
-    """Write a quarter of the blocks, flush, and read them back from the image file on the host."""
+    """Write a quarter of the blocks, flush, and read them back from the disks on the host."""
     choice = random.Random(f"blocks {seed}")
     noise = random.Random(f"data {seed}")
-    whole = list(range(0, length - length % block, block))
+    whole = range(0, length - length % block, block)
     offsets = sorted(choice.sample(whole, max(1, len(whole) // 4))) if whole else []
     expected = hashlib.sha256()
-    disks = {kind: RawDisk(target) for kind, target in targets.items()}
-    try:
-        paths = {kind: _Path(kind, disk, depth) for kind, disk in disks.items()}
-        for start in range(0, len(offsets), depth):
-            batch = offsets[start : start + depth]
-            data = [noise.randbytes(block) for _ in batch]
-            for part in data:
-                expected.update(part)
-            for path in paths.values():
-                started = time.perf_counter()
-                path.device.write_batch(batch, data)
-                path.phase.seconds += time.perf_counter() - started
-                path.phase.operations += len(batch)
-                path.phase.size += block * len(batch)
-            if progress is not None:
-                progress("writes", start + len(batch), len(offsets))
-        results = {}
-        for kind, path in paths.items():
-            path.stop_counting()
-            path.device.flush()  # not counted and timed: it is the host's fsync, the same for both
-            written = hashlib.sha256()
-            for offset in offsets:
-                written.update(os.pread(disks[kind].fd, block, offset))
-            results[kind] = path.done(written.hexdigest())
-        return results, expected.hexdigest()
-    finally:
-        for disk in disks.values():
-            disk.close()
+    paths = {kind: _Path(kind, disk, depth) for kind, disk in disks.items()}
+    for start in range(0, len(offsets), depth):
+        batch = offsets[start : start + depth]
+        data = [noise.randbytes(block) for _ in batch]
+        for part in data:
+            expected.update(part)
+        for path in paths.values():
+            started = time.perf_counter()
+            path.device.write_batch(batch, data)
+            path.phase.seconds += time.perf_counter() - started
+            path.phase.operations += len(batch)
+            path.phase.size += block * len(batch)
+        if progress is not None:
+            progress("writes", start + len(batch), len(offsets))
+    results = {}
+    for kind, path in paths.items():
+        path.stop_counting()
+        path.device.flush()  # not counted and timed: it is the host's fsync, the same for both
+        written = hashlib.sha256()
+        for offset in offsets:
+            written.update(disks[kind].read(offset, block))
+        results[kind] = path.done(written.hexdigest())
+    return results, expected.hexdigest()

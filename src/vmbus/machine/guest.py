@@ -40,7 +40,7 @@ from vmbus.machine.network import GuestNetwork
 from vmbus.machine.nic import TulipAdapter
 from vmbus.network.switch import Port
 from vmbus.storage.disk import Disk
-from vmbus.storage.images import open_disk
+from vmbus.storage.images import ImageDisk, open_disk
 from vmbus.storage.scsi import CdromUnit, LogicalUnit
 from vmbus.storage.vsp import Address, StorageVsp
 from vmbus.trace.ledger import Ledger
@@ -137,7 +137,8 @@ class Machine:
         initrd: an initial RAM disk or initramfs: a path or bytes.
         disks: what the storage controller has, as LUN 0, 1, …: images that `vmbus.storage.images.open_disk` takes, or
             open `Disk` objects, which stay open afterwards, or units.
-        cdroms: ISO images in CD-ROM drives, as the LUNs behind those of the disks; they are only read.
+        cdroms: ISO images in CD-ROM drives, as the LUNs behind those of the disks: paths, NBD URIs or open disks; they
+            are only read.
         networks: a network adapter each, as `vmbus.machine.network.parse_network` takes it.
         append: the kernel's command line.
         memory: bytes of RAM.
@@ -168,7 +169,7 @@ class Machine:
         *,
         initrd: str | os.PathLike[str] | bytes | None = None,
         disks: Sequence[Medium] = (),
-        cdroms: Sequence[str | os.PathLike[str]] = (),
+        cdroms: Sequence[str | os.PathLike[str] | Disk] = (),
         networks: Sequence[str] = (),
         append: str = "console=ttyS0",
         memory: int = DEFAULT_MEMORY,
@@ -262,9 +263,14 @@ class Machine:
         self._opened.append(opened)
         return opened
 
-    def _drive(self, iso: str | os.PathLike[str], lun: int) -> CdromUnit:
-        disc = open_disk(iso, read_only=True, format="raw")
-        self._opened.append(disc)
+    def _drive(self, iso: str | os.PathLike[str] | Disk, lun: int) -> CdromUnit:
+        if isinstance(iso, Disk):
+            disc = iso
+        else:
+            disc = open_disk(iso, read_only=True, parents="deny")
+            self._opened.append(disc)
+        if isinstance(disc, ImageDisk):
+            raise DeviceError(f"{disc.path}: a {disc.format} image is no disc: CD-ROM drives take ISO images")
         return CdromUnit(disc, uuid5(STORAGE_INSTANCE, f"drive {lun}"))
 
     def _add_devices(self) -> None:

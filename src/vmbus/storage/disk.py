@@ -7,10 +7,12 @@ passing any data through Python.
 
 import ctypes
 import errno
+import fcntl
 import logging
 import mmap
 import os
 import stat
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -22,7 +24,7 @@ from vmbus.errors import DeviceError, printable
 if TYPE_CHECKING:
     from vmbus.core.blockio import Requests
 
-__all__ = ["Buffer", "Disk", "DiskError", "Extent", "MemoryDisk", "RawDisk", "merged"]
+__all__ = ["Buffer", "Disk", "DiskError", "Extent", "MemoryDisk", "RawDisk", "merged", "open_host_file"]
 
 _log = logging.getLogger(__name__)
 
@@ -35,6 +37,7 @@ _PUNCH_HOLE = 0x02 | 0x01  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE (linux/f
 _ZERO_CHUNK = 1 << 20
 _LONGEST_MESSAGE = 1000
 _NO_HOLES = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+_NO_LOCKS = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENOLCK)
 
 
 class DiskError(DeviceError):
@@ -311,9 +314,10 @@ class _FileDisk(Disk):
 
 
 class RawDisk(_FileDisk):
-    """A disk whose sectors are the bytes of a host file or host block device, in order.
+    """A disk whose sectors are the bytes of a host file or host block device, in order, whatever they are.
 
-    Holes of a sparse file stay holes until they are written; `unmap` makes new ones.
+    Holes of a sparse file stay holes until they are written; `unmap` makes new ones. The file is locked while the disk
+    is open (`open_host_file`).
 
     Args:
         path: the image.
@@ -322,7 +326,7 @@ class RawDisk(_FileDisk):
         read_only: open without write access; the image is never changed.
 
     Raises:
-        DiskError: missing, unreadable, empty, not a file or block device, or not whole sectors;
+        DiskError: missing, unreadable, in use, empty, not a file or block device, or not whole sectors;
             the message is one sentence that names the file.
     """
 
@@ -337,14 +341,23 @@ class RawDisk(_FileDisk):
         read_only: bool = False,
     ) -> None:
         name = os.fspath(path)
+        self._take(
+            open_host_file(name, read_only=read_only), name, sector_size, physical_sector_size, read_only
+        )
+
+    @classmethod
+    def from_descriptor(cls, fd: int, name: str, *, sector_size: int = 512, read_only: bool = False) -> Self:
+        """The disk in a file that `open_host_file` opened; the descriptor is the disk's from now on, also if it fails.
+
+        Raises:
+            DiskError: empty, or not whole sectors.
+        """
+        disk = cls.__new__(cls)
+        disk._take(fd, name, sector_size, 0, read_only)
+        return disk
+
+    def _take(self, fd: int, name: str, sector_size: int, physical_sector_size: int, read_only: bool) -> None:
         try:
-            fd = os.open(name, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK)
-        except OSError as error:
-            raise DiskError(f"{name}: cannot open the image: {error.strerror}", error.errno or 0) from error
-        try:
-            mode = os.fstat(fd).st_mode
-            if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
-                raise DiskError(f"{name}: neither a file nor a block device")
             self._open(fd, name, sector_size, physical_sector_size or sector_size, read_only)
         except BaseException:
             os.close(fd)
@@ -453,9 +466,70 @@ class MemoryDisk(_FileDisk):
 
 
 def _seal_size(fd: int) -> None:
-    import fcntl
-
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+
+
+def open_host_file(path: str | os.PathLike[str], *, read_only: bool) -> int:
+    """Open an image's file and lock it; the descriptor, which holds the lock until it and its copies are closed.
+
+    Writers hold a file alone and readers share it, in this process and across all of the host (``flock``), so that
+    two machines never write one disk. Of what is neither a regular file nor a block device nothing but its
+    kind is looked at: to open a FIFO or a device is to do something to it, and to whoever waits at its other end.
+
+    Raises:
+        DiskError: missing, unreadable, something else, or in use.
+    """
+    flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK
+    try:
+        place = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        try:
+            mode = os.fstat(place).st_mode
+            if stat.S_ISDIR(mode):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+                raise DiskError(f"{os.fspath(path)}: neither a file nor a block device")
+            by_descriptor = f"/proc/self/fd/{place}"  # the same file, whatever the path means by now
+            fd = os.open(by_descriptor if os.path.exists(by_descriptor) else path, flags)
+        finally:
+            os.close(place)
+    except OSError as error:
+        raise DiskError(
+            f"{os.fspath(path)}: cannot open the image: {error.strerror}", error.errno or 0
+        ) from error
+    except ValueError as error:  # a NUL in the path
+        raise DiskError(f"{os.fspath(path)!r}: no file can have this name", errno.EINVAL) from error
+    try:
+        _lock(fd, path, fcntl.LOCK_SH if read_only else fcntl.LOCK_EX, patient=stat.S_ISBLK(mode))
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _lock(fd: int, path: str | os.PathLike[str], kind: int, *, patient: bool) -> None:
+    """Lock an open file or raise `DiskError`; udev holds a block device for a moment after somebody wrote to it."""
+    tries = 20 if patient else 1
+    while tries:
+        tries -= 1
+        try:
+            fcntl.flock(fd, kind | fcntl.LOCK_NB)
+            return
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                _log.warning(
+                    "%s: its file system has no locks; nothing keeps a second writer away",
+                    printable(str(path)),
+                )
+                return
+            if error.errno != errno.EWOULDBLOCK:
+                raise DiskError(f"{path}: cannot lock: {error.strerror}", error.errno or 0) from error
+            if not tries:
+                who = "written" if kind == fcntl.LOCK_SH else "open"
+                raise DiskError(
+                    f"{path}: the image is in use: it is {who} elsewhere, in this process or another",
+                    error.errno,
+                ) from error
+            time.sleep(0.05)
 
 
 _libc = ctypes.CDLL(None, use_errno=True)

@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from enum import IntEnum
@@ -27,6 +28,13 @@ _log = logging.getLogger(__name__)
 _MAX_PENDING = 64 << 20
 _LOOK_AHEAD = 1 << 16
 """Blocks of the map that are searched at once."""
+_CLEAR_STEPS = 64
+_CLEAR_BLOCKS = 512
+_CLEAR_BYTES = 16 << 20
+"""What clearing a range does while it holds the image: steps, blocks between two looks at what has to be committed,
+bytes that one step writes."""
+_BREATH = 1e-4
+"""Seconds between two holds: without, Python's locks would give the image back to the same thread again and again."""
 
 
 class BlockState(IntEnum):
@@ -139,9 +147,13 @@ class BlockImage(ImageDisk):
     def _commit(self) -> None:
         """Make the data, and then the metadata that refers to it, durable."""
 
+    def _discard_run(self, block: int, count: int) -> int:
+        """`_discard` for absent blocks that follow each other; how many were done, 0 if the format cannot say so."""
+        return int(self._discard(block))
+
     @abstractmethod
-    def _absent_run(self, block: int, end: int) -> int:
-        """How many blocks from `block` up to `end` are absent, one after the other."""
+    def _like(self, block: int, end: int) -> int:
+        """How many blocks from `block` up to `end` are as the first: absent, zero, or with data (full or partial)."""
 
     @property
     def _dirty_limit(self) -> int:
@@ -289,26 +301,115 @@ class BlockImage(ImageDisk):
 
     def _clear(self, offset: int, length: int, *, keep_space: bool) -> None:
         self.check(offset, length, writing=True)
-        self._check_failure()
-        with self._changing():
-            end = offset + length
-            end_block = (end + self.block_size - 1) // self.block_size
-            while offset < end:
-                block, start = divmod(offset, self.block_size)
-                part = min(self.block_size - start, end - offset)
-                state, base = self._locate(block)
-                if state == BlockState.ABSENT and self.parent is None:
-                    run = self._absent_run(block, min(end_block, block + _LOOK_AHEAD))
-                    offset = (block + run) * self.block_size
-                    continue
-                whole = part == min(self.block_size, self.size - block * self.block_size)
-                if keep_space and state == BlockState.FULL:
-                    self._zero_in_place(base + start, part)
-                elif state != BlockState.ZERO and not (whole and not keep_space and self._discard(block)):
-                    self._write_piece(block, start, None, part)
-                if self._must_commit():
-                    self._or_fail(self._commit)
-                offset += part
+        end = offset + length
+        while True:
+            self._check_failure()
+            with self._changing():
+                offset = self._clear_some(offset, end, keep_space)
+            if offset >= end:
+                return
+            time.sleep(_BREATH)  # a range may have millions of blocks: others get their turn
+
+    def _clear_some(self, offset: int, end: int, keep_space: bool) -> int:
+        """Clear the beginning of a range, as much as takes little time; where the rest begins."""
+        size = self.block_size
+        for _ in range(_CLEAR_STEPS):
+            if offset >= end:
+                break
+            block = offset // size
+            stop = min((block + 1) * size, end)
+            state, base = self._locate(block)
+            if state in (BlockState.FULL, BlockState.PARTIAL):
+                whole = stop - offset == min(size, self.size - block * size)
+                if keep_space or not (whole and self._discard(block)):
+                    stop = min(stop, offset + _CLEAR_BYTES) if keep_space else stop
+                    self._clear_data(state, base, offset, stop, keep_space)
+            else:
+                stop = min((block + self._run(block, -(-end // size))) * size, end)
+                if state == BlockState.ABSENT:
+                    stop = self._clear_absent(offset, stop)
+            offset = stop
+            if self._must_commit():
+                self._or_fail(self._commit)
+                break
+        return offset
+
+    def _clear_data(self, state: int, base: int, offset: int, stop: int, keep_space: bool) -> None:
+        """Clear a part of a block that is in this file."""
+        sector, clear = self.sector_size, self._zero_in_place if keep_space else self.host.zero
+        block, start = divmod(offset, self.block_size)
+        if state == BlockState.FULL:
+            clear(base + start, stop - offset)
+            return
+        first, count = start // sector, (stop - offset) // sector
+        for at, number, here in list(self._runs(block, first, count)):
+            if here:
+                clear(base + at * sector, number * sector)
+            elif self.parent is not None:
+                self.host.zero(base + at * sector, number * sector)
+        if self.parent is not None:  # without one, a sector that is not in this file reads as zeros anyway
+            self._mark(block, first, count)
+
+    def _clear_absent(self, offset: int, stop: int) -> int:
+        """Clear the beginning of a range of absent blocks; where the rest begins. Free where no parent has data."""
+        size = self.block_size
+        changed, vacant = self._parent_stretch(offset, stop)
+        if changed >= stop and vacant:
+            return stop
+        block, start = divmod(offset, size)
+        if vacant and changed // size > block:
+            return changed // size * size
+        wanted = min(stop, -(-changed // size) * size)
+        if stop < self.size:
+            whole = wanted // size - block
+        else:
+            whole = -(-wanted // size) - block
+        done = 0
+        while not start and done < whole and not self._must_commit():
+            more = self._discard_run(block + done, min(whole - done, _CLEAR_BLOCKS))
+            if not more:
+                break
+            done += more
+        if done:
+            return min((block + done) * size, stop)
+        part = min(size - start, stop - offset)
+        self._write_piece(block, start, None, part)
+        return offset + part
+
+    def _run(self, block: int, end: int) -> int:
+        """`_like`, with a search that costs in proportion to what it finds; at most `_LOOK_AHEAD` blocks."""
+        span = 64
+        while True:
+            limit = min(end, block + span)
+            found = self._like(block, limit)
+            if block + found < limit or limit == end or span >= _LOOK_AHEAD:
+                return found
+            span *= 4
+
+    def _stretch(self, offset: int, end: int) -> tuple[int, bool]:
+        """Where the part of the range ends that is of one kind, and whether it is zeros because nobody wrote there.
+
+        Goes by the block maps of this image and its parents, not by what the blocks hold.
+        """
+        with self._lock.shared:
+            block = offset // self.block_size
+            state, _ = self._locate(block)
+            run = self._run(block, -(-end // self.block_size))
+            stop = min((block + run) * self.block_size, end)
+            if state == BlockState.ABSENT:
+                return self._parent_stretch(offset, stop)
+            return stop, state == BlockState.ZERO
+
+    def _parent_stretch(self, offset: int, end: int) -> tuple[int, bool]:
+        """`_stretch` of the parent; behind its end, and without one, there are zeros."""
+        parent = self.parent
+        if parent is None or offset >= parent.size:
+            return end, True
+        end = min(end, parent.size)
+        if isinstance(parent, BlockImage):
+            return parent._stretch(offset, end)
+        first = next(parent.extents(offset, end - offset))
+        return first.offset + first.length, not first.allocated
 
     def _zero_in_place(self, offset: int, length: int) -> None:
         zeros = bytes(min(length, 1 << 20))
@@ -348,9 +449,8 @@ class BlockImage(ImageDisk):
             part = min(self.block_size - start, end - offset)
             with self._lock.shared:
                 state, base = self._locate(block)
-                if state == BlockState.ABSENT:
-                    end_block = (end + self.block_size - 1) // self.block_size
-                    run = self._absent_run(block, min(end_block, block + _LOOK_AHEAD))
+                if state in (BlockState.ABSENT, BlockState.ZERO):
+                    run = self._run(block, -(-end // self.block_size))
                     part = min(run * self.block_size - start, end - offset)
                 parts = list(self._block_extents(block, start, part, state, base))
             yield from parts

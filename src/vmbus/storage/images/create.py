@@ -14,6 +14,7 @@ from vmbus.storage.images.opening import open_image
 from vmbus.storage.images.parents import windows_relative
 from vmbus.storage.images.vhd_wire import (
     FORMAT_VERSION,
+    MAX_FIXED_SIZE,
     MAX_SIZE,
     NO_OFFSET,
     SECTOR,
@@ -47,7 +48,8 @@ def create_vhd(
 
     Args:
         path: the new file.
-        size: the disk in bytes, whole 512-byte sectors, at most 2040 GiB; 0 with a `parent` means the parent's.
+        size: the disk in bytes, whole 512-byte sectors, at most 2040 GiB, a fixed one at most 64 TiB (which QEMU
+            refuses, Azure does not); 0 with a `parent` means the parent's.
         variant: ``"differencing"`` is meant whenever a `parent` is given.
         block_size: bytes of a block, a power of two from 4 KiB to 256 MiB; other software expects 2 MiB or 512 KiB.
         parent: the VHD that a differencing image is based on; it must not change any more.
@@ -63,7 +65,7 @@ def create_vhd(
             variant, size = "differencing", size or base.size
         elif variant == "differencing":
             raise DiskError(f"{target}: a differencing image needs a parent", errno.EINVAL)
-        if not 0 < size <= MAX_SIZE or size % SECTOR:
+        if not 0 < size <= (MAX_FIXED_SIZE if variant == "fixed" else MAX_SIZE) or size % SECTOR:
             raise DiskError(f"{target}: a disk of {size} bytes is not possible in a VHD", errno.EINVAL)
         if block_size & (block_size - 1) or not 4096 <= block_size <= 256 << 20:
             raise DiskError(f"{target}: a block size of {block_size} bytes is not possible", errno.EINVAL)

@@ -1,15 +1,13 @@
 """The host file under an image: exact reads and writes, holes, counting, and a lock for many readers."""
 
 import errno
-import fcntl
 import os
-import stat
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
-from vmbus.storage.disk import _NO_HOLES, _PUNCH_HOLE, Buffer, DiskError, _fallocate
+from vmbus.storage.disk import _NO_HOLES, _PUNCH_HOLE, Buffer, DiskError, _fallocate, open_host_file
 from vmbus.storage.images.overlay import Overlay
 from vmbus.trace.ledger import Account
 
@@ -23,29 +21,10 @@ def bad_image(path: Path, sentence: str) -> DiskError:
     return DiskError(f"{path}: {sentence}", errno.EINVAL)
 
 
-def _open(path: Path, flags: int) -> int:
-    """Open a regular file or a block device. Of anything else nothing but its kind is looked at.
-
-    To open a FIFO or a device is to do something to it, and to whoever waits at its other end.
-
-    Raises:
-        DiskError: it is something else.
-        OSError: it is not there, or may not be opened.
-    """
-    place = os.open(path, os.O_PATH | os.O_CLOEXEC)
-    try:
-        mode = os.fstat(place).st_mode
-        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
-            raise DiskError(f"{path}: neither a file nor a block device")
-        return os.open(f"/proc/self/fd/{place}", flags)  # the same file, whatever the path means by now
-    finally:
-        os.close(place)
-
-
 class HostFile:
     """An image file, opened and locked; every system call that moves data or syncs counts as a backend call.
 
-    Writers hold the file alone and readers share it (``flock``), so that two processes never write one image and
+    Writers hold the file alone and readers share it (`open_host_file`), so that two processes never write one image and
     nobody writes the parent of an open differencing image.
 
     Args:
@@ -68,21 +47,7 @@ class HostFile:
         self.account = account
         self.overlay = Overlay()
         self.sync_failed = False
-        try:
-            flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK
-            self.fd = _open(path, flags)
-        except OSError as error:
-            raise DiskError(f"{path}: cannot open the image: {error.strerror}", error.errno or 0) from error
-        try:
-            fcntl.flock(self.fd, (fcntl.LOCK_SH if read_only else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except OSError as error:
-            self.close()
-            what = (
-                "the image is in use"
-                if error.errno == errno.EWOULDBLOCK
-                else f"cannot lock: {error.strerror}"
-            )
-            raise DiskError(f"{path}: {what}", error.errno or 0) from error
+        self.fd = open_host_file(path, read_only=read_only)
 
     @property
     def size(self) -> int:
@@ -219,6 +184,11 @@ class HostFile:
             if error.errno == errno.ENXIO:  # no more data
                 return end
             raise self._failed("query", offset, error) from error
+
+    def release(self) -> int:
+        """Hand the descriptor over, with its lock."""
+        fd, self.fd = self.fd, -1
+        return fd
 
     def close(self) -> None:
         """Close the file and give up its lock. Closing twice is allowed."""

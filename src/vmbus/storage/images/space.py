@@ -1,4 +1,4 @@
-"""Bookkeeping inside an image file: which stretches are free, and the sector bitmaps of differencing images."""
+"""Bookkeeping inside an image file: which stretches are free, and the bitmaps of sectors."""
 
 from bisect import bisect_left
 from collections.abc import Iterator
@@ -172,16 +172,30 @@ class SectorBits:
         for start, stop in pairwise(edges):
             yield first + start, stop - start, bool(bits[start])
 
-    def fill(self, base: int, first: int, count: int, value: bool) -> None:
-        """Set or clear a range of bits of the bitmap at file offset `base`."""
+    def count(self, base: int, length: int) -> int:
+        """How many of the first `length` bits of the bitmap at file offset `base` are set; keeps no page."""
+        size = -(-length // 8)
+        raw = bytearray(self._host.read(base, size))
+        for at in range(base, base + size, self._page_size):
+            if (page := self._pages.get(at)) is not None:
+                raw[at - base : at - base + self._page_size] = page[: base + size - at]
+        bits = np.unpackbits(np.frombuffer(raw, np.uint8), bitorder="big" if self._big else "little")
+        return int(np.count_nonzero(bits[:length]))
+
+    def fill(self, base: int, first: int, count: int, value: bool) -> int:
+        """Set or clear a range of bits of the bitmap at file offset `base`; how many of them were not so before."""
+        changed = 0
         for at, start, part in self._spans(base, first, count):
             page = self._page(at)
             low, high = start // 8, (start + part + 7) // 8
             bits = self._unpack(page, low * 8, (high - low) * 8).copy()
-            bits[start - low * 8 : start - low * 8 + part] = value
+            wanted = bits[start - low * 8 : start - low * 8 + part]
+            changed += int(np.count_nonzero(wanted != value))
+            wanted[:] = value
             packed = np.packbits(bits, bitorder="big") if self._big else np.packbits(bits, bitorder="little")
             page[low:high] = packed.tobytes()
             self.dirty.add(at)
+        return changed
 
     def content(self, offset: int) -> bytes:
         """A dirty page as it has to be written."""

@@ -17,14 +17,17 @@ from vmbus.storage.images.parents import open_parent
 from vmbus.storage.images.space import SectorBits, SpaceMap
 from vmbus.storage.images.vhd_wire import (
     DISK_TYPES,
+    MAX_FIXED_SIZE,
     MAX_SIZE,
     SECTOR,
     UNUSED,
+    BatmapHeader,
     DiskType,
     DynamicHeader,
     Footer,
     Platform,
     checksum,
+    file_url_paths,
 )
 
 __all__ = ["DynamicVhd", "FixedVhd", "find_footer", "open_vhd"]
@@ -38,33 +41,49 @@ _MAX_ENTRIES = 1 << 24  # enough for 2040 GiB in blocks of 128 KiB, a quarter of
 
 
 def find_footer(host: HostFile) -> Footer | None:
-    """The footer of a VHD, from the file's end or else the copy at its start; None if the file is no VHD at all.
+    """The footer of a VHD, at the file's end or the copy at its start; None if the file is no VHD at all.
 
     Versions before Virtual PC 2004 wrote footers of 511 bytes (specification, "Hard Disk Footer Format"); the missing
     byte is a zero.
 
+    A guest can write what looks like a footer: into the first sector of a fixed image, or into the last one of a
+    dynamic image that lost its footer in a crash. So the copy at the start counts where there is one, and neither does
+    where the end says that the start is the guest's.
+
     Raises:
-        DiskError: it is a VHD, but no footer is intact.
+        DiskError: it is a VHD, but no footer is intact, or the two contradict each other.
     """
     size = host.size
-    damaged = None
-    for offset in (size - SECTOR, size - _OLD_FOOTER if size % SECTOR == _OLD_FOOTER else -1, 0):
-        if offset < 0 or size < SECTOR:
-            continue
-        footer = Footer.unpack(host.read(offset, min(SECTOR, size - offset)).ljust(SECTOR, b"\0"))
-        if footer.cookie != Footer.COOKIE:
-            continue
-        if footer.checksum != checksum(footer):
-            damaged = "the footer's checksum is wrong and there is no intact copy"
-        elif offset == 0 and footer.disk_type == DiskType.FIXED and size != SECTOR:
-            damaged = "the file is cut short: a fixed image ends with its footer"
-        else:
-            if offset == 0 and footer.disk_type != DiskType.FIXED:
-                _log.info("%s: no footer at the end, using the copy at the start", printable(str(host.path)))
-            return footer
+    if size < SECTOR:
+        return None
+    first = _footer_at(host, 0)
+    last = _footer_at(host, size - SECTOR)
+    if last is None and size % SECTOR == _OLD_FOOTER:
+        last = _footer_at(host, size - _OLD_FOOTER)
+    damaged = first is not None or last is not None
+    first = first if first is not None and first.checksum == checksum(first) else None
+    last = last if last is not None and last.checksum == checksum(last) else None
+    if first is not None and first.disk_type != DiskType.FIXED:
+        if last is not None and last.disk_type == DiskType.FIXED:
+            raise bad_image(
+                host.path,
+                "it is a fixed image by its end and a dynamic one by its start, which may be its guest's work",
+            )
+        if last is None:
+            _log.info("%s: no footer at the end, using the copy at the start", printable(str(host.path)))
+        return first
+    if last is not None:
+        return last
+    if first is not None:
+        raise bad_image(host.path, "the file is cut short: a fixed image ends with its footer")
     if damaged:
-        raise bad_image(host.path, damaged)
+        raise bad_image(host.path, "the footer's checksum is wrong and there is no intact copy")
     return None
+
+
+def _footer_at(host: HostFile, offset: int) -> Footer | None:
+    raw = host.read(offset, min(SECTOR, host.size - offset)).ljust(SECTOR, b"\0")
+    return Footer.unpack(raw) if raw.startswith(Footer.COOKIE) else None
 
 
 def open_vhd(host: HostFile, footer: Footer, opener: OpenParent, chain: Chain) -> "FixedVhd | DynamicVhd":
@@ -78,7 +97,8 @@ def open_vhd(host: HostFile, footer: Footer, opener: OpenParent, chain: Chain) -
         raise bad_image(path, f"VHD version {footer.format_version >> 16} is not known")
     if footer.disk_type not in DISK_TYPES:
         raise bad_image(path, f"VHD disk type {footer.disk_type} is not known")
-    if not 0 < footer.current_size <= MAX_SIZE or footer.current_size % SECTOR:
+    most = MAX_FIXED_SIZE if footer.disk_type == DiskType.FIXED else MAX_SIZE
+    if not 0 < footer.current_size <= most or footer.current_size % SECTOR:
         raise bad_image(path, f"a disk of {footer.current_size} bytes is not possible in a VHD")
     if footer.disk_type == DiskType.FIXED:
         return FixedVhd(host, footer)
@@ -147,6 +167,10 @@ class FixedVhd(ImageDisk):
 class DynamicVhd(BlockImage):
     """A dynamic or differencing VHD: a table of blocks, each with a bitmap of its sectors in front.
 
+    A sector whose bit is clear was never written: it reads as zeros, or as the parent has it, whatever the file holds
+    in its place (specification, "Block Allocation Table and Data Blocks"). A write sets the bits of its sectors. Blocks
+    that are added here have all bits set in dynamic images; other writers add them with a few.
+
     There is no log. New blocks are made durable before the table refers to them, and both the table and the bitmaps
     change in units of one sector, which a disk writes whole or not at all. While blocks are being added the copy of
     the footer at the file's start is the only one, as it is after a crash; every commit puts one at the end again.
@@ -172,6 +196,9 @@ class DynamicVhd(BlockImage):
         self._table = np.frombuffer(self._read_table(), dtype=">u4").astype(np.uint32)
         self._space = self._map_space()
         self._bits = SectorBits(host, SECTOR, most_significant_first=True)
+        # By block: 0 = its bitmap was not looked at yet, else 1 + its sectors that are not in this file. Memory is
+        # only taken for the blocks that are used.
+        self._gaps = np.zeros(len(self._table), np.uint32)
         self._dirty_table: set[int] = set()
         self._fresh: set[int] = set()  # file offsets of blocks that the table on disk does not have yet
         self._grown = False
@@ -240,7 +267,21 @@ class DynamicVhd(BlockImage):
             raise bad_image(self.host.path, f"block {block} reaches past the end of the file at {file_size}")
         if end - self._table_size > file_size:
             raise bad_image(self.host.path, "a structure lies outside the file")
+        for offset, size in self._foreign_tables():
+            if not ((rows[:, 0] < offset + size) & (rows[:, 0] + rows[:, 1] > offset)).any():
+                rows = np.concatenate([rows, np.array([(offset, size)], np.uint64)])
+                end = max(end, offset + size)
         return SpaceMap(self.host.path, rows, end, alignment=4096, lead=self._bitmap_size)
+
+    def _foreign_tables(self) -> Iterator[tuple[int, int]]:
+        """The places (offset, length) of XenServer's map and its header, if the file has them."""
+        at, file_size = self._header.table_offset + self._table_size, self.host.size
+        if at + SECTOR <= file_size:
+            head = BatmapHeader.unpack(self.host.read(at, BatmapHeader.SIZE))
+            if head.cookie == BatmapHeader.COOKIE:
+                yield at, SECTOR
+                if 0 < head.sectors * SECTOR <= file_size - head.data_offset:
+                    yield head.data_offset, head.sectors * SECTOR
 
     def _parent_names(self) -> Iterator[str]:
         order = (Platform.W2RU, Platform.W2KU, Platform.MACX)
@@ -251,8 +292,10 @@ class DynamicVhd(BlockImage):
             if locator.data_length > _MAX_LOCATOR:
                 raise bad_image(self.host.path, f"a parent locator of {locator.data_length} bytes is absurd")
             raw = self.host.read(locator.data_offset, locator.data_length)
-            encoding = "utf-8" if locator.platform == Platform.MACX else "utf-16-le"
-            yield raw.decode(encoding, errors="replace").rstrip("\0")
+            if locator.platform == Platform.MACX:
+                yield from file_url_paths(raw.decode("utf-8", errors="replace").rstrip("\0"))
+            else:
+                yield raw.decode("utf-16-le", errors="replace").rstrip("\0")
         yield self._header.parent_name.decode("utf-16-be", errors="replace").split("\0")[0]
 
     def _check_parent(self, parent: ImageDisk) -> None:
@@ -271,24 +314,44 @@ class DynamicVhd(BlockImage):
         sector = self._table.item(block)
         if sector == UNUSED:
             return BlockState.ABSENT, 0
-        state = BlockState.FULL if self.parent is None else BlockState.PARTIAL
-        return state, sector * SECTOR + self._bitmap_size
+        gaps = self._gaps.item(block) or self._find_gaps(block)
+        return (BlockState.FULL if gaps == 1 else BlockState.PARTIAL), sector * SECTOR + self._bitmap_size
 
     def _locate_full(self, blocks: NDArray[np.uint64]) -> tuple[NDArray[np.bool_], NDArray[np.uint64]]:
         sectors = self._table[blocks]
         offsets = sectors.astype(np.uint64) * np.uint64(SECTOR) + np.uint64(self._bitmap_size)
-        full = sectors != UNUSED if self.parent is None else np.zeros(len(blocks), np.bool_)
-        return full, offsets
+        present = sectors != UNUSED
+        gaps = self._gaps[blocks]
+        unknown = present & (gaps == 0)
+        if unknown.any():
+            for block in set(blocks[unknown].tolist()):
+                self._find_gaps(block)
+            gaps = self._gaps[blocks]
+        return present & (gaps == 1), offsets
 
-    def _absent_run(self, block: int, end: int) -> int:
-        present = np.flatnonzero(self._table[block:end] != UNUSED)
-        return int(present[0]) if len(present) else end - block
+    def _find_gaps(self, block: int) -> int:
+        """Look at the bitmap of a block that is in the file; the new entry of `_gaps`."""
+        sectors = self._sectors(block)
+        gaps = 1 + sectors - self._bits.count(int(self._table[block]) * SECTOR, sectors)
+        self._gaps[block] = gaps
+        return gaps
+
+    def _sectors(self, block: int) -> int:
+        """Sectors of the disk in a block: the last one may reach past the disk's end, where its bits mean nothing."""
+        per_block = self.block_size // SECTOR
+        return min(per_block, self.sector_count - block * per_block)
+
+    def _like(self, block: int, end: int) -> int:
+        present = self._table[block:end] != UNUSED
+        other = np.flatnonzero(present != present[0])
+        return int(other[0]) if len(other) else end - block
 
     def _runs(self, block: int, first: int, count: int) -> Iterator[tuple[int, int, bool]]:
         return self._bits.runs(int(self._table[block]) * SECTOR, first, count)
 
     def _mark(self, block: int, first: int, count: int) -> None:
-        self._bits.fill(int(self._table[block]) * SECTOR, first, count, True)
+        gaps = self._gaps.item(block) or self._find_gaps(block)
+        self._gaps[block] = gaps - self._bits.fill(int(self._table[block]) * SECTOR, first, count, True)
 
     def _new_space(self) -> int:
         offset, behind = self._space.allocate(self._bitmap_size + self.block_size)
@@ -317,9 +380,13 @@ class DynamicVhd(BlockImage):
 
     def _record(self, block: int, state: BlockState, offset: int) -> None:
         start = offset - self._bitmap_size
+        gaps = self._sectors(block)
         if state == BlockState.FULL:
             # Readers may go by the bitmap in dynamic images too: every sector of the block is in the file.
             self.host.write(start, b"\xff" * (self.block_size // SECTOR // 8))
+            gaps = 0
+        self._bits.forget(start, self._bitmap_size)  # of a block that was here before
+        self._gaps[block] = 1 + gaps
         self._table[block] = start // SECTOR
         self._dirty_table.add(block // 128)
         self._fresh.add(start)
@@ -328,6 +395,8 @@ class DynamicVhd(BlockImage):
         if self.parent is not None:
             return False
         start = int(self._table[block]) * SECTOR
+        self._bits.forget(start, self._bitmap_size)
+        self._gaps[block] = 0
         self._table[block] = UNUSED
         self._dirty_table.add(block // 128)
         self._fresh.discard(start)

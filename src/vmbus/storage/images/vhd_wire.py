@@ -1,9 +1,12 @@
 """The structures of a VHD file (Virtual Hard Disk Image Format Specification, version 1.0). All are big-endian."""
 
+import re
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from enum import IntEnum
 from typing import Annotated, TypeVar
+from urllib.parse import unquote
 from uuid import UUID
 
 from vmbus.wire import U8, U16, U32, U64, Fixed, Guid, Structure, wire
@@ -13,12 +16,14 @@ __all__ = [
     "NO_OFFSET",
     "SECTOR",
     "UNUSED",
+    "BatmapHeader",
     "DiskType",
     "DynamicHeader",
     "Footer",
     "ParentLocator",
     "Platform",
     "checksum",
+    "file_url_paths",
     "geometry",
     "new_footer",
     "sealed",
@@ -33,7 +38,9 @@ FORMAT_VERSION = 0x00010000
 EPOCH = 946684800
 """Time stamps count seconds from 2000-01-01 00:00 UTC."""
 MAX_SIZE = 2040 << 30
-"""The largest disk, bytes: what Hyper-V and the CHS-free readers agree on."""
+"""The largest dynamic or differencing disk, bytes: the block table counts the file's sectors in 32 bits."""
+MAX_FIXED_SIZE = 64 << 40
+"""The largest fixed disk, bytes: that of VHDX. A fixed image has no table; Azure's have up to 32 TiB."""
 
 
 class DiskType(IntEnum):
@@ -130,6 +137,22 @@ class DynamicHeader(Structure):
         return [getattr(self, f"locator{i}") for i in range(8)]
 
 
+@wire(size=24, byte_order=">")
+class BatmapHeader(Structure):
+    """What XenServer's tools put behind the block table: a map with a bit for each block that is whole.
+
+    Not in the specification (``vhd.h`` of blktap has it). Its bits stay true whatever we write: a block never loses a
+    sector, and new ones are whole.
+    """
+
+    cookie: Annotated[bytes, Fixed(8)]
+    data_offset: U64
+    sectors: U32
+    version: U32
+
+    COOKIE = b"tdbatmap"
+
+
 S = TypeVar("S", Footer, DynamicHeader)
 
 
@@ -141,6 +164,27 @@ def checksum(structure: Footer | DynamicHeader) -> int:
 def sealed(structure: S) -> S:
     """The structure with the right checksum."""
     return replace(structure, checksum=checksum(structure))
+
+
+def file_url_paths(url: str) -> Iterator[str]:
+    """The paths that a `Platform.MACX` locator may mean, the likeliest first.
+
+    It is a file URL (RFC 8089, then RFC 2396), percent-encoded: ``file:///path``, ``file://localhost/path``, or
+    ``file://./path`` for one relative to the image. Writers that left characters unescaped, or wrote a plain path, are
+    understood as well.
+    """
+    match = re.fullmatch(r"file:(?://([^/]*))?(.*)", url, re.IGNORECASE | re.DOTALL)
+    if match is None:
+        yield url
+        return
+    host, path = match[1] or "", match[2]
+    if host in (".", ".."):
+        path = host + path
+    elif host.lower() not in ("", "localhost", "127.0.0.1"):
+        path = path.rpartition("/")[2]  # on another machine: perhaps a copy is beside the image
+    yield unquote(path, errors="replace")
+    if "%" in path:
+        yield path
 
 
 def timestamp(now: float | None = None) -> int:

@@ -52,6 +52,8 @@ _STATES = (
     BlockState.PARTIAL,
 )
 """What each `BatState` means."""
+_KINDS = np.array([min(state, BlockState.FULL) for state in _STATES], np.uint8)
+"""The same, full and partial blocks taken for one kind."""
 
 
 class Vhdx(BlockImage):
@@ -226,11 +228,11 @@ class Vhdx(BlockImage):
         entries = self._bat[blocks + blocks // np.uint64(self._ratio)]
         return (entries & _STATE) == BatState.FULLY_PRESENT, entries & _OFFSET
 
-    def _absent_run(self, block: int, end: int) -> int:
+    def _like(self, block: int, end: int) -> int:
         entries = np.arange(block, end, dtype=np.int64)
-        states = self._bat[entries + entries // self._ratio] & _STATE
-        present = np.flatnonzero(states > np.uint64(BatState.UNDEFINED))
-        return int(present[0]) if len(present) else end - block
+        kinds = _KINDS[(self._bat[entries + entries // self._ratio] & _STATE).astype(np.uint8)]
+        other = np.flatnonzero(kinds != kinds[0])
+        return int(other[0]) if len(other) else end - block
 
     def _bitmap(self, block: int) -> tuple[int, int]:
         """The file offset of the bitmap of a block's chunk, and the block's first bit there."""
@@ -291,6 +293,17 @@ class Vhdx(BlockImage):
         if state in (BlockState.FULL, BlockState.PARTIAL):
             self._space.release(offset, self.block_size)
         return True
+
+    def _discard_run(self, block: int, count: int) -> int:
+        if self.variant == "fixed":
+            return 0
+        blocks = np.arange(block, block + count, dtype=np.int64)
+        entries = blocks + blocks // self._ratio
+        self._bat[entries] = np.uint64(BatState.ZERO)
+        self._dirty_bat.update(
+            range(int(entries[0]) // _ENTRIES_PER_PAGE, int(entries[-1]) // _ENTRIES_PER_PAGE + 1)
+        )
+        return count
 
     # Commit.
 
