@@ -5,14 +5,16 @@ The time limits themselves are tested on a clock of their own; here it is only s
 
 import signal
 import socket
+import ssl
 import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from reference.certificates import make_certificates
 
 from vmbus.storage.disk import DiskError
 from vmbus.storage.images import NbdDisk
@@ -61,6 +63,13 @@ class Server:
         self.read(length)
         return int(option)
 
+    def encrypt(self, context: ssl.SSLContext) -> None:
+        self._connection = context.wrap_socket(self._connection, server_side=True)
+        self.send = self._connection.sendall
+
+    def close(self) -> None:
+        self._connection.close()
+
     def shake(self) -> None:
         self.send(GREETING)
         self.read(4)
@@ -87,9 +96,9 @@ def serving(folder: Path, behave: Callable[[Server], None], *, size: int = MIB) 
 
         def serve() -> None:
             connection, _ = listener.accept()
-            with connection, suppress(OSError):
-                connection.settimeout(ENDS)
-                behave(Server(connection, size))
+            connection.settimeout(ENDS)
+            with closing(Server(connection, size)) as server, suppress(OSError):
+                behave(server)
 
         thread = threading.Thread(target=serve)
         thread.start()
@@ -157,6 +166,28 @@ def test_what_somebody_says_in_the_clear_where_tls_begins(tmp_path: Path) -> Non
     with serving(tmp_path, serve) as uri:
         secret = uri.replace("nbd+unix:", "nbds+unix:")
         assert "in the clear" in ends_in_an_error(lambda: NbdDisk(secret, timeout=10))
+
+
+def test_tls_records_without_any_data_do_not_go_on_for_ever(tmp_path: Path) -> None:
+    """Tickets for sessions that nobody will resume: each is progress, and none of them is an answer."""
+    certificates = make_certificates(tmp_path / "pki")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificates / "server-cert.pem", certificates / "server-key.pem")
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.num_tickets = 20_000
+
+    def serve(server: Server) -> None:
+        server.send(GREETING)
+        server.read(4)
+        assert server.option() == START_TLS
+        server.send(answer(START_TLS, 1))
+        server.encrypt(context)
+        while True:
+            server.send(answer(server.option(), 1))
+
+    with serving(tmp_path, serve) as uri:
+        secret = uri.replace("nbd+unix:", "nbds+unix:") + f"&tls-certificates={certificates}"
+        assert "without any data" in ends_in_an_error(lambda: NbdDisk(secret))
 
 
 @pytest.mark.parametrize(

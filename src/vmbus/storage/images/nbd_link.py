@@ -143,6 +143,7 @@ class Link:
         self._start = self._stop = 0
         self._tls: ssl.SSLObject | None = None
         self._tls_lock = threading.Lock()
+        self._raw = memoryview(b"")
         self._overhead = 0
         self._closed = False
         self._encrypted, self._to_send = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -283,6 +284,7 @@ class Link:
                 errno.ECONNABORTED, "the server sent data in the clear where TLS begins"
             )
         context = _context(options)
+        self._raw = memoryview(bytearray(_RECORDS))
         try:
             tls = context.wrap_bio(self._encrypted, self._to_send, server_hostname=options.hostname or None)
         except ValueError as error:
@@ -301,7 +303,7 @@ class Link:
         self._tls = tls
 
     def _feed_tls(self) -> None:
-        raw = memoryview(bytearray(_RECORDS))
+        raw = self._raw
         count = self._receive_raw(raw)
         self._overhead += count
         if (
