@@ -19,4 +19,6 @@ def byte_count(value: object, what: str) -> int:
     try:
         return operator.index(value)  # type: ignore[arg-type]  # that is what is found out here
     except TypeError:
-        raise TypeError(f"{what}: a number of bytes, such as 512 << 20, and not {reprlib.repr(value)}") from None
+        raise TypeError(
+            f"{what}: a number of bytes, such as 512 << 20, and not {reprlib.repr(value)}"
+        ) from None

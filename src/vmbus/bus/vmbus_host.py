@@ -203,12 +203,14 @@ class VmbusHost:
         with self._lock:
             offered.offer_id, actions = self.machine.offer(offer)
             self.offered[offered.offer_id] = offered
+            log.info("%s is offered %s: %r", self.child.name, offered.name, offer)
             self._perform(actions)
         return offered
 
     def rescind(self, offered: Offered) -> None:
         """Take an offer back; `Offered.rescind`."""
         with self._lock:
+            log.info("%s: the offer of %s is taken back", self.child.name, offered.name)
             self._perform(self.machine.rescind(offered.offer_id))
 
     def reset(self) -> None:
@@ -271,6 +273,8 @@ class VmbusHost:
     def _on_message(self, connection_id: int, message_type: int, payload: bytes) -> None:
         if self._trace is not None:
             self._record_message(self.child.name, self._parent_name, payload)
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("%s says %s", self.child.name, message_name(int.from_bytes(payload[:4], "little")))
         with self._lock:
             try:
                 if message_type != wire.VMBUS_MESSAGE_TYPE:
@@ -338,6 +342,8 @@ class VmbusHost:
     def _send(self, action: act.Send) -> None:
         if self._trace is not None:
             self._record_message(self._parent_name, self.child.name, action.payload)
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("%s is told %s", self.child.name, message_name(message_number(action.payload)))
         if self._backlog or not self._post(action):
             if len(self._backlog) >= BACKLOG_LIMIT:
                 guest_log.warning(self.child.name, "it does not read its messages; its connection is reset")
@@ -413,6 +419,7 @@ class VmbusHost:
 
     def _established(self, action: act.Established) -> None:
         self._record("connect", self.child.name, self._parent_name, version=version_name(action.version))
+        log.info("%s speaks VMBus %s", self.child.name, version_name(action.version))
         if action.version < Version.V2_4:
             self._make_event_port(wire.EVENT_CONNECTION_ID, self._on_shared_event)
         if action.interrupt_page is not None:
@@ -427,6 +434,7 @@ class VmbusHost:
         self._backlog = deque(send for send in self._backlog if message_number(send.payload) == kept)
         kind = "unload" if action.unloaded else "disconnect"
         self._record(kind, self.child.name, self._parent_name)
+        log.info("%s: its connection is over (%s)", self.child.name, kind)
         self._delete_event_port(wire.EVENT_CONNECTION_ID)
         self._to_guest_flags = self._from_guest_flags = None
         self.monitor.use(None)
@@ -474,6 +482,7 @@ class VmbusHost:
         self._record(
             "open", self.child.name, self._parent_name, device=offered.name, channel=action.channel_id
         )
+        log.info("%s opened channel %d to %s", self.child.name, action.channel_id, offered.name)
         self._todo += self.machine.complete_open(action.serial, True)
 
     def _open_rings(self, offered: Offered, channel_id: int, request: act.OpenRequest) -> None:
@@ -531,6 +540,7 @@ class VmbusHost:
         self._record(
             "close", self._parent_name, self.child.name, device=offered.name, channel=channel.channel_id
         )
+        log.info("%s: channel %d to %s is closed", self.child.name, channel.channel_id, offered.name)
         try:
             channel.ended()
             if offered.on_close is not None:
