@@ -181,7 +181,7 @@ def test_report_in_json_and_as_a_table(kernel, tmp_path: Path, capsys) -> None:
         (elf(b"\xf4"), ("--cdrom", "VHD"), 5, "a vhd image is no disc"),
         (elf(b"\xf4"), ("--disk", "nbd+unix:///?socket=DIRECTORY/none"), 5, "DIRECTORY/none"),
         (elf(b"\xf4"), ("--cdrom", "/nowhere/disc.iso"), 5, "No such file"),
-        (elf(b"\xf4"), ("--initrd", "/nowhere/initrd"), 2, "No such file"),
+        (elf(b"\xf4"), ("--initrd", "/nowhere/initrd"), 5, "No such file"),
         (elf(b"\xf4"), ("--processors", "17"), 2, "1 to 16 processors"),
         (elf(b"\xf4"), ("--no-enlightenments", "--cdrom", "DISK"), 2, "CD-ROM"),
         (elf(b"\xf4"), ("--no-enlightenments", "--net", "none,mtu=9000"), 5, "one queue, no offloads"),

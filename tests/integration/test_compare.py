@@ -359,7 +359,11 @@ def test_results_into_a_pipe(tmp_path: Path) -> None:
 
 def test_interrupted_it_says_so_and_leaves_nothing(tmp_path: Path) -> None:
     """Ctrl-C at whatever moment; its image is in a folder of its own, which goes too."""
-    command = [sys.executable, "-m", "vmbus", "compare", "--size", "256M"]
+    program = (  # a shell that starts this suite in the background has SIGINT ignored, and its children inherit that
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from vmbus.cli import main; sys.exit(main(['compare', '--size', '256M']))"
+    )
+    command = [sys.executable, "-c", program]
     environment = os.environ | {"TMPDIR": str(tmp_path)}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment

@@ -16,7 +16,7 @@ from uuid import UUID
 from vmbus.bus import actions as act
 from vmbus.bus import wire
 from vmbus.bus.channel import Channel, Gpadl
-from vmbus.bus.codec import message_name
+from vmbus.bus.codec import message_name, message_number
 from vmbus.bus.held_pages import HeldPages
 from vmbus.bus.host import HostMachine
 from vmbus.bus.hosting import Hosting, Task, hosting_of
@@ -219,12 +219,14 @@ class VmbusHost:
         with self._lock:
             offered.offer_id, actions = self.machine.offer(offer)
             self.offered[offered.offer_id] = offered
+            log.info("%s is offered %s: %r", self.child.name, offered.name, offer)
             self._perform(actions)
         return offered
 
     def rescind(self, offered: Offered) -> None:
         """Take an offer back; `Offered.rescind`."""
         with self._lock:
+            log.info("%s: the offer of %s is taken back", self.child.name, offered.name)
             self._perform(self.machine.rescind(offered.offer_id))
 
     def reset(self) -> None:
@@ -287,6 +289,8 @@ class VmbusHost:
     def _on_message(self, connection_id: int, message_type: int, payload: bytes) -> None:
         if self._trace is not None:
             self._record_message(self.child.name, self._parent_name, payload)
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("%s says %s", self.child.name, message_name(int.from_bytes(payload[:4], "little")))
         with self._lock:
             try:
                 if message_type != wire.VMBUS_MESSAGE_TYPE:
@@ -386,6 +390,8 @@ class VmbusHost:
     def _send(self, action: act.Send) -> None:
         if self._trace is not None:
             self._record_message(self._parent_name, self.child.name, action.payload)
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("%s is told %s", self.child.name, message_name(message_number(action.payload)))
         try:
             self._outbox.send(action)
         except BudgetExceeded as error:
@@ -421,6 +427,7 @@ class VmbusHost:
 
     def _established(self, action: act.Established) -> None:
         self._record("connect", self.child.name, self._parent_name, version=version_name(action.version))
+        log.info("%s speaks VMBus %s", self.child.name, version_name(action.version))
         if action.version < Version.V2_4:
             self._make_event_port(wire.EVENT_CONNECTION_ID, self._on_shared_event)
         if action.interrupt_page is not None:
@@ -438,6 +445,7 @@ class VmbusHost:
         self._outbox.clear(keep=frozenset({MessageType.CLOSE_RESERVED_RESPONSE}))
         kind = "unload" if action.unloaded else "disconnect"
         self._record(kind, self.child.name, self._parent_name)
+        log.info("%s: its connection is over (%s)", self.child.name, kind)
         self._delete_event_port(wire.EVENT_CONNECTION_ID)
         self._to_guest_flags = self._from_guest_flags = None
         self.monitor.use(None)
@@ -486,6 +494,7 @@ class VmbusHost:
         self._record(
             "open", self.child.name, self._parent_name, device=offered.name, channel=action.channel_id
         )
+        log.info("%s opened channel %d to %s", self.child.name, action.channel_id, offered.name)
         self._todo += self.machine.complete_open(action.serial, True)
 
     def _open_rings(self, offered: Offered, channel_id: int, request: act.OpenRequest) -> None:
@@ -556,6 +565,7 @@ class VmbusHost:
         self._record(
             "close", self._parent_name, self.child.name, device=offered.name, channel=channel.channel_id
         )
+        log.info("%s: channel %d to %s is closed", self.child.name, channel.channel_id, offered.name)
         try:
             channel.ended()
             told, offered.told = offered.told, False

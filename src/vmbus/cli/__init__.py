@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 import vmbus
+from vmbus.cli.output import PlainFormatter
 from vmbus.errors import VmbusError, printable
 
 __all__ = ["SUBCOMMANDS", "main"]
@@ -50,7 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         args = parser().parse_args(arguments)
         level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(args.verbose, 2)]
-        logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
+        handler = logging.StreamHandler()
+        handler.setFormatter(PlainFormatter("%(levelname)s %(name)s: %(message)s"))
+        logging.basicConfig(level=level, handlers=[handler])
         status = args.run(args)
         assert isinstance(status, int)
         if sys.stdout is not None:

@@ -19,8 +19,9 @@ from typing import Any, Final
 
 from rich.table import Table
 
+from vmbus.cli import describe
 from vmbus.cli.disks import FORM, HELP, disk
-from vmbus.cli.output import Screen, check_output, write_output
+from vmbus.cli.output import LONGEST_LINE, Screen, check_file, check_output, write_output
 from vmbus.cli.units import seconds, size
 from vmbus.errors import DeviceError, EngineError, VmbusError, printable
 from vmbus.machine.crash import PANIC_SECONDS
@@ -48,10 +49,11 @@ EXIT_STATUS: Final = {
 START_STATUS: Final[tuple[tuple[type[VmbusError], int, str], ...]] = (
     (KernelError, 3, "the kernel is none, or damaged"),
     (SizeError, 4, "kernel, initrd or command line do not fit"),
-    (DeviceError, 5, "a disk or network adapter cannot be opened"),
+    (DeviceError, 5, "a file, disk or network adapter cannot be opened"),
     (EngineError, 6, "no engine can run it"),
 )
 """Exit statuses of guests that could not be started, by what is wrong; 2 is for everything else."""
+CANNOT_OPEN: Final = next(status for kind, status, _ in START_STATUS if kind is DeviceError)
 ESCAPE: Final = 0x1D
 """Ctrl-]: leaves the console, as in telnet."""
 LONGEST_WAIT: Final = 0.1
@@ -163,7 +165,10 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--ledger", action="store_true", help="print the ledger at the end")
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write outcome, counts and ledger to a file"
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="write outcome, counts and ledger to a file; - for standard output (there with --quiet alone)",
     )
     parser.add_argument("--quiet", action="store_true", help="do not show the guest's console")
     parser.set_defaults(run=run)
@@ -175,6 +180,12 @@ def run(args: argparse.Namespace) -> int:
     try:
         with ExitStack() as disks:
             return _boot(args, started, disks)
+    except OSError as error:
+        if started or error.filename is None or Path(error.filename) not in (args.kernel, args.initrd):
+            raise
+        # What the guest is made of: a file that is missing is one, whatever it is for.
+        print(f"vmbus: {describe(error)}", file=sys.stderr)
+        return CANNOT_OPEN
     except VmbusError as error:
         if started:
             raise
@@ -197,6 +208,7 @@ def _boot(args: argparse.Namespace, started: list[Machine], disks: ExitStack) ->
     if args.pcap is not None and not args.net:
         raise BootError("--pcap needs --net")
     check_output(args.json)
+    check_file(args.pcap, "--pcap")
     _note(args, f"loading {kernel}")
     command_line = f"console=ttyS0 {args.append}".strip()
     with Machine(
@@ -273,7 +285,7 @@ def _run_guest(machine: Machine, args: argparse.Namespace, keyboard: "_Keyboard"
 
 def _note(args: argparse.Namespace, text: str) -> None:
     if not args.quiet:
-        print(f"vmbus: {text}", file=sys.stderr)
+        print(f"vmbus: {printable(text, LONGEST_LINE)}", file=sys.stderr)
 
 
 def _show(data: bytes) -> None:
@@ -377,8 +389,9 @@ def _has_descriptor(stream: Any) -> bool:
 
 
 def _report(machine: Machine, result: Result, args: argparse.Namespace) -> None:
-    print(file=sys.stdout)
-    sys.stdout.flush()
+    if not args.quiet:
+        print(file=sys.stdout)
+        sys.stdout.flush()
     _note(
         args,
         f"{result.outcome.value}; {result.virtual_seconds:.3f} s of the guest's time, "
@@ -387,7 +400,7 @@ def _report(machine: Machine, result: Result, args: argparse.Namespace) -> None:
     if result.reboots:
         _note(args, f"it restarted the machine {result.reboots} times")
     if result.crash is not None and result.crash.message:
-        _note(args, "it reported: " + result.crash.message.decode(errors="replace").strip().splitlines()[-1])
+        _note(args, "it reported: " + result.crash.message.decode(errors="replace").strip().split("\n")[-1])
     if args.ledger:
         _print_ledger(machine)
     if args.json is not None:
@@ -411,7 +424,7 @@ def _print_ledger(machine: Machine) -> None:
         table.add_row("engine", what, f"{count:,}")
     for account, values in machine.ledger.to_dict().items():
         for what, value in _flat(values):
-            table.add_row(account, what, f"{value:,}")
+            table.add_row(printable(account), printable(what), f"{value:,}")
     Screen().show(table)
 
 

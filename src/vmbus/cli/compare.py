@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,15 +11,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from vmbus.cli.disks import FORM, HELP, disk
-from vmbus.cli.output import Screen, check_output, write_output
+from vmbus.cli.output import Screen, check_file, check_output, is_stdout, write_output
 from vmbus.cli.units import format_size, size
-from vmbus.errors import VmbusError
+from vmbus.errors import VmbusError, printable
 from vmbus.machine.comparison import PATHS, Comparison, compare
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["ROWS", "add_parser", "plot", "report", "run"]
+__all__ = ["ROWS", "add_parser", "check_plot", "plot", "report", "run"]
 
 ROWS = (
     ("exits", "exits to the hypervisor"),
@@ -66,7 +65,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "size takes the writes",
     )
     parser.add_argument(
-        "--json", metavar="FILE", type=Path, help="write everything counted to FILE, - for stdout"
+        "--json",
+        metavar="FILE",
+        type=Path,
+        help="write everything counted to FILE; with - to standard output, instead of the table",
     )
     parser.add_argument("--plot", metavar="FILE", type=Path, help="draw the table to FILE (.png, .svg, .pdf)")
     parser.set_defaults(run=run)
@@ -75,14 +77,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def run(args: argparse.Namespace) -> int:
     """Run the comparison and print it; 1 if a path moved wrong bytes."""
     if args.plot:
-        _pyplot()  # a missing library is said before the work, not after
+        check_plot(args.plot)  # what is missing is said before the work, not after
     if args.write and args.disk is None:
         raise VmbusError("--write needs the image to write to: add --disk IMAGE")
     if args.write and args.disk.read_only:
         raise VmbusError(f"{args.disk.place}: --write, and read-only at once")
-    to_stdout = args.json is not None and str(args.json) == "-"
-    for path in (None if to_stdout else args.json, args.plot):
-        check_output(path)
+    check_output(args.json)
+    check_file(args.plot, "--plot")
     terminal = Console(stderr=True)
     with Progress(
         TextColumn("{task.description}"),
@@ -110,13 +111,10 @@ def run(args: argparse.Namespace) -> int:
                 write=args.write,
                 progress=progress,
             )
-    if to_stdout:
-        json.dump(result.to_dict(), sys.stdout, indent=2)
-        print()
-    else:
+    if not is_stdout(args.json):
         report(result, Screen())
-        if args.json:
-            write_output(args.json, json.dumps(result.to_dict(), indent=2) + "\n")
+    if args.json:
+        write_output(args.json, json.dumps(result.to_dict(), indent=2) + "\n")
     if args.plot:
         plot(result, args.plot)
     return 0 if result.correct else 1
@@ -125,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
 def report(result: Comparison, console: Screen) -> None:
     """Print the comparison as a table."""
     blocks = f"{format_size(result.block)} blocks, depth {result.depth}"
-    title = f"{format_size(result.size)} disk ({result.image}), {blocks}"
+    title = f"{format_size(result.size)} disk ({printable(str(result.image))}), {blocks}"
     table = Table(title=title, title_justify="left")
     table.add_column("per operation")
     for path in PATHS:
@@ -171,6 +169,20 @@ def _number(value: float) -> str:
     if value == int(value) or value >= 1000:
         return f"{value:,.0f}"
     return f"{value:.3g}"
+
+
+def check_plot(path: Path) -> None:
+    """Find out before the work whether a picture can be drawn to that file.
+
+    Raises:
+        VmbusError: matplotlib is not installed, or the file's ending is no picture format.
+    """
+    _pyplot()
+    from matplotlib.figure import Figure
+
+    known = Figure().canvas.get_supported_filetypes()
+    if path.suffix.lower().removeprefix(".") not in known:
+        raise VmbusError(f"{path}: the ending names no picture format; there are {', '.join(sorted(known))}")
 
 
 def plot(result: Comparison, path: Path) -> None:

@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from vmbus.cli.output import LONGEST_LINE
 from vmbus.cli.units import format_size, size
+from vmbus.errors import printable
 from vmbus.machine.packages import default_cache, describe, make_root_disk, prepare_guest
 
 __all__ = ["add_parser", "run"]
@@ -54,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         args.cache,
         package=args.package,
         refresh=args.refresh,
-        progress=lambda message: print(message, file=sys.stderr),
+        progress=lambda message: print(printable(message, LONGEST_LINE), file=sys.stderr),
     )
     if args.root_disk is not None:
         make_root_disk(args.root_disk, args.root_size, guest.busybox.read_bytes())

@@ -15,6 +15,9 @@ class GpaRange(NamedTuple):
     byte_offset: int
     pfns: tuple[int, ...]
 
+_Range: TypeAlias = tuple[int, int, Sequence[int]]
+"""A guest buffer as it is passed in: (byte_count, byte_offset, pfns), in this order; a `GpaRange` is one, too."""
+
 @final
 class GuestMemory:
     size: int
@@ -56,7 +59,7 @@ class Window:
 class GpaRanges:
     total: int
     raw: bytes
-    def __init__(self, ranges: Sequence[tuple[int, int, Sequence[int]]]) -> None: ...
+    def __init__(self, ranges: Sequence[_Range]) -> None: ...
     @staticmethod
     def parse(data: Buffer, count: int) -> GpaRanges: ...
     @staticmethod

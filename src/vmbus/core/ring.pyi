@@ -1,5 +1,5 @@
 from collections.abc import Iterator, Sequence
-from typing import Any, Self, final
+from typing import Any, Self, TypeAlias, final
 
 from typing_extensions import disjoint_base
 
@@ -10,6 +10,9 @@ TRANSFER_PAGES: int
 GPA_DIRECT: int
 COMPLETION: int
 COMPLETION_REQUESTED: int
+
+_TransferRange: TypeAlias = tuple[int, int]
+"""A part of a transfer page set: (byte_count, byte_offset), in this order."""
 
 @final
 class Packet:
@@ -26,7 +29,7 @@ class Packet:
     @property
     def transfer_set_id(self) -> int: ...
     @property
-    def transfer_ranges(self) -> tuple[tuple[int, int], ...]: ...
+    def transfer_ranges(self) -> tuple[_TransferRange, ...]: ...
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
 @disjoint_base
@@ -52,7 +55,7 @@ class RingWriter:
         self,
         payload: Buffer,
         set_id: int,
-        ranges: Sequence[tuple[int, int]],
+        ranges: Sequence[_TransferRange],
         transaction_id: int,
         flags: int = 1,
     ) -> bool: ...

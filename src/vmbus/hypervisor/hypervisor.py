@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import logging
 import threading
 from collections.abc import Callable
 from typing import Final, Self
@@ -27,6 +28,8 @@ from vmbus.sizes import byte_count
 from vmbus.trace.ledger import Ledger
 
 __all__ = ["Hypervisor"]
+
+log = logging.getLogger(__name__)
 
 DEFAULT_TSC_FREQUENCY: Final = 1_000_000_000
 """Hz; one tick a nanosecond, so that virtual time and TSC agree."""
@@ -215,6 +218,7 @@ class Hypervisor:
             self.partitions[partition.id] = partition
             if parent is not None:
                 parent.children[partition.id] = partition
+        log.debug("%r: %d processors, %d MiB", partition, vps, memory.size >> 20)
         return partition
 
     @staticmethod
@@ -313,6 +317,7 @@ class Hypervisor:
         try:
             partition.finalize()
             partition.state = PartitionState.DELETED
+            log.debug("%r is destroyed", partition)
             partition.notify("destroyed", None)
         finally:
             partition.state = PartitionState.DELETED

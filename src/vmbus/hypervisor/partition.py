@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["CrashReport", "Partition", "PartitionEvent"]
 
-guest_log = GuestLog(logging.getLogger(__name__))
+log = logging.getLogger(__name__)
+guest_log = GuestLog(log)
 
 HYPERCALL_CODE: Final = b"\x0f\x01\xc1\xc3"
 """VMCALL; RET: what the hypercall page holds. The guest may execute it, and nothing else of the page."""
@@ -260,6 +261,7 @@ class Partition:
     def set_guest_os_id(self, value: int) -> None:
         """HV_X64_MSR_GUEST_OS_ID: identifies the guest; zero takes the hypercall page away (TLFS, hypercall page)."""
         self.guest_os_id = value
+        log.info("%s identifies itself as 0x%016x", self.name, value)
         if not value:
             with self.hypervisor.map_lock:
                 self._hypercall_page.remove()
@@ -282,6 +284,7 @@ class Partition:
             self._hypercall_page.place(value)
         self.hypercall_msr = value
         self.hypercalls_enabled = bool(value & 1)
+        log.debug("%s: hypercalls are %s", self.name, "enabled" if value & 1 else "disabled")
 
     def set_reference_tsc(self, value: int) -> None:
         """HV_X64_MSR_REFERENCE_TSC: places the reference TSC page (TLFS, timers).
@@ -334,6 +337,7 @@ class Partition:
                 )
             except (GuestMemoryError, OverflowError):
                 guest_log.warning(self.name, "it crashed with a message outside of its memory")
+        log.info("%s reports a crash: %s", self.name, ", ".join(f"0x{p:x}" for p in self.crash_parameters))
         self.notify("crash", CrashReport(tuple(self.crash_parameters), message))
 
     # Events about the partition
@@ -357,6 +361,7 @@ class Partition:
 
     def reset(self) -> None:
         """Restart the guest: processors, overlay pages and partition-wide registers as at power-on; memory stays."""
+        log.debug("%s is reset", self.name)
         for vp in list(self.vps):
             vp.reset()
         with self.hypervisor.map_lock:

@@ -4,6 +4,7 @@ Whoever executes the guest - a model guest in Python, the instruction interprete
 kernel - calls exactly these methods on its exits; nothing here depends on who calls.
 """
 
+import logging
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
@@ -50,6 +51,8 @@ if TYPE_CHECKING:
     from vmbus.hypervisor.partition import Partition
 
 __all__ = ["VirtualProcessor"]
+
+log = logging.getLogger(__name__)
 
 DEFAULT_PAT: Final = 0x0007_0406_0007_0406
 """IA32_PAT at reset (SDM 12.12.4)."""
@@ -468,6 +471,13 @@ class VirtualProcessor:
             self.request_nmi()
         elif mode in (DeliveryMode.INIT, DeliveryMode.STARTUP):
             self.started = mode == DeliveryMode.STARTUP
+            log.debug(
+                "%s: processor %d gets %s 0x%x",
+                self.partition.name,
+                self.index,
+                DeliveryMode(mode).name,
+                vector,
+            )
             if self.on_startup is not None:
                 self.on_startup(Ipi(mode, vector, 0, False, self.index))
 

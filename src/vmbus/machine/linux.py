@@ -4,15 +4,18 @@ Takes a bzImage, entered at its 64-bit entry (it decompresses itself), or an unc
 Facts: Linux ``Documentation/arch/x86/boot.rst`` and ``zero-page.rst``; offsets below are theirs.
 """
 
+import logging
 import struct
 from dataclasses import dataclass
 from typing import Final
 
 from vmbus.core.memory import GuestMemory
-from vmbus.errors import VmbusError
+from vmbus.errors import VmbusError, printable
 from vmbus.machine.acpi import RESET_PORT, RESET_VALUE, AcpiTables
 
 __all__ = ["BootError", "Entry", "Kernel", "KernelError", "SizeError", "load_linux", "parse_kernel"]
+
+log = logging.getLogger(__name__)
 
 # Where things lie below 1 MiB.
 GDT_ADDRESS: Final = 0x1000
@@ -247,7 +250,15 @@ def load_linux(
     if b"\0" in arguments:
         raise BootError("the command line contains a NUL character")
     for address, data in kernel.segments:
+        log.debug("%d bytes of the kernel at 0x%x", len(data), address)
         memory.write(address, data)
+    log.info(
+        "a kernel that %s, entered at 0x%x, in %d MiB of memory",
+        "unpacks itself" if kernel.compressed else "is unpacked",
+        kernel.entry,
+        memory.size >> 20,
+    )
+    log.debug("its command line: %s", printable(command_line, 2000))
     memory.write(COMMAND_LINE_ADDRESS, arguments + b"\0")
 
     zero_page = bytearray(4096)
@@ -264,6 +275,7 @@ def load_linux(
                 f"of memory beside the kernel ({-(-kernel.end >> 20)} MiB)"
             )
         memory.write(address, initrd)
+        log.info("an initrd of %.1f MiB at 0x%x", len(initrd) / (1 << 20), address)
         struct.pack_into("<II", zero_page, RAMDISK_IMAGE, address, len(initrd))
     regions = [
         (0, LOW_MEMORY_END, E820_RAM),
