@@ -258,6 +258,18 @@ cdef class BlockClient:
             made.append(data)
         return made
 
+    @property
+    def busy(self) -> bool:
+        """Whether a batch was begun and is not done."""
+        return self.completed != self.count
+
+    def pending(self) -> list:
+        """Transaction ids of the requests that the host has and has not completed: their pages are still its."""
+        cdef uint64_t index
+        if self.completed == self.submitted:
+            return []
+        return [self.base + index for index in range(self.submitted) if self.states[index] == STATE_SENT]
+
     def abandon(self) -> None:
         """Give the batch up; later completions of it are stale."""
         self.count = self.submitted = self.completed = self.failed = 0

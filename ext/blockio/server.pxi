@@ -292,6 +292,10 @@ cdef class BlockServer:
             done = self.batches[unit_index](batch)
         except Exception:   # the first one is tried by itself, which tells what to say to the guest
             done = 0
+        except BaseException:   # from outside, as Ctrl-C: nothing was looked at
+            self.incoming.c.read = batch.places[0]
+            self.incoming.c.packets -= batch.count
+            raise
         if done > batch.count:
             done = batch.count
         for index in range(done):

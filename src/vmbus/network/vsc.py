@@ -11,9 +11,11 @@ import logging
 import time
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 from typing import Final, TypeVar
 
 from vmbus.bus.channel import TURN, Channel
+from vmbus.bus.taking import take_packets
 from vmbus.core.memory import GpaRanges
 from vmbus.core.netio import DONE, GuestQueue, SendPool
 from vmbus.core.ring import COMPLETION, COMPLETION_REQUESTED, IN_BAND, TRANSFER_PAGES, Packet
@@ -24,6 +26,7 @@ from vmbus.errors import (
     RingCorrupt,
     RingError,
     RingFull,
+    VmbusError,
 )
 from vmbus.network import rndis
 from vmbus.network.offload import complete, parse
@@ -101,6 +104,12 @@ class NetworkVsc(Sending):
         self._received: deque[bytes] = deque()
         self._completions: dict[int, deque[int]] = {0: deque()}
         self._fragments: list[Frame] = []
+        self._arrived: dict[int, list[Packet]] = {0: []}  # taken from the rings, not yet done with
+        self._begun: Packet | None = None  # the one of them that is looked at
+        self._completing: tuple[int, int, int] | None = (
+            None  # the same of a completion: channel and transaction id
+        )
+        self._control_step: tuple[Step, int] | None = None  # on its way, and the packets in the ring before
         channel.on_signal = lambda: self._signalled(0)
         channel.on_closed = self._closed
         try:
@@ -190,15 +199,23 @@ class NetworkVsc(Sending):
         """
         with self._lock:
             self._check()
-            if len(self._channels) == 1 and self._plain is not None and self.use_compiled_path:
-                return self._send_plain(self._plain, frames)
-            done = 0
-            for index, batch in self._spread(frames):
-                count = self._send_on(index, batch)
-                done += count
-                if count < len(batch):
-                    break
-            return done
+            try:
+                if self._interrupted:
+                    self._recover()
+                if len(self._channels) == 1 and self._plain is not None and self.use_compiled_path:
+                    return self._send_plain(self._plain, frames)
+                done = 0
+                for index, batch in self._spread(frames):
+                    count = self._send_on(index, batch)
+                    done += count
+                    if count < len(batch):
+                        break
+                return done
+            except VmbusError:
+                raise
+            except BaseException:
+                self._interrupted = True
+                raise
 
     def receive(self, limit: int = 64) -> list[bytes]:
         """Up to `limit` frames that have come in, oldest first; a VLAN tag is in the frame again."""
@@ -260,6 +277,7 @@ class NetworkVsc(Sending):
                 raise LocalProtocolError(f"sub-channel {index} of {self.protocol.subchannels}")
             self._channels[index] = channel
             self._completions[index] = deque()
+            self._arrived[index] = []
             channel.on_signal = lambda: self._signalled(index)
             channel.on_closed = lambda: self._channel_closed(index)
         self._signalled(index)
@@ -303,53 +321,65 @@ class NetworkVsc(Sending):
         with self._lock:
             self._check()
             task = self.protocol.run(script)
-        deadline = time.monotonic() + self.timeout
-        while not self._drain(0) and not task.done and time.monotonic() < deadline:
-            continue  # a host that never stops sending must answer in time all the same
-        channel = self._channels.get(0)
-        if not task.done and channel is not None:
-            left = max(0.0, deadline - time.monotonic())
-            channel.wait(lambda: task.done or self._failure is not None, left)
-        if task.done:
-            return task.result
-        self._check()
-        with self._lock:
-            self.protocol.abandon(task)
+        try:
+            deadline = time.monotonic() + self.timeout
+            while not self._drain(0) and not task.done and time.monotonic() < deadline:
+                continue  # a host that never stops sending must answer in time all the same
+            channel = self._channels.get(0)
+            if not task.done and channel is not None:
+                left = max(0.0, deadline - time.monotonic())
+                channel.wait(lambda: task.done or self._failure is not None, left)
+            if task.done:
+                return task.result
+            self._check()
+        finally:
+            if not task.done:
+                with self._lock:
+                    self.protocol.abandon(task)
         raise DeviceError(f"the host did not answer within {self.timeout} s")
 
     def _flush_control(self) -> bool:
         """Send the steps that wait, as far as there are ring space and control pages."""
         needed = False
+        outgoing = self._channels[0].outgoing
+        if self._control_step is not None:  # the last call was interrupted
+            step, before = self._control_step
+            if self.protocol.outbox and self.protocol.outbox[0][1] is step and outgoing.packets != before:
+                del self.protocol.outbox[0]
+            self._control_step = None
         while self.protocol.outbox:
             key, step = self.protocol.outbox[0]
+            if isinstance(step, RndisStep) and not self._free_control:
+                break
+            self._control_step = step, outgoing.packets
             if isinstance(step, RndisStep):
-                if not self._free_control:
-                    break
                 needed |= self._send_rndis_step(step)
+            elif step.wants_answer:
+                send = partial(outgoing.send, step.payload, type=IN_BAND, flags=COMPLETION_REQUESTED)
+                needed |= self._send_held(0, Sent(task=key), send)
             else:
                 self._next_id += 1
-                flags = COMPLETION_REQUESTED if step.wants_answer else 0
-                needed |= self._put(0, step.payload, self._next_id, IN_BAND, flags)
-                if step.wants_answer:
-                    self._sent[0, self._next_id] = Sent(task=key)
+                needed |= self._put(0, step.payload, self._next_id, IN_BAND, 0)
             del self.protocol.outbox[0]
+            self._control_step = None
         return needed
 
     def _send_rndis_step(self, step: RndisStep) -> bool:
-        slot = self._free_control[0]
         length = len(step.message)
         if length > PAGE:
             raise LocalProtocolError(f"RNDIS control message of {length} bytes")
-        self._control.view[slot * PAGE : slot * PAGE + length] = step.message
-        ranges = GpaRanges([(length, 0, [self._control.pfns[slot]])])
-        payload = self.protocol.rndis_packet(ChannelType.CONTROL)
-        channel = self._channels[0]
-        needed = channel.outgoing.send_gpa_direct(payload, ranges, self._next_id + 1)
-        self._next_id += 1
-        self._free_control.popleft()
-        self._sent[0, self._next_id] = Sent(control=slot)
-        channel.account.packets_sent += 1
-        return needed
+        sent = Sent()
+
+        def send(transaction_id: int) -> bool:
+            sent.control = self._free_control[0]
+            self._free_control.popleft()
+            at = sent.control * PAGE
+            self._control.view[at : at + length] = step.message
+            ranges = GpaRanges([(length, 0, [self._control.pfns[sent.control]])])
+            payload = self.protocol.rndis_packet(ChannelType.CONTROL)
+            return self._channels[0].outgoing.send_gpa_direct(payload, ranges, transaction_id)
+
+        return self._send_held(0, sent, send)
 
     def _send_step(self, key: int, step: Step) -> None:
         self.protocol.outbox.append((key, step))
@@ -365,6 +395,15 @@ class NetworkVsc(Sending):
 
     def _drain(self, index: int) -> bool:
         """Read a channel's ring until it is empty, or for a turn: False if there is more."""
+        try:
+            return self._read(index)
+        except VmbusError:
+            raise
+        except BaseException:
+            self._interrupted = True
+            raise
+
+    def _read(self, index: int) -> bool:
         turn = TURN
         while (channel := self._channels.get(index)) is not None:
             needed = False
@@ -372,6 +411,8 @@ class NetworkVsc(Sending):
                 with self._lock:
                     if not channel.is_open:
                         return True
+                    if self._interrupted:
+                        self._recover()
                     channel.incoming.mask()
                     taken, ring = self._take_packets(index, channel)
                     channel.account.packets_received += taken
@@ -415,17 +456,26 @@ class NetworkVsc(Sending):
             if reason == DONE:
                 return taken, ring
             # Also when there is no room for completions: what is taken here waits for it.
-        received = channel.incoming.recv_packets(BATCH if plain is None else SLOW_BATCH)
+        arrived = self._arrived[index]
+        received = take_packets(
+            channel.incoming.recv_packets, BATCH if plain is None else SLOW_BATCH, arrived
+        )
         if len(self._completions[index]) > MAX_COMPLETIONS:
             raise RingCorrupt("the host sends packets but takes no completions")
-        for packet in received:
-            self._receive_packet(index, packet)
-        return taken + len(received), ring
+        while arrived:
+            self._receive_packet(index, arrived[0])
+            del arrived[0]
+        return taken + received, ring
 
     def _receive_packet(self, index: int, packet: Packet) -> None:
+        again, self._begun = packet is self._begun, packet
         try:
             if packet.type == COMPLETION:
                 self._completed(index, packet)
+            elif again:  # an exception came in the middle of it; the host gets its completion all the same
+                owed = packet.type == TRANSFER_PAGES or packet.flags & COMPLETION_REQUESTED
+                if owed and packet.transaction_id not in self._completions[index]:
+                    self._completions[index].append(packet.transaction_id)
             elif packet.type == TRANSFER_PAGES:
                 self._completions[index].append(packet.transaction_id)
                 self._receive_ranges(packet)
@@ -440,23 +490,19 @@ class NetworkVsc(Sending):
             log.debug("network adapter: %s", error)
 
     def _completed(self, index: int, packet: Packet) -> None:
-        sent = self._sent.pop((index, packet.transaction_id), None)
+        sent = self._sent.get((index, packet.transaction_id))
         if sent is None:
             # One of the compiled path's that stood behind something else.
             plain = self._plain if index == 0 else None
             if plain is not None and plain.complete(packet.transaction_id, packet.payload):
                 return
             raise RemoteProtocolError(f"completion of unknown transaction {packet.transaction_id}")
+        # Whatever the host says: what the packet held is ours again.
+        self._let_go(sent)
+        del self._sent[index, packet.transaction_id]
         if sent.task:
             self.protocol.receive_completion(sent.task, packet.payload)
             return
-        # Whatever the host says: what the packet held is ours again.
-        if sent.section >= 0 and self._sections is not None:
-            self._sections.give(sent.section)
-        if sent.control >= 0:
-            self._free_control.append(sent.control)
-        if sent.large >= 0:
-            self._free_large.append(sent.large)
         if packet.payload[:4] != _RNDIS_COMPLETE or len(packet.payload) < 8:
             self._failed_frames += sent.frames
             raise RemoteProtocolError("completion of an RNDIS packet without status")
@@ -527,9 +573,17 @@ class NetworkVsc(Sending):
     def _flush_completions(self, index: int) -> bool:
         waiting, needed = self._completions[index], False
         payload = self.protocol.receive_completion_payload
+        outgoing = self._channels[index].outgoing
+        if self._completing is not None:  # the last call was interrupted: was that one sent?
+            channel, transaction_id, before = self._completing
+            if channel == index and waiting and waiting[0] == transaction_id and outgoing.packets != before:
+                waiting.popleft()
+            self._completing = None
         while waiting:
+            self._completing = index, waiting[0], outgoing.packets
             needed |= self._put(index, payload, waiting[0], COMPLETION, 0)
             waiting.popleft()
+            self._completing = None
         return needed
 
     # ---- the end
@@ -538,12 +592,9 @@ class NetworkVsc(Sending):
         with self._lock:
             self._channels.pop(index, None)
             self._completions.pop(index, None)
+            self._arrived.pop(index, None)
             for key in [key for key in self._sent if key[0] == index]:
-                sent = self._sent.pop(key)
-                if sent.section >= 0 and self._sections is not None:
-                    self._sections.give(sent.section)
-                if sent.large >= 0:
-                    self._free_large.append(sent.large)
+                self._let_go(self._sent.pop(key))
 
     def _closed(self) -> None:
         with self._lock:

@@ -2,13 +2,16 @@
 
 `Sending` owns the guest pages of an adapter and what its packets hold until the host completes them. It is the
 half of `vmbus.network.vsc.NetworkVsc` that writes to the host.
+
+An exception from outside (Ctrl-C, a timeout of the caller's) may come between any two steps. What a packet holds is
+therefore written down before the packet is sent: used again while the host still reads it, it would carry other data.
 """
 
 import contextlib
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -88,6 +91,7 @@ class Sending(ABC):
         )
         self._lock = threading.RLock()
         self._failure: Exception | None = None
+        self._interrupted = False
         self._lay_out(list(pages))
 
     @abstractmethod
@@ -118,6 +122,44 @@ class Sending(ABC):
         needed = channel.outgoing.send(payload, transaction_id, kind, flags)
         channel.account.packets_sent += 1
         return needed
+
+    def _send_held(self, index: int, sent: Sent, send: Callable[[int], bool]) -> bool:
+        """Send a packet that holds something; `send` takes its transaction id. Returns whether the host must be rung.
+
+        Raises:
+            RingFull: it does not fit; what it holds is free again.
+        """
+        self._next_id = self._next_id + 1 & 0xFFFFFFFF or 1
+        key = index, self._next_id
+        outgoing = self._channels[index].outgoing
+        before = outgoing.packets
+        try:
+            self._sent[key] = sent
+            needed = send(self._next_id)
+        except BaseException:
+            if outgoing.packets == before:  # else it is in the ring, and its completion frees what it holds
+                self._let_go(sent)
+                self._sent.pop(key, None)
+            raise
+        self._channels[index].account.packets_sent += 1
+        return needed
+
+    def _let_go(self, sent: Sent) -> None:
+        """What a packet held is free; saying so twice is harmless."""
+        if sent.section >= 0 and self._sections is not None:
+            self._sections.give(sent.section)
+        if sent.control >= 0 and sent.control not in self._free_control:
+            self._free_control.append(sent.control)
+        if sent.large >= 0 and sent.large not in self._free_large:
+            self._free_large.append(sent.large)
+
+    def _recover(self) -> None:
+        """After an interruption: a ring may not have been rung, or be masked."""
+        for channel in list(self._channels.values()):
+            if channel.is_open:
+                channel.incoming.unmask()
+                ring_peer(channel)
+        self._interrupted = False
 
     def _spread(self, frames: Sequence[bytes | Frame]) -> list[tuple[int, list[Frame]]]:
         """Runs of consecutive frames for the same channel, chosen by the host's table."""
@@ -211,17 +253,16 @@ class Sending(ABC):
             messages.append(following)
             total += len(following)
             count += 1
-        section = pool.take()
-        pool.write(section, b"".join(messages))
-        self._next_id = self._next_id + 1 & 0xFFFFFFFF or 1
-        payload = self.protocol.rndis_packet(ChannelType.DATA, section, total)
-        try:
-            needed = self._put(index, payload, self._next_id, IN_BAND, COMPLETION_REQUESTED)
-        except RingFull:
-            pool.give(section)
-            raise
         octets = sum(len(frame.data) for frame in frames[start : start + count])
-        self._sent[index, self._next_id] = Sent(section=section, frames=count, size=octets)
+        sent = Sent(frames=count, size=octets)
+
+        def send(transaction_id: int) -> bool:
+            sent.section = pool.take()
+            pool.write(sent.section, b"".join(messages))
+            payload = self.protocol.rndis_packet(ChannelType.DATA, sent.section, total)
+            return self._channels[index].outgoing.send(payload, transaction_id, IN_BAND, COMPLETION_REQUESTED)
+
+        needed = self._send_held(index, sent, send)
         self._channels[index].account.bytes_copied += total
         return count, needed
 
@@ -230,22 +271,23 @@ class Sending(ABC):
             raise LocalProtocolError(f"frame of {len(frame.data)} bytes")
         if not self._free_large:
             return 0, False
-        slot = self._free_large[0]
-        start = slot * LARGE_PAGES
-        self._large.view[start * PAGE : start * PAGE + len(message)] = message
-        # As Linux's driver does it: a range for the headers, and one for every page of the frame.
-        pages = -(-len(message) // PAGE)
-        parts = [
-            (min(PAGE, len(message) - page * PAGE), 0, [self._large.pfns[start + page]])
-            for page in range(pages)
-        ]
-        payload = self.protocol.rndis_packet(ChannelType.DATA)
         channel = self._channels[index]
-        needed = channel.outgoing.send_gpa_direct(payload, GpaRanges(parts), self._next_id + 1)
-        self._next_id += 1
-        self._free_large.popleft()
-        self._sent[index, self._next_id] = Sent(large=slot, frames=1, size=len(frame.data))
-        channel.account.packets_sent += 1
+        sent = Sent(frames=1, size=len(frame.data))
+
+        def send(transaction_id: int) -> bool:
+            sent.large = self._free_large[0]
+            self._free_large.popleft()
+            start = sent.large * LARGE_PAGES
+            self._large.view[start * PAGE : start * PAGE + len(message)] = message
+            # As Linux's driver does it: a range for the headers, and one for every page of the frame.
+            parts = [
+                (min(PAGE, len(message) - page * PAGE), 0, [self._large.pfns[start + page]])
+                for page in range(-(-len(message) // PAGE))
+            ]
+            payload = self.protocol.rndis_packet(ChannelType.DATA)
+            return channel.outgoing.send_gpa_direct(payload, GpaRanges(parts), transaction_id)
+
+        needed = self._send_held(index, sent, send)
         channel.account.bytes_copied += len(message)
         return 1, needed
 

@@ -36,6 +36,8 @@ class ChannelServer:
         fast: serves plain reads and writes.
         fast_stale: units have changed since `fast` was told of them.
         fast_useful: `fast` has units to serve.
+        arrived: packets that were taken from the ring and come next.
+        current: the last of them that was begun with.
         notices: what the guest is to be told unasked.
         packet_size: bytes of the guest's last packet that was no SCSI request. Notices get the same size: Windows
             guests take packets of the version's size only, OpenBSD and NetBSD those of 64 bytes in any version.
@@ -51,7 +53,10 @@ class ChannelServer:
         )
         self.fast_stale = True
         self.fast_useful = False
-        self.completions: deque[tuple[int, bytes]] = deque()
+        self.arrived: list[Packet] = []
+        self.current: Packet | None = None
+        self._sending: tuple[Packet, int] | None = None  # on its way, and the packets in the ring before
+        self.completions: deque[tuple[Packet, bytes]] = deque()
         self.notices: set[Operation] = set()
         self.packet_size = PacketHeader.SIZE + MAX_REQUEST_SIZE
         self.violations = 0
@@ -74,15 +79,18 @@ class ChannelServer:
         """
         self._again = True
         while self._again:
-            if not self._lock.acquire(blocking=False):
-                return
-            self._runner = threading.get_ident()
+            acquired = False
             try:
+                acquired = self._lock.acquire(blocking=False)
+                if not acquired:
+                    return
+                self._runner = threading.get_ident()
                 self._again = False
                 run(self)
             finally:
-                self._runner = 0
-                self._lock.release()
+                if acquired:
+                    self._runner = 0
+                    self._lock.release()
 
     def settle(self) -> None:
         """Wait until no other thread is inside `kick`."""
@@ -121,7 +129,11 @@ class ChannelServer:
         """Queue a completion of exactly the request's size, as Windows guests insist on it."""
         if packet.flags & COMPLETION_REQUESTED:
             header = PacketHeader(Operation.COMPLETE_IO, 0, status).pack()
-            self.completions.append((packet.transaction_id, header + body[:size].ljust(size, b"\0")))
+            self.completions.append((packet, header + body[:size].ljust(size, b"\0")))
+
+    def answered(self, packet: Packet) -> bool:
+        """Whether a packet's completion waits in the queue."""
+        return any(each is packet for each, _ in self.completions)
 
     def flush(self) -> bool:
         """Write completions and notices and ring if needed; False if the ring is full: the guest rings then.
@@ -149,6 +161,12 @@ class ChannelServer:
         """Packets written, whether the guest must be rung, whether the ring is full."""
         outgoing = self.channel.outgoing
         sent, signal = 0, False
+        if self._sending is not None:  # an exception from outside came the last time: was that one sent?
+            packet, before = self._sending
+            if outgoing.packets != before and self.completions and self.completions[0][0] is packet:
+                self.completions.popleft()
+                signal = True
+            self._sending = None
         try:
             while self.notices:
                 notice = min(self.notices)
@@ -158,10 +176,12 @@ class ChannelServer:
                 sent += 1
                 self.notices.discard(notice)
             while self.completions:
-                transaction_id, payload = self.completions[0]
-                signal |= outgoing.send(payload, transaction_id, COMPLETION)
+                packet, payload = self.completions[0]
+                self._sending = packet, outgoing.packets
+                signal |= outgoing.send(payload, packet.transaction_id, COMPLETION)
                 sent += 1
                 self.completions.popleft()
+                self._sending = None
         except RingFull:
             return sent, signal, True
         return sent, signal, False

@@ -17,6 +17,7 @@ from vmbus.storage.disk import Buffer, Extent, merged
 from vmbus.storage.scsi.codes import AdditionalSense, Opcode, ServiceIn16
 
 if TYPE_CHECKING:
+    from vmbus.storage.lent_pages import Loan
     from vmbus.storage.vsc import StorageVsc
 
 __all__ = ["Integers", "StorageDisk"]
@@ -255,27 +256,31 @@ class StorageDisk:
             length: bytes of each request, at most `StorageVsc.max_transfer`.
             write: from the pages to the disk.
 
+        After any exception the host may still use the pages, until `StorageVsc.settle` returns.
+
         Returns:
             the indices of requests that failed; send them one by one to learn why. All of them, if the unit does
             not know the commands of 16 bytes that a batch consists of.
         """
         if self._short:
             return list(range(len(offsets)))
-        with self.vsc.exclusive() as channel:
-            return self._drive(channel, offsets, pfns, length, write).failures()
+        with self.vsc.exclusive() as channel, self.vsc.borrow_pages(0) as loan:
+            return self._drive(channel, loan, offsets, pfns, length, write).failures()
 
     @contextmanager
     def _batch(self, length: int) -> Iterator["_Batch"]:
         if length % self.sector_size or not 0 < length <= self.vsc.max_transfer:
             raise LocalProtocolError(f"requests of {length} bytes, {self.vsc.max_transfer} at most")
-        with self.vsc.exclusive() as channel, self.vsc.borrow_pages() as pages:
-            yield _Batch(self, channel, pages, length)
+        with self.vsc.exclusive() as channel, self.vsc.borrow_pages() as loan:
+            yield _Batch(self, channel, loan, length)
 
     def _drive(
-        self, channel: Channel, offsets: Integers, pfns: Integers, length: int, write: bool
+        self, channel: Channel, loan: "Loan", offsets: Integers, pfns: Integers, length: int, write: bool
     ) -> BlockClient:
         client = self._clients.get(channel)
-        if client is None:
+        if (
+            client is None or client.busy
+        ):  # an exception ended its last batch, and what comes of that is not for it
             client = self._clients[channel] = BlockClient(
                 channel.outgoing,
                 channel.incoming,
@@ -286,6 +291,7 @@ class StorageDisk:
                 self.vsc.packet_size,
             )
         first = self.vsc.new_ids(len(offsets))
+        loan.watch(client.pending)
         client.begin(offsets, pfns, length, first, write, self.queue_depth)
         self.vsc.drive(channel, client)
         return client
@@ -314,12 +320,15 @@ class StorageDisk:
 class _Batch:
     """Runs requests of one length through the client's own buffer pages."""
 
-    def __init__(self, disk: StorageDisk, channel: Channel, pages: list[int], length: int) -> None:
-        self.most = len(pages) // -(-length // PAGE_SIZE)
+    def __init__(self, disk: StorageDisk, channel: Channel, loan: "Loan", length: int) -> None:
+        self.most = len(loan.pages) // -(-length // PAGE_SIZE)
+        if not self.most:
+            raise DeviceError(f"{length} bytes of data exceed the {len(loan.pages)} free buffer pages")
         self._disk = disk
         self._channel = channel
-        self._pages = pages
-        self._numbers = array("Q", pages)
+        self._loan = loan
+        self._pages = loan.pages
+        self._numbers = array("Q", loan.pages)
         self._length = length
 
     def run(self, offsets: Sequence[int], data: Sequence[Buffer] | None = None) -> BlockClient:
@@ -329,4 +338,6 @@ class _Batch:
             pages = self._pages[index * each : (index + 1) * each]
             GpaRanges([(self._length, 0, pages)]).write(self._channel.memory, piece)
         write = data is not None
-        return self._disk._drive(self._channel, array("Q", offsets), self._numbers, self._length, write)
+        return self._disk._drive(
+            self._channel, self._loan, array("Q", offsets), self._numbers, self._length, write
+        )

@@ -147,12 +147,19 @@ class GuestNegotiation:
         """Sub-channels that the host agreed to offer."""
         self._versions = list(versions)
         self._wanted = sub_channels
+        self.question = b""
+        """The last `request`."""
         self._pending: Operation | None = None
 
     @property
     def done(self) -> bool:
         """Whether requests may be sent: the protocol is ready and sub-channels, if wanted, are granted."""
         return self.state is State.READY and not self._ask_sub_channels
+
+    @property
+    def asked(self) -> bool:
+        """Whether the last `request` has not been answered."""
+        return self._pending is not None
 
     @property
     def _ask_sub_channels(self) -> int:
@@ -170,24 +177,26 @@ class GuestNegotiation:
         if self._pending is not None:
             raise LocalProtocolError("the last request has not been completed")
         if self.state is State.BEGIN:
-            self._pending, body = Operation.BEGIN_INITIALIZATION, b""
+            pending, body = Operation.BEGIN_INITIALIZATION, b""
         elif self.state is State.VERSION:
             if not self._versions:
                 raise RemoteProtocolError("the host accepts none of our storage protocol versions")
-            self._pending = Operation.QUERY_PROTOCOL_VERSION
+            pending = Operation.QUERY_PROTOCOL_VERSION
             body = ProtocolVersion(self._versions[0]).pack()
         elif self.state is State.PROPERTIES:
-            self._pending, body = Operation.QUERY_PROPERTIES, b""
+            pending, body = Operation.QUERY_PROPERTIES, b""
         elif self.state is State.END:
-            self._pending, body = Operation.END_INITIALIZATION, b""
+            pending, body = Operation.END_INITIALIZATION, b""
         elif self._ask_sub_channels > 0:
-            self._pending = Operation.CREATE_SUB_CHANNELS
+            pending = Operation.CREATE_SUB_CHANNELS
             body = SubChannelCount(self._ask_sub_channels).pack()
         else:
             raise LocalProtocolError("the negotiation is complete")
-        header = PacketHeader(self._pending, PacketFlags.REQUEST_COMPLETION)
+        header = PacketHeader(pending, PacketFlags.REQUEST_COMPLETION)
         # The largest packet of any version: before the version is known no other size is right for both.
-        return (header.pack() + body).ljust(PacketHeader.SIZE + 52, b"\0")
+        packet = (header.pack() + body).ljust(PacketHeader.SIZE + 52, b"\0")
+        self.question, self._pending = packet, pending
+        return packet
 
     def receive(self, packet: Buffer) -> None:
         """Take the completion of the last `request`.
@@ -203,8 +212,7 @@ class GuestNegotiation:
             raise RemoteProtocolError(f"operation {header.operation} instead of a completion")
         body = bytes(packet[PacketHeader.SIZE :])
         if pending is Operation.QUERY_PROTOCOL_VERSION and header.status != NtStatus.SUCCESS:
-            del self._versions[0]
-            self._pending = None
+            self._versions, self._pending = self._versions[1:], None
             return
         if header.status != NtStatus.SUCCESS:
             raise RemoteProtocolError(f"{pending.name} failed with status 0x{header.status:08x}")
@@ -218,5 +226,4 @@ class GuestNegotiation:
                 raise RemoteProtocolError(f"requests of {self.properties.max_transfer_bytes} bytes at most")
         elif pending is Operation.CREATE_SUB_CHANNELS:
             self.sub_channels += self._ask_sub_channels
-        self.state = TRANSITIONS[self.state, pending]
-        self._pending = None
+        self.state, self._pending = TRANSITIONS[self.state, pending], None

@@ -94,6 +94,7 @@ class RedirectDisk(Disk):
         self._failure: DiskError | None = None
         self._pages = array("Q", pages)
         self._pages_lock = threading.Lock()
+        self._pages_in_use = False  # by the host, after an exception
         if pages and hasattr(device, "transfer_batch"):
             self.serve_batch = self._serve_batch
 
@@ -168,6 +169,9 @@ class RedirectDisk(Disk):
         offsets, done = requests.offsets, 0
         memory = device.vsc.channels[0].memory
         with self._pages_lock, _Hop(self, "batch", offsets[0]) as hop:
+            if self._pages_in_use:
+                device.vsc.settle()
+            self._pages_in_use = True
             while done < count:
                 part = min(most, count - done)
                 pfns = self._pages[: part * each]
@@ -183,6 +187,7 @@ class RedirectDisk(Disk):
                 done += good
                 if failed:
                     break
+            self._pages_in_use = False
         return done
 
 

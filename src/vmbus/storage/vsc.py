@@ -13,14 +13,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Self
+from weakref import ReferenceType, ref
 
 from vmbus.bus.channel import Channel
+from vmbus.bus.taking import take_packets
 from vmbus.core.blockio import DONE, PROGRESS, RING, STRAY, BlockClient
 from vmbus.core.memory import PAGE_SIZE, GpaRanges
 from vmbus.core.ring import COMPLETION, COMPLETION_REQUESTED, IN_BAND, Packet
-from vmbus.errors import DeviceError, LocalProtocolError, RemoteProtocolError, RingFull
+from vmbus.errors import DeviceError, LocalProtocolError, RemoteProtocolError, RingFull, VmbusError
 from vmbus.storage.disk import Buffer
 from vmbus.storage.guest_disk import StorageDisk
+from vmbus.storage.lent_pages import Loan, PagePool
 from vmbus.storage.negotiation import GuestNegotiation
 from vmbus.storage.scsi.codes import Opcode, ScsiStatus, SenseKey
 from vmbus.storage.scsi.sense import Sense
@@ -102,9 +105,24 @@ class CommandResult:
 
 @dataclass(slots=True)
 class _Pending:
+    """A request; `before` is how many packets the ring had taken when it was about to be sent, -1 until then."""
+
     cdb: bytes
     length: int
+    request_id: int
+    channel: Channel
+    before: int = -1
     result: CommandResult | None = None
+
+    def outstanding(self) -> tuple[int, ...]:
+        """Its transaction id, if the host has it and has not completed it."""
+        if self.result is not None or self.before in (-1, self.channel.outgoing.packets):
+            return ()
+        return (self.request_id,)
+
+
+class _Running:
+    """Lives as long as the call that runs a batch."""
 
 
 class StorageVsc:
@@ -141,16 +159,20 @@ class StorageVsc:
         self.negotiation = GuestNegotiation(versions, sub_channels=sub_channels)
         self.stale_completions = 0
         """Completions that no request waited for."""
-        self._pages = list(pages)
-        self._free = list(pages)
+        self._page_count = len(pages)
+        self._pages = PagePool(pages)
         self._memory = channel.memory
         self._pending: dict[int, _Pending] = {}
         self._control: list[bytes] = []
         self._control_id = 0
+        self._asked = b""  # the control packet sent last, and how many the ring had taken before
+        self._asked_before = 0
         self._next_id = 1
         self._turn = 0
+        self._arrived: list[Packet] = []  # taken from a ring, not yet looked at
         self._changed = False
-        self._batch_runs = False
+        self._batch: ReferenceType[_Running] | None = None
+        self._interrupted = False
         self._failed = ""
         self._rang = threading.Event()
         self._lock = threading.RLock()
@@ -173,9 +195,12 @@ class StorageVsc:
             RemoteProtocolError: the host refuses or answers nonsense.
             DeviceError: the host does not answer in time.
         """
-        with self._lock:
+        with self._call():
             while not self.negotiation.done:
-                self.negotiation.receive(self._ask(self.negotiation.request()))
+                # A call before this one may have been interrupted while it waited.
+                asked = self.negotiation.asked
+                question = self.negotiation.question if asked else self.negotiation.request()
+                self.negotiation.receive(self._ask(question))
 
     def add_channel(self, channel: Channel) -> None:
         """Use an open sub-channel for requests, too."""
@@ -186,7 +211,7 @@ class StorageVsc:
     @property
     def max_transfer(self) -> int:
         """Bytes of one request that host and buffer pages allow, whole pages."""
-        most = min(self.negotiation.properties.max_transfer_bytes, len(self._pages) * PAGE_SIZE)
+        most = min(self.negotiation.properties.max_transfer_bytes, self._page_count * PAGE_SIZE)
         return most // PAGE_SIZE * PAGE_SIZE
 
     def execute(
@@ -206,25 +231,48 @@ class StorageVsc:
         """
         length = len(data_out) or data_in
         with self._lock:
-            if self._batch_runs:  # only from inside of a wait, on the same thread
+            if self._interrupted:
+                self._recover()
+            if (
+                self._batch is not None and self._batch() is not None
+            ):  # from inside of a wait, on the same thread
                 raise LocalProtocolError("the storage client is in the middle of a batch")
-            pages = self._take(length)
-            ranges = self._ranges(pages, length) if length else None
-            if data_out and ranges is not None:
-                ranges.write(self._memory, data_out)
-            direction = (
-                DataDirection.OUT if data_out else DataDirection.IN if data_in else DataDirection.UNKNOWN
-            )
-            request = self._submit((target, lun), cdb, direction, ranges, length)
-            self._finish([request])
-            result = self._pending.pop(request).result
-            assert result is not None
-            if data_in and ranges is not None:
-                data = ranges.read(self._memory, 0, result.transferred)
-                result = CommandResult(
-                    result.srb_status, result.scsi_status, result.transferred, result.sense, data
+            loan = self._take(length) if length else None
+            request_id = self._next_id
+            self._next_id += 1
+            pending = _Pending(cdb, length, request_id, self.channels[self._turn % len(self.channels)])
+            self._turn += 1
+            try:
+                ranges = None
+                if loan is not None:
+                    loan.watch(pending.outstanding)
+                    ranges = GpaRanges([(length, 0, loan.pages)])
+                if data_out and ranges is not None:
+                    ranges.write(self._memory, data_out)
+                direction = (
+                    DataDirection.OUT if data_out else DataDirection.IN if data_in else DataDirection.UNKNOWN
                 )
-            self._free += pages
+                packet = self._request((target, lun), cdb, direction, length)
+                self._pending[request_id] = pending
+                if not self._try_send(pending, packet, ranges):
+                    self._wait(lambda: self._try_send(pending, packet, ranges))
+                self._wait(lambda: pending.result is not None)
+                result = pending.result
+                assert result is not None
+                if data_in and ranges is not None:
+                    data = ranges.read(self._memory, 0, result.transferred)
+                    result = CommandResult(
+                        result.srb_status, result.scsi_status, result.transferred, result.sense, data
+                    )
+            except VmbusError:
+                raise
+            except BaseException:
+                self._interrupted = True
+                raise
+            finally:
+                if loan is not None:
+                    loan.close()
+                self._pending.pop(request_id, None)
         self._tell()
         return result
 
@@ -262,7 +310,7 @@ class StorageVsc:
 
     def reset(self) -> None:
         """Reset the bus: whatever is under way is aborted, and units report a unit attention."""
-        with self._lock:
+        with self._call():
             header = PacketHeader(Operation.RESET_BUS, PacketFlags.REQUEST_COMPLETION)
             packet = header.pack().ljust(self.packet_size, b"\0")
             status = PacketHeader.unpack(self._ask(packet)).status
@@ -271,14 +319,45 @@ class StorageVsc:
 
     def poll(self) -> None:
         """Take what the host sent unasked, and call `on_change` if disks came or went."""
-        with self._lock:
+        with self._call():
             self._collect()
         self._tell()
+
+    def settle(self) -> None:
+        """Wait until the host has completed what an interrupted call had sent, so that nobody's pages are in use.
+
+        Raises:
+            DeviceError: the host did not complete it in time.
+        """
+        with self._call():
+            self._wait(lambda: not self._pages.waiting)
 
     def close(self) -> None:
         """Close all channels, sub-channels first."""
         for channel in reversed(self.channels):
             channel.close()
+
+    @contextmanager
+    def _call(self) -> Iterator[None]:
+        """Around what uses the channels: one thread at a time, and in order again after an interruption."""
+        with self._lock:
+            try:
+                if self._interrupted:
+                    self._recover()
+                yield
+            except VmbusError:
+                raise
+            except BaseException:
+                self._interrupted = True
+                raise
+
+    def _recover(self) -> None:
+        """An exception from outside may have come between writing to a ring and ringing, or with signals masked."""
+        for channel in self.channels:
+            if channel.is_open:
+                channel.incoming.unmask()
+                channel.signal()
+        self._interrupted = False
 
     @contextmanager
     def exclusive(self) -> Iterator[Channel]:
@@ -287,29 +366,33 @@ class StorageVsc:
         Raises:
             DeviceError: the client has given up.
         """
-        with self._lock:
+        with self._call():
             if self._failed:
                 raise DeviceError(self._failed)
-            if self._batch_runs:  # only from inside of a wait, on the same thread
+            if (
+                self._batch is not None and self._batch() is not None
+            ):  # from inside of a wait, on the same thread
                 raise LocalProtocolError("the storage client is in the middle of a batch")
-            self._batch_runs = True
+            batch = _Running()
+            self._batch = ref(batch)
             channel = self.channels[self._turn % len(self.channels)]
             self._turn += 1
             try:
                 yield channel
             finally:
-                self._batch_runs = False
+                self._batch = None
         self._tell()
 
     @contextmanager
-    def borrow_pages(self) -> Iterator[list[int]]:
-        """All free buffer pages, until the context ends."""
-        pages = self._take(len(self._free) * PAGE_SIZE)
+    def borrow_pages(self, count: int | None = None) -> Iterator["Loan"]:
+        """Free buffer pages, all of them by default, until the context ends and the host is done with them."""
+        if self._pages.waiting:
+            self._wait(lambda: not self._pages.waiting)
+        loan = self._take((len(self._pages) if count is None else count) * PAGE_SIZE)
         try:
-            yield pages
+            yield loan
         finally:
-            if not self._failed:  # else the host may still write to them
-                self._free += pages
+            loan.close()
 
     def new_ids(self, count: int) -> int:
         """Set aside `count` transaction ids; returns the first."""
@@ -335,8 +418,8 @@ class StorageVsc:
                 elif state & PROGRESS:
                     account.doorbells_suppressed += 1
                 if state & STRAY:
-                    for packet in incoming.recv_packets(1):
-                        self._packet(packet)
+                    take_packets(incoming.recv_packets, 1, self._arrived)
+                    self._look()
                 if state & PROGRESS:
                     deadline = 0.0
                 elif state & (STRAY | RING):
@@ -346,9 +429,6 @@ class StorageVsc:
                     more = incoming.unmask()
                     deadline = self._patience(deadline) if more else self._sleep(channel, deadline)
                     incoming.mask()
-        except DeviceError:
-            client.abandon()
-            raise
         finally:
             if channel.is_open:
                 incoming.unmask()
@@ -402,37 +482,27 @@ class StorageVsc:
             if self.on_change is not None:
                 self.on_change()
 
-    def _take(self, length: int) -> list[int]:
+    def _take(self, length: int) -> Loan:
         if self._failed:
             raise DeviceError(self._failed)
         count = -(-length // PAGE_SIZE)
-        if count > len(self._free):
-            raise DeviceError(f"{length} bytes of data exceed the {len(self._free)} free buffer pages")
-        pages = self._free[len(self._free) - count :]
-        del self._free[len(self._free) - count :]
-        return pages
-
-    @staticmethod
-    def _ranges(pages: Sequence[int], length: int) -> GpaRanges:
-        return GpaRanges([(length, 0, pages)])
+        if count > len(self._pages):
+            self._wait(lambda: count <= len(self._pages) or not self._pages.waiting)
+        return self._pages.lend(count)
 
     def _ask(self, packet: bytes) -> bytes:
         """Send a control packet on the primary channel and wait for its completion."""
-        self._control.clear()
-        self._control_id += 1
-        self.channels[0].send(packet, _CONTROL_ID + self._control_id, IN_BAND, COMPLETION_REQUESTED)
+        channel = self.channels[0]
+        if packet is not self._asked or self._asked_before == channel.outgoing.packets:
+            self._control.clear()
+            self._control_id += 1
+            self._asked, self._asked_before = packet, channel.outgoing.packets
+            channel.send(packet, _CONTROL_ID + self._control_id, IN_BAND, COMPLETION_REQUESTED)
         self._wait(lambda: bool(self._control))
         return self._control[0]
 
-    def _submit(
-        self,
-        address: tuple[int, int],
-        cdb: bytes,
-        direction: DataDirection,
-        ranges: GpaRanges | None,
-        length: int,
-    ) -> int:
-        """Send one request; returns its transaction id."""
+    def _request(self, address: tuple[int, int], cdb: bytes, direction: DataDirection, length: int) -> bytes:
+        """The packet of a SCSI request."""
         flags = {DataDirection.IN: SrbFlags.DATA_IN, DataDirection.OUT: SrbFlags.DATA_OUT}.get(direction, 0)
         size = self.packet_size - PacketHeader.SIZE
         request = ScsiRequest(
@@ -447,33 +517,24 @@ class StorageVsc:
             srb_flags=flags | SrbFlags.DISABLE_SYNCH_TRANSFER,
             time_out_value=60,
         )
-        packet = (
-            PacketHeader(Operation.EXECUTE_SRB, PacketFlags.REQUEST_COMPLETION).pack() + request.pack()[:size]
-        )
-        request_id = self._next_id
-        self._next_id += 1
-        channel = self.channels[self._turn % len(self.channels)]
-        self._turn += 1
-        self._pending[request_id] = _Pending(cdb, length)
-        self._wait(lambda: self._try_send(channel, packet, ranges, request_id))
-        return request_id
+        header = PacketHeader(Operation.EXECUTE_SRB, PacketFlags.REQUEST_COMPLETION)
+        return header.pack() + request.pack()[:size]
 
     @staticmethod
-    def _try_send(channel: Channel, packet: bytes, ranges: GpaRanges | None, request_id: int) -> bool:
+    def _try_send(pending: _Pending, packet: bytes, ranges: GpaRanges | None) -> bool:
+        channel = pending.channel
         outgoing = channel.outgoing
         try:
+            pending.before = outgoing.packets
             if ranges is None:
-                signal = outgoing.send(packet, request_id, IN_BAND, COMPLETION_REQUESTED)
+                signal = outgoing.send(packet, pending.request_id, IN_BAND, COMPLETION_REQUESTED)
             else:
-                signal = outgoing.send_gpa_direct(packet, ranges, request_id)
+                signal = outgoing.send_gpa_direct(packet, ranges, pending.request_id)
         except RingFull:
             return False
         channel.account.packets_sent += 1
         channel.notify(signal)
         return True
-
-    def _finish(self, requests: Sequence[int]) -> None:
-        self._wait(lambda: all(self._pending[request].result is not None for request in requests))
 
     def _wait(self, done: Callable[[], bool]) -> None:
         """Take completions until `done`.
@@ -493,19 +554,26 @@ class StorageVsc:
 
     def _collect(self) -> int:
         """Take the packets there are, but not those that a host goes on sending; returns their number."""
-        taken = 0
+        taken = len(self._arrived)
+        if taken:
+            self._look()
         for channel in self.channels:
             if not channel.is_open:
                 continue
             most = channel.incoming.available_bytes // _LEAST_PACKET + 1
-            while most > 0 and (packets := channel.incoming.recv_packets(_BATCH)):
-                most -= len(packets)
-                taken += len(packets)
-                channel.account.packets_received += len(packets)
-                for packet in packets:
-                    self._packet(packet)
+            while most > 0 and (count := take_packets(channel.incoming.recv_packets, _BATCH, self._arrived)):
+                most -= count
+                taken += count
+                channel.account.packets_received += count
+                self._look()
                 channel.notify(channel.incoming.take_signal())
         return taken
+
+    def _look(self) -> None:
+        """Look at the packets that arrived; one leaves the list only when nothing is left to be done with it."""
+        for packet in self._arrived:
+            self._packet(packet)
+        self._arrived.clear()
 
     def _packet(self, packet: Packet) -> None:
         payload = packet.payload
@@ -521,6 +589,8 @@ class StorageVsc:
             self._control.append(payload)
             return
         pending = self._pending.get(packet.transaction_id) if packet.type == COMPLETION else None
+        if self._pages.waiting and packet.type == COMPLETION and self._pages.completed(packet.transaction_id):
+            return
         if pending is None or pending.result is not None:
             self.stale_completions += 1
             if self.stale_completions == 1:

@@ -14,6 +14,7 @@ from uuid import UUID, uuid4, uuid5
 
 from vmbus.bus.channel import TURN, Channel
 from vmbus.bus.offer import Offer
+from vmbus.bus.taking import take_packets
 from vmbus.bus.vmbus_host import Offered, VmbusHost
 from vmbus.core.blockio import FULL, MORE
 from vmbus.core.ring import GPA_DIRECT, IN_BAND, Packet
@@ -70,6 +71,7 @@ _NO_UNIT = Outcome(
     ScsiStatus.CHECK_CONDITION,
     sense=Sense(SenseKey.ILLEGAL_REQUEST, AdditionalSense.LOGICAL_UNIT_NOT_SUPPORTED).pack(),
 )
+_ABORTED = Outcome(ScsiStatus.TASK_ABORTED)
 _BAD_BUFFER = invalid_field(0).sense.pack()
 _NT_STATUS = {
     SrbStatus.SUCCESS: NtStatus.SUCCESS,
@@ -334,6 +336,8 @@ class StorageVsp:
         channel = server.channel
         incoming = channel.incoming
         turn = TURN
+        if server.arrived and server.arrived[0] is server.current:
+            self._cancel_begun(server)
         try:
             while channel.is_open and self._servers.get(server.index) is server:
                 if turn <= 0:
@@ -346,13 +350,18 @@ class StorageVsp:
                 if room <= 0:
                     return  # a finishing request comes back here
                 incoming.mask()
-                if self._serve_fast(server):
+                if not server.arrived and self._serve_fast(server):
                     continue
-                packets = incoming.recv_packets(1 if server.fast_useful else min(_BATCH, room))
-                for packet in packets:
-                    self._packet(server, packet)
-                channel.account.packets_received += len(packets)
-                if packets:
+                take_packets(
+                    incoming.recv_packets, 1 if server.fast_useful else min(_BATCH, room), server.arrived
+                )
+                taken = len(server.arrived)  # more than those if an exception from outside came the last time
+                while server.arrived:
+                    server.current = server.arrived[0]
+                    self._packet(server, server.current)
+                    del server.arrived[0]
+                channel.account.packets_received += taken
+                if taken:
                     channel.notify(incoming.take_signal())
                 elif not incoming.unmask():
                     return
@@ -422,13 +431,20 @@ class StorageVsp:
             server.fast.disable(*address)
             server.fast_stale = True
 
+    def _cancel_begun(self, server: ChannelServer) -> None:
+        """An exception from outside, as Ctrl-C on this thread, came in the middle of a packet: the guest is told so."""
+        packet = server.arrived[0]
+        if self._pool is None and not server.answered(packet):
+            server.complete(packet, _completion_size(packet), NtStatus.CANCELLED, b"")
+        del server.arrived[0]
+
     def _packet(self, server: ChannelServer, packet: Packet) -> None:
         """Take one packet of the guest. A wrong one is answered, never fatal."""
         if packet.type not in (IN_BAND, GPA_DIRECT):
             server.violation(f"a packet of type {packet.type}")
             return
         payload = packet.payload
-        size = min(max(len(payload) - PacketHeader.SIZE, MIN_REQUEST_SIZE), MAX_REQUEST_SIZE)
+        size = _completion_size(packet)
         try:
             header = PacketHeader.unpack(payload)
             if header.operation == Operation.EXECUTE_SRB and self.ready:
@@ -501,7 +517,13 @@ class StorageVsp:
         cdb = _without_lun(scsi.payload[:CDB_SIZE], scsi.lun)
         task = Task(cdb, buffer, self.offer.instance_id, server.channel.account)
         if self._pool is None:
-            self._respond(server, request, self._carry_out(scsi, task))
+            outcome = Outcome(
+                ScsiStatus.TASK_ABORTED
+            )  # if an exception from outside comes, as Ctrl-C on this thread
+            try:
+                outcome = self._carry_out(scsi, task)
+            finally:
+                self._respond(server, request, outcome)
             return
         unit = self._unit(scsi)
         if unit is not None:
@@ -513,7 +535,7 @@ class StorageVsp:
         def finished(future: Future[Outcome]) -> None:
             if unit is not None:
                 unit.tasks.end(task)
-            outcome = Outcome(ScsiStatus.TASK_ABORTED) if future.cancelled() else future.result()
+            outcome = _ABORTED if future.cancelled() else future.result()
             self._respond(server, request, outcome)
             server.finished(future)
             server.kick(self._run)
@@ -583,6 +605,11 @@ class StorageVsp:
         )
         status = _NT_STATUS.get(srb_status, NtStatus.IO_DEVICE_ERROR)
         server.complete(request.packet, request.size, status, response.pack())
+
+
+def _completion_size(packet: Packet) -> int:
+    """Bytes of the payload area of a packet's completion: the request's own, within what versions have."""
+    return min(max(len(packet.payload) - PacketHeader.SIZE, MIN_REQUEST_SIZE), MAX_REQUEST_SIZE)
 
 
 def _plain(unit: LogicalUnit) -> bool:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 
-from vmbus.core.blockio import Request, Requests
 from vmbus.errors import GuestMemoryError
 from vmbus.storage.disk import Disk, DiskError
 from vmbus.storage.scsi.cdb import BlockFields, allocation_length, block_fields
@@ -83,25 +82,8 @@ class BlockAccess:
         """A COMPARE AND WRITE is under way; nothing else may write, compiled code included."""
         self.on_exclusive: Callable[[], None] = lambda: None
         """Called after `exclusive` changed; on return all who watch it have heard of it."""
-        self._gate = _WriteGate()
-
-    def serve(self, request: Request) -> None:
-        """Carry out a read or write that was taken apart already; any exception means: do it again as a `Task`."""
-        if request.write:
-            with self._gate.shared():
-                self.disk.write(request.offset, request.fetch())
-        else:
-            request.store(self.disk.read(request.offset, request.length))
-
-    def serve_batch(self, requests: Requests) -> int:
-        """Carry out as many of the requests as go well, from the first on; returns how many."""
-        serve = self.disk.serve_batch
-        if serve is None:
-            return 0
-        if not requests.write:
-            return serve(requests)
-        with self._gate.shared():
-            return serve(requests)
+        self.gate = _WriteGate()
+        """What every write has to pass."""
 
     def read(self, task: Task) -> int:
         """READ (6), (10), (12) and (16)."""
@@ -134,7 +116,7 @@ class BlockAccess:
         fields = block_fields(task.cdb)
         offset, length = self._extent(fields, writing=True)
         self._fits(task, length, fields)
-        with self._gate.shared():
+        with self.gate.shared():
             self._write(task, offset, length, through=fields.fua or not self.write_cache)
         return length
 
@@ -189,7 +171,7 @@ class BlockAccess:
         if mode not in (_BYTCHK_NONE, _BYTCHK_ALL):
             raise invalid_field(1, 2)
         self._fits(task, length, fields)
-        with self._gate.shared():
+        with self.gate.shared():
             self._write(task, offset, length, through=True)
         self._compare(task, offset, length, 0 if mode == _BYTCHK_ALL else None)
         return length
@@ -201,7 +183,7 @@ class BlockAccess:
             raise invalid_field(fields.count_field)
         offset, length = self._extent(fields, writing=True)
         self._fits(task, 2 * length, fields, exactly=True)
-        with self._gate.exclusive():
+        with self.gate.exclusive():
             self.exclusive = True
             self.on_exclusive()
             try:
@@ -229,7 +211,7 @@ class BlockAccess:
             self._fits(task, size, fields, exactly=True)
         pattern = bytes(size) if no_data else task.data.fetch(0, size)
         disk = self.disk
-        with self._gate.shared():
+        with self.gate.shared():
             try:
                 if any(pattern):
                     repeated = pattern * (min(length, _CHUNK) // size)
@@ -267,7 +249,7 @@ class BlockAccess:
             lba, count = struct.unpack_from(">QI", data, 8 + index * _DESCRIPTOR)
             if count:
                 ranges.append(self._extent(BlockFields(lba, count, 0, 8 + index * _DESCRIPTOR), writing=True))
-        with self._gate.shared():
+        with self.gate.shared():
             for offset, size in ranges:
                 try:
                     self.disk.unmap(offset, size)

@@ -8,6 +8,7 @@ for, because what it has asked of the backend cannot be taken back. Only then ma
 import threading
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from threading import get_ident
 
 from vmbus.errors import DeviceError
 from vmbus.storage.scsi.task import Task
@@ -29,6 +30,10 @@ class TaskSetBusy(DeviceError):
 class TaskSet:
     """Commands of one unit.
 
+    `begin` and `end` are on the path of every command, so they take no lock. They rely on the order of their steps,
+    each atomic under the GIL: a command enters the set before it looks for the bar, and `aborting` raises the bar
+    before it looks into the set. So at least one of the two sees the other.
+
     Attributes:
         max_wait: seconds that `aborting` waits for enabled commands.
     """
@@ -43,13 +48,11 @@ class TaskSet:
         return len(self._tasks)
 
     def __iter__(self) -> Iterator[Task]:
-        with self._condition:
-            return iter(list(self._tasks))
+        return iter(list(self._tasks))
 
     def admit(self, task: Task) -> None:
         """A command has arrived; it will be begun later, or just end."""
-        with self._condition:
-            self._tasks.setdefault(task, 0)
+        self._tasks.setdefault(task, 0)
 
     def begin(self, task: Task) -> None:
         """A command, admitted or not, is carried out from now on by this thread, until `end`.
@@ -57,17 +60,17 @@ class TaskSet:
         Raises:
             TaskAborted: it may not.
         """
-        with self._condition:
-            if task.aborted or (self._barred is not None and self._barred(task.nexus)):
-                self._tasks.pop(task, None)
-                raise TaskAborted("aborted before it was begun")
-            self._tasks[task] = threading.get_ident()
+        self._tasks[task] = get_ident()
+        barred = self._barred
+        if task.aborted or (barred is not None and barred(task.nexus)):
+            self.end(task)
+            raise TaskAborted("aborted before it was begun")
 
     def end(self, task: Task) -> None:
         """A command has ended, or will not be begun any more; again is harmless."""
-        with self._condition:
-            self._tasks.pop(task, None)
-            if self._barred is not None:
+        self._tasks.pop(task, None)
+        if self._barred is not None:
+            with self._condition:
                 self._condition.notify_all()
 
     @contextmanager
@@ -94,26 +97,24 @@ class TaskSet:
             TaskSetBusy: an enabled one does not end within `max_wait` seconds, or is carried out by this very thread,
                 beneath us, and cannot end before we do.
         """
-        here = threading.get_ident()
-        with self._condition:
+        here = get_ident()
+        self._barred = whom
+        try:
             chosen = [
-                task
-                for task, thread in self._tasks.items()
+                (task, thread)
+                for task, thread in list(self._tasks.items())
                 if task is not but and whom(task.nexus) and not (thread and spare(task))
             ]
-            if any(self._tasks[task] == here for task in chosen):
+            if any(thread == here for _, thread in chosen):
                 raise TaskSetBusy("a command that has to end is carried out by this thread")
-            for task in chosen:
+            for task, _ in chosen:
                 task.aborted = True
-            self._barred = whom
-        try:
             with self._condition:
                 ended = self._condition.wait_for(
-                    lambda: not any(self._tasks.get(task) for task in chosen), self.max_wait
+                    lambda: not any(self._tasks.get(task) for task, _ in chosen), self.max_wait
                 )
             if not ended:
                 raise TaskSetBusy(f"commands have not ended within {self.max_wait} s")
-            yield chosen
+            yield [task for task, _ in chosen]
         finally:
-            with self._condition:
-                self._barred = None
+            self._barred = None

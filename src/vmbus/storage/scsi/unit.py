@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from functools import partial
 from uuid import UUID
 
-from vmbus.core.blockio import Request, Requests
 from vmbus.errors import GuestMemoryError
 from vmbus.storage.disk import Disk
 from vmbus.storage.scsi import cdb as commands
@@ -25,9 +24,10 @@ from vmbus.storage.scsi.codes import (
     ServiceIn16,
 )
 from vmbus.storage.scsi.inquiry import Identity, Limits, disk_pages, inquiry
+from vmbus.storage.scsi.plain_access import PlainAccess
 from vmbus.storage.scsi.reservations import Reservations
 from vmbus.storage.scsi.sense import CheckCondition, ReservationConflict, Sense, invalid_field
-from vmbus.storage.scsi.task import BytesBuffer, Outcome, Task
+from vmbus.storage.scsi.task import Outcome, Task
 from vmbus.storage.scsi.task_set import TaskAborted, TaskSet, TaskSetBusy
 from vmbus.trace.guest_log import GuestLog
 
@@ -52,8 +52,6 @@ _ONLY_READ = frozenset(
     )
 )
 """Operation codes of commands that leave no trace, of those that may take long."""
-_PLAIN_READ, _PLAIN_WRITE = bytes([Opcode.READ_16]), bytes([Opcode.WRITE_16])
-
 _INTERNAL = CheckCondition.of(SenseKey.HARDWARE_ERROR, AdditionalSense.INTERNAL_TARGET_FAILURE).sense
 
 
@@ -367,9 +365,9 @@ class DiskUnit(LogicalUnit):
             self._table = tuple(command for command in self._table if command.opcode != Opcode.UNMAP)
         self.changed()
 
-    def plain_access(self, nexus: Hashable) -> "PlainAccess":
+    def plain_access(self, nexus: Hashable) -> PlainAccess:
         """What carries out the reads and writes of an initiator that compiled code has taken apart already."""
-        return PlainAccess(self, nexus)
+        return PlainAccess(self.block, self.tasks, nexus)
 
     @property
     def _thin(self) -> bool:
@@ -489,43 +487,3 @@ class DiskUnit(LogicalUnit):
             if not self.modes.pages[mode.CONTROL].bit(mode.TAS):
                 for nexus in {each.nexus for each in ended} - {task.nexus}:
                     self.attention(AdditionalSense.COMMANDS_CLEARED_BY_ANOTHER_INITIATOR, nexus)
-
-
-class PlainAccess:
-    """The plain reads and writes of one initiator: commands of the unit's task set like all others.
-
-    Any exception means that the request has to be carried out as a `Task`, which finds out what to say.
-
-    Args:
-        unit: the disk.
-        nexus: who sends them, one at a time.
-    """
-
-    def __init__(self, unit: DiskUnit, nexus: Hashable) -> None:
-        self._tasks = unit.tasks
-        self._block = unit.block
-        self._task = Task(_PLAIN_READ, BytesBuffer(), nexus)
-
-    def serve(self, request: Request) -> None:
-        """One of them."""
-        self._begin(request.write)
-        try:
-            self._block.serve(request)
-        finally:
-            self._end()
-
-    def serve_batch(self, requests: Requests) -> int:
-        """Several; returns how many went well, from the first on."""
-        self._begin(requests.write)
-        try:
-            return self._block.serve_batch(requests)
-        finally:
-            self._end()
-
-    def _begin(self, write: bool) -> None:
-        self._task.cdb = _PLAIN_WRITE if write else _PLAIN_READ
-        self._tasks.begin(self._task)
-
-    def _end(self) -> None:
-        self._tasks.end(self._task)
-        self._task.aborted = False  # what was done is done: it ended before whoever aborted it went on
