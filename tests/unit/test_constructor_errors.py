@@ -81,6 +81,11 @@ class World:
         VmbusHost(self.hypervisor, child)
         return child
 
+    def deleted(self) -> Any:
+        child = self.child()
+        child.destroy()
+        return child
+
     def loop(self) -> Any:
         return vmbus.loopback(self.memory)[0]
 
@@ -182,6 +187,8 @@ CASES = [
     *(Case("Dispatcher", ValueError, flags) for flags in (0, -1, (1 << 20) + 1, HUGE)),
     *(Case("Doorbell", ValueError, fd) for fd in (-2, 1 << 31, HUGE)),
     Case("Packet", TypeError),
+    *(Case("Sandbox", ValueError, **{name: 0}) for name in ("data", "descriptors", "threads")),
+    Case("ChildProcess", LocalProtocolError, Made("deleted", World.deleted), "module:guest"),
     *(Case("Budget", ValueError, **{name: -1}) for name in Budget.__dataclass_fields__),
     *(Case("Hypervisor", ValueError, **{name: value})
       for name in ("tsc_frequency", "apic_frequency") for value in (0, -1, HUGE)),

@@ -48,6 +48,9 @@ class Sandbox:
         threads: processes and threads that its user may have on the machine. Not counted for root.
         filter_calls: refuse system calls that no guest needs, among them those that start processes and open
             sockets, where pyseccomp and libseccomp are installed (the ``sandbox`` extra).
+
+    Raises:
+        ValueError: a bound is not positive.
     """
 
     required: bool = False
@@ -57,6 +60,11 @@ class Sandbox:
     descriptors: int = 4096
     threads: int = 4096
     filter_calls: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("data", "descriptors", "threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"a sandbox with {name}={getattr(self, name)}")
 
     def variables(self) -> dict[str, str]:
         """The process's environment."""
