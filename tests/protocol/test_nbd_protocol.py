@@ -75,6 +75,45 @@ def test_the_handshake() -> None:
     assert export.allocation_context == 7
 
 
+def test_tls_comes_before_anything_else_is_said() -> None:
+    client = NbdClient("disk", tls=True)
+    feed(client, GREETING)
+    assert bytes(client.outgoing) == struct.pack(">I8sII", 3, b"IHAVEOPT", 5, 0)
+    assert not client.wants_tls
+    client.outgoing.clear()
+    feed(client, answer(5, 1))
+    assert client.wants_tls
+    assert bytes(client.outgoing) == struct.pack(">8sII", b"IHAVEOPT", STRUCTURED, 0)  # to be sent encrypted
+    client.wants_tls = False
+    feed(client, SHAKE[len(GREETING) :])
+    assert client.ready
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 99])
+def test_a_server_without_tls_is_given_up(number: int) -> None:
+    client = NbdClient("disk", tls=True)
+    with pytest.raises(DeviceError, match="refuses to encrypt"):
+        feed(client, GREETING + answer(5, (1 << 31) + number))
+    assert not client.ready
+
+
+def test_a_server_may_report_many_errors_but_not_for_ever() -> None:
+    client = connected()
+    cookie = client.submit(Command.READ, 0, 1 << 20)
+    one = chunk(cookie, 0x8002, struct.pack(">IH3sQ", errno.EIO, 3, b"bad", 0), done=False)
+    feed(client, one * 2048)  # one for each sector
+    with pytest.raises(RemoteProtocolError, match="without an end"):
+        feed(client, one * 4096)
+
+
+def test_a_read_never_brings_more_than_was_asked_for() -> None:
+    client = connected()
+    cookie = client.submit(Command.READ, 0, 4096)
+    one = chunk(cookie, 1, bytes(8) + bytes(4096), done=False)
+    with pytest.raises(RemoteProtocolError, match="not asked for"):
+        feed(client, one * 2)
+
+
 def test_a_server_that_knows_only_the_option_of_old() -> None:
     shake = GREETING + answer(STRUCTURED, UNSUPPORTED) + answer(GO, UNSUPPORTED) + struct.pack(">QH", SIZE, 1)
     client = connected(shake)

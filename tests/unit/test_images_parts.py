@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference.disk_model import fast_folder, qemu_img
 from reference.vhd_writer import write_vhd
+from reference.work import bounded
 
 from vmbus.core.crc32c import crc32c
 from vmbus.storage.disk import DiskError
@@ -135,6 +136,25 @@ def test_no_byte_is_handed_out_twice(work: list[tuple[str, int]]) -> None:
                 waiting.append(stretch)
             else:
                 free.cancel(*stretch)
+
+
+def test_gaps_that_are_too_small_are_looked_at_once() -> None:
+    """However many there are: a writer of images chooses where the blocks lie."""
+    gaps, block = 5000, 64 * PAGE
+    rows = np.empty((gaps, 2), np.uint64)
+    rows[:, 0] = np.arange(gaps, dtype=np.uint64) * np.uint64(block + PAGE)
+    rows[:, 1] = block
+    space = SpaceMap(Path("image"), rows, gaps * (block + PAGE), alignment=PAGE)
+    with bounded(lines=gaps * 60, read=0):
+        places = [space.allocate(block)[0] for _ in range(gaps)]
+        assert space.allocate(PAGE) == (block, False)  # what fits is still found
+    assert places == [gaps * (block + PAGE) + number * block for number in range(gaps)]
+    space.cancel(places[7], block)
+    assert space.allocate(block) == (places[7], False)
+    space.release(0, block)
+    assert space.allocate(block)[1]
+    space.settle()
+    assert space.allocate(block) == (0, False)
 
 
 @pytest.fixture

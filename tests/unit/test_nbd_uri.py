@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmbus.storage.disk import DiskError
-from vmbus.storage.images import open_disk
+from vmbus.storage.images import NbdDisk, open_disk
 from vmbus.storage.images.nbd_uri import NbdAddress, TlsOptions, is_nbd_uri, parse_uri
 
 
@@ -98,6 +98,12 @@ def test_what_is_refused_in_words(uri: str, sentence: str) -> None:
         open_disk(uri)
     assert str(caught.value).startswith(uri[:20])
     assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("timeout", [0, -1, float("inf"), float("nan")])
+def test_time_limits_that_are_none(timeout: float) -> None:
+    with pytest.raises(DiskError, match=r"a time limit of .* is not possible"):
+        NbdDisk("nbd+unix:///?socket=/nowhere", timeout=timeout)
 
 
 @pytest.mark.parametrize("name", ["nbd", "nbd.raw", "nbdx:y", "./nbd://host", "images/nbd:1", "xnbd://host"])

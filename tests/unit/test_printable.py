@@ -1,11 +1,13 @@
 """Text of strangers in messages: nothing of it reaches a terminal as a command."""
 
 import unicodedata
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vmbus.cli import main
 from vmbus.errors import printable
 
 
@@ -44,3 +46,14 @@ def test_only_glyphs_are_left_and_the_length_is_bounded(text: str, limit: int) -
     assert all(unicodedata.category(char)[0] not in "CZ" or char == " " for char in shown)
     assert len(shown) <= 10 * limit + 1
     shown.encode()
+
+
+def test_what_the_command_says_about_an_error_is_one_safe_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Whoever named the file: an archive, a download, an image."""
+    assert main(["compare", "--disk", str(tmp_path / "\x1b]0;title\x07\u202e\nvmbus: all is well")]) == 2
+    said = capsys.readouterr().err
+    assert said.endswith("\n")
+    assert said[:-1].isprintable()
+    assert r"\x1b]0;title\x07\u202e\nvmbus" in said

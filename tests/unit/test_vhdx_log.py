@@ -7,11 +7,12 @@ from pathlib import Path
 from uuid import UUID
 
 import pytest
-from reference.disk_model import fast_folder
+from reference.disk_model import fast_folder, qemu_img
 from reference.work import bounded
 
 from vmbus.core.crc32c import crc32c
 from vmbus.storage.disk import DiskError
+from vmbus.storage.images import create_vhdx, open_disk
 from vmbus.storage.images.hostfile import HostFile
 from vmbus.storage.images.vhdx_log import find_replay
 from vmbus.trace.ledger import Account
@@ -130,3 +131,34 @@ def test_more_changes_than_any_log_needs_are_refused(tmp_path: Path) -> None:
     with bounded(lines=200_000, read=2 * length), pytest.raises(DiskError, match="absurd number of changes"):
         find_replay(host, GUID, LOG, length)
     host.close()
+
+
+def test_a_replay_makes_of_the_file_what_was_seen_before(tmp_path: Path) -> None:
+    """Zeros over a block, a page written over them, and zeros behind the end of a file that grows."""
+    path = tmp_path / "image.vhdx"
+    with create_vhdx(path, 8 * MIB, block_size=MIB) as disk:
+        disk.write(0, b"a" * 2 * MIB)
+        disk.write(5 * MIB, b"b" * MIB)
+    raw = bytearray(path.read_bytes())
+    block = len(raw) - 3 * MIB  # the first that was written
+    page = bytes(range(1, 129)) * 32
+    size = len(raw) + 2 * MIB
+    log = entry(3, 0, [(block + PAGE, MIB), (block + 4 * PAGE, page), (len(raw) - PAGE, MIB)], size)
+    raw[LOG : LOG + len(log)] = log
+    for start in (64 << 10, 128 << 10):
+        raw[start + 48 : start + 64] = GUID.bytes_le
+        raw[start : start + PAGE] = sealed(bytes(raw[start : start + PAGE]))
+    path.write_bytes(raw)
+    expected = bytearray(b"a" * 2 * MIB + bytes(3 * MIB) + b"b" * MIB + bytes(2 * MIB))
+    expected[PAGE : PAGE + MIB] = bytes(MIB)
+    expected[4 * PAGE : 5 * PAGE] = page
+    expected[6 * MIB - PAGE : 6 * MIB] = bytes(PAGE)
+    with open_disk(path, read_only=True) as disk:
+        assert disk.read(0, 8 * MIB) == expected
+    assert path.read_bytes() == raw
+    with open_disk(path) as disk:
+        assert disk.read(0, 8 * MIB) == expected
+    assert path.stat().st_size == size
+    with open_disk(path, read_only=True) as disk:
+        assert disk.read(0, 8 * MIB) == expected
+    qemu_img("check", path)

@@ -187,7 +187,7 @@ class Disk(ABC):
             raise DiskError("the disk is read-only", errno.EROFS)
 
     def __repr__(self) -> str:
-        where = getattr(self, "name", None) or getattr(self, "path", "")
+        where = printable(str(getattr(self, "name", None) or getattr(self, "path", "")))
         kind = type(self).__name__
         return f"<{kind} {where}: {self.size:,} bytes{', read-only' if self.read_only else ''}>"
 

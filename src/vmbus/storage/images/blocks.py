@@ -202,7 +202,7 @@ class BlockImage(ImageDisk):
         blocks, starts = np.divmod(offsets, np.uint64(self.block_size))
         inside = starts + np.uint64(requests.length) <= self.block_size
         with self._lock.shared:
-            if self.host.overlay or (requests.write and (self.read_only or not self._writing)):
+            if self.host.overlay is not None or (requests.write and (self.read_only or not self._writing)):
                 return 0
             full, places = self._locate_full(blocks)
             fit = full & inside
@@ -471,7 +471,7 @@ class BlockImage(ImageDisk):
 
     def _host_extents(self, offset: int, at: int, length: int) -> Iterator[Extent]:
         """The file's holes, rounded to sectors in favour of data."""
-        if self.host.overlay:  # what a log holds does not show in the file's holes
+        if self.host.overlay is not None:  # what a log holds does not show in the file's holes
             yield Extent(offset, length, True)
             return
         sector, done, end = self.sector_size, 0, length

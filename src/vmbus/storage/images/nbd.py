@@ -22,6 +22,7 @@ _PART = 1 << 20
 _WINDOW = 16 * _PART
 """Bytes of one read or write that are in flight, and copied, at a time."""
 _MAX_STATUS_REQUESTS = 1 << 16
+_LONGEST_LIMIT = 86400
 _OVERTAKEN = 10
 """Time limits that a request may be overtaken by later ones."""
 _ZERO_PART = 1 << 30
@@ -49,11 +50,12 @@ class NbdDisk(Disk):
             ``nbds+unix://``, which take the parameters ``tls-certificates`` (a folder with ``ca-cert.pem``,
             ``client-cert.pem`` and ``client-key.pem``), ``tls-hostname`` and ``tls-verify-peer``.
         read_only: never send a request that changes the disk.
-        timeout: seconds to wait for the server, see above.
+        timeout: seconds to wait for the server, see above; at most a day.
         account: counts requests as backend calls.
 
     Raises:
-        DiskError: no server there, it refuses, it breaks the protocol, or its export cannot be a disk.
+        DiskError: no server there, it refuses, it breaks the protocol, or its export cannot be a disk; or an argument
+            is not possible.
     """
 
     def __init__(
@@ -61,6 +63,8 @@ class NbdDisk(Disk):
     ) -> None:
         address = parse_uri(uri)
         self.name = printable(uri)
+        if not 0 < timeout <= _LONGEST_LIMIT:
+            raise DiskError(f"{self.name}: a time limit of {timeout} s is not possible", errno.EINVAL)
         self.account = Account() if account is None else account
         self._timeout = timeout
         self._protocol = NbdClient(address.export, tls=address.tls is not None)

@@ -26,6 +26,8 @@ LEAST_RATE = 4096
 """Bytes a second: a server that gives or takes less for longer than the time limit is given up."""
 _HANDSHAKE_LIMITS = 4
 """Time limits that everything before the first request may take together."""
+_AHEAD = 16 << 10
+"""Bytes that are received at once, if they are there, though less was asked for."""
 _RECORDS = 256 << 10
 """Bytes that are encrypted, or read to be decrypted, at once."""
 _MOST_OVERHEAD = 1 << 20
@@ -137,8 +139,11 @@ class Link:
         self._readable, self._writable = select.poll(), select.poll()
         self._readable.register(connection, select.POLLIN)
         self._writable.register(connection, select.POLLOUT)
+        self._ahead = memoryview(bytearray(_AHEAD))  # what came with something else and was not asked for yet
+        self._start = self._stop = 0
         self._tls: ssl.SSLObject | None = None
         self._tls_lock = threading.Lock()
+        self._raw = memoryview(b"")
         self._overhead = 0
         self._closed = False
         self._encrypted, self._to_send = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -248,10 +253,21 @@ class Link:
         Raises:
             OSError: the connection failed or ended before; `TimeoutError` if the server used up its time.
         """
+        receive = self._receive_raw if self._tls is None else self._receive_tls
+        ahead, start = self._ahead, self._start
+        have = self._stop - start
+        if have < length <= _AHEAD:
+            ahead[:have], start = bytes(ahead[start : self._stop]), 0
+            while have < length:
+                have += receive(ahead[have:])
+        if have >= length:
+            self._start, self._stop = start + length, start + have
+            return bytes(ahead[start : start + length])
         out = bytearray(length)
-        view, done = memoryview(out), 0
-        while done < length:
-            done += self._receive_raw(view[done:]) if self._tls is None else self._receive_tls(view[done:])
+        view, self._start, self._stop = memoryview(out), 0, 0
+        view[:have] = ahead[start : start + have]
+        while have < length:
+            have += receive(view[have:])
         return bytes(out)
 
     # TLS: the library only transforms bytes here, so that one thread may wait to send and another to receive.
@@ -263,7 +279,12 @@ class Link:
             OSError: the server is not who it has to be, or does not speak TLS (`ssl.SSLError`); a certificate of ours
                 cannot be read; the connection failed.
         """
+        if self._start != self._stop:  # somebody on the way put it behind the server's consent
+            raise ConnectionAbortedError(
+                errno.ECONNABORTED, "the server sent data in the clear where TLS begins"
+            )
         context = _context(options)
+        self._raw = memoryview(bytearray(_RECORDS))
         try:
             tls = context.wrap_bio(self._encrypted, self._to_send, server_hostname=options.hostname or None)
         except ValueError as error:
@@ -282,7 +303,7 @@ class Link:
         self._tls = tls
 
     def _feed_tls(self) -> None:
-        raw = memoryview(bytearray(_RECORDS))
+        raw = self._raw
         count = self._receive_raw(raw)
         self._overhead += count
         if (

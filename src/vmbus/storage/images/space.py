@@ -42,6 +42,9 @@ class SpaceMap:
         self._alignment = alignment
         self._lead = lead
         self._pending: list[tuple[int, int]] = []
+        # By length: the first stretch that may have room. An image may have a gap behind each of a million blocks;
+        # nobody looks through all of them for every block that is added.
+        self._room: dict[int, int] = {}
         self.pending = 0
         order = used[np.argsort(used[:, 0], kind="stable")]
         starts, stops = order[:, 0], order[:, 0] + order[:, 1]
@@ -64,18 +67,27 @@ class SpaceMap:
 
         Bytes inside the file hold anything, the caller zeroes them.
         """
-        for index, (start, stop) in enumerate(self._free):
+        for index in range(self._room.get(length, 0), len(self._free)):
+            start, stop = self._free[index]
             at = self._align(start)
             if at + length <= stop:
                 self._free[index : index + 1] = [
                     piece for piece in ((start, at), (at + length, stop)) if piece[0] < piece[1]
                 ]
+                self._changed(index)
+                self._room[length] = index
                 return at, False
+        self._room[length] = len(self._free)
         at = self._align(self.end)
         if at > self.end:
             self._insert(self.end, at)
         self.end = at + length
         return at, True
+
+    def _changed(self, index: int) -> None:
+        """The stretches from this one on are others now."""
+        for length, first in self._room.items():
+            self._room[length] = min(first, index)
 
     def _align(self, offset: int) -> int:
         return offset + -(offset + self._lead) % self._alignment
@@ -104,6 +116,7 @@ class SpaceMap:
             index -= 1
             start = self._free.pop(index)[0]
         self._free.insert(index, (start, stop))
+        self._changed(index)
 
 
 class SectorBits:

@@ -97,8 +97,9 @@ class _Reader:
 
     def _intact(self, candidates: list[tuple[int, int, LogEntryHeader]]) -> dict[int, LogEntryHeader]:
         """The entries whose checksum is right, by their place, the newest first."""
-        # A hostile log can make its entries overlap so that checking them all takes time quadratic in its size.
-        budget = 16 * len(self._log) + (1 << 20)
+        # A hostile log can make its entries overlap so that checking them all takes time quadratic in its size. What
+        # an honest one has of this GUID are its entries, and some of a round before that are cut or whole.
+        budget = 4 * len(self._log) + (1 << 20)
         intact = {}
         for _, at, header in candidates:
             budget -= header.entry_length
