@@ -29,10 +29,10 @@ _MAX_PENDING = 64 << 20
 _LOOK_AHEAD = 1 << 16
 """Blocks of the map that are searched at once."""
 _CLEAR_STEPS = 64
-_CLEAR_BLOCKS = 512
 _CLEAR_BYTES = 16 << 20
-"""What clearing a range does while it holds the image: steps, blocks between two looks at what has to be committed,
-bytes that one step writes."""
+_CLEAR_BLOCKS = 512
+"""What clearing a range does at most while it holds the image: steps, bytes of zeros that it writes; and blocks that it
+marks between two looks at what has to be committed."""
 _BREATH = 1e-4
 """Seconds between two holds: without, Python's locks would give the image back to the same thread again and again."""
 
@@ -202,7 +202,7 @@ class BlockImage(ImageDisk):
         blocks, starts = np.divmod(offsets, np.uint64(self.block_size))
         inside = starts + np.uint64(requests.length) <= self.block_size
         with self._lock.shared:
-            if self.host.overlay or (requests.write and (self.read_only or not self._writing)):
+            if self.host.overlay is not None or (requests.write and (self.read_only or not self._writing)):
                 return 0
             full, places = self._locate_full(blocks)
             fit = full & inside
@@ -312,9 +312,9 @@ class BlockImage(ImageDisk):
 
     def _clear_some(self, offset: int, end: int, keep_space: bool) -> int:
         """Clear the beginning of a range, as much as takes little time; where the rest begins."""
-        size = self.block_size
+        size, written = self.block_size, 0
         for _ in range(_CLEAR_STEPS):
-            if offset >= end:
+            if offset >= end or written >= _CLEAR_BYTES:
                 break
             block = offset // size
             stop = min((block + 1) * size, end)
@@ -322,7 +322,9 @@ class BlockImage(ImageDisk):
             if state in (BlockState.FULL, BlockState.PARTIAL):
                 whole = stop - offset == min(size, self.size - block * size)
                 if keep_space or not (whole and self._discard(block)):
-                    stop = min(stop, offset + _CLEAR_BYTES) if keep_space else stop
+                    if keep_space:
+                        stop = min(stop, offset + _CLEAR_BYTES)
+                        written += stop - offset
                     self._clear_data(state, base, offset, stop, keep_space)
             else:
                 stop = min((block + self._run(block, -(-end // size))) * size, end)
@@ -336,19 +338,14 @@ class BlockImage(ImageDisk):
 
     def _clear_data(self, state: int, base: int, offset: int, stop: int, keep_space: bool) -> None:
         """Clear a part of a block that is in this file."""
-        sector, clear = self.sector_size, self._zero_in_place if keep_space else self.host.zero
         block, start = divmod(offset, self.block_size)
-        if state == BlockState.FULL:
-            clear(base + start, stop - offset)
-            return
-        first, count = start // sector, (stop - offset) // sector
-        for at, number, here in list(self._runs(block, first, count)):
-            if here:
-                clear(base + at * sector, number * sector)
-            elif self.parent is not None:
-                self.host.zero(base + at * sector, number * sector)
-        if self.parent is not None:  # without one, a sector that is not in this file reads as zeros anyway
-            self._mark(block, first, count)
+        sectors = start // self.sector_size, (stop - offset) // self.sector_size
+        # Without a parent, sectors that are not in this file read as zeros as they are.
+        marked = state == BlockState.PARTIAL and self.parent is not None
+        if state == BlockState.FULL or marked or any(here for _, _, here in self._runs(block, *sectors)):
+            (self._zero_in_place if keep_space else self.host.zero)(base + start, stop - offset)
+        if marked:
+            self._mark(block, *sectors)
 
     def _clear_absent(self, offset: int, stop: int) -> int:
         """Clear the beginning of a range of absent blocks; where the rest begins. Free where no parent has data."""
@@ -474,7 +471,7 @@ class BlockImage(ImageDisk):
 
     def _host_extents(self, offset: int, at: int, length: int) -> Iterator[Extent]:
         """The file's holes, rounded to sectors in favour of data."""
-        if self.host.overlay:  # what a log holds does not show in the file's holes
+        if self.host.overlay is not None:  # what a log holds does not show in the file's holes
             yield Extent(offset, length, True)
             return
         sector, done, end = self.sector_size, 0, length

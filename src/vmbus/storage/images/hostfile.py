@@ -34,7 +34,7 @@ class HostFile:
 
     Attributes:
         overlay: what reads see in place of the file's own content: how a read-only image looks as if its log had
-            been replayed.
+            been replayed; None: nothing.
         sync_failed: a `sync` failed: what was written before may be lost for good.
 
     Raises:
@@ -45,14 +45,15 @@ class HostFile:
         self.path = path
         self.read_only = read_only
         self.account = account
-        self.overlay = Overlay()
+        self.overlay: Overlay | None = None
         self.sync_failed = False
         self.fd = open_host_file(path, read_only=read_only)
 
     @property
     def size(self) -> int:
         """Bytes in the file now."""
-        return max(os.lseek(self.fd, 0, os.SEEK_END), self.overlay.size)
+        size = os.lseek(self.fd, 0, os.SEEK_END)
+        return size if self.overlay is None else max(size, self.overlay.size)
 
     @property
     def identity(self) -> tuple[int, int]:
@@ -66,7 +67,7 @@ class HostFile:
         Raises:
             DiskError: the file ends before, or the host's disk failed.
         """
-        if not self.overlay:
+        if self.overlay is None:
             try:
                 self.account.backend_calls += 1
                 data = os.pread(self.fd, length, offset)
@@ -87,7 +88,7 @@ class HostFile:
             DiskError: the file ends before, or the host's disk failed.
         """
         end = offset + len(out)
-        real_end = os.lseek(self.fd, 0, os.SEEK_END) if self.overlay else end
+        real_end = os.lseek(self.fd, 0, os.SEEK_END) if self.overlay is not None else end
         at = offset
         try:
             while at < min(end, real_end):
@@ -98,7 +99,7 @@ class HostFile:
                 at += done
         except OSError as error:
             raise self._failed("read", at, error) from error
-        if self.overlay:
+        if self.overlay is not None:
             if end > max(real_end, self.overlay.size):
                 raise DiskError(f"{self.path}: the file ends before byte {end}", errno.EIO)
             self.overlay.lay_over(offset, out)

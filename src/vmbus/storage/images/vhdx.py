@@ -121,14 +121,14 @@ class Vhdx(BlockImage):
         header, host = self._header, self.host
         if header.log_guid == NO_GUID:
             return
-        host.overlay = find_replay(host, header.log_guid, header.log_offset, header.log_length)
+        host.overlay = find_replay(host, header.log_guid, header.log_offset, header.log_length) or None
 
     def _apply_replay(self) -> None:
         """Make the replay real, now that everything it leads to has been checked."""
         host = self.host
         if self._header.log_guid == NO_GUID:
             return
-        replay, host.overlay = host.overlay, Overlay()
+        replay, host.overlay = host.overlay or Overlay(), None
         size = host.size
         if replay.size > size:
             host.set_size(replay.size)

@@ -195,7 +195,8 @@ def _read_table(host: HostFile, offset: int, entries: int) -> NDArray[np.uint64]
     for at, length, has_data in host.data_runs(offset, entries * 8):
         if has_data:
             host.read_into(at, view[at - offset : at - offset + length])
-    for page in host.overlay.pages_in(offset, offset + entries * 8):  # in the holes, too
+    changed = () if host.overlay is None else host.overlay.pages_in(offset, offset + entries * 8)
+    for page in changed:  # in the holes, too
         start, stop = max(page, offset), min(page + PAGE, offset + entries * 8)
         host.read_into(start, view[start - offset : stop - offset])
     return table.astype(np.uint64, copy=False)
