@@ -125,6 +125,20 @@ def test_what_is_lost_all_the_same_is_in_the_ledger(
     assert adapter.account.dropped["for the bridge itself"] == 1
 
 
+def test_a_driver_that_starts_again_gets_nothing_of_what_came_before(
+    emulated: tuple[TulipAdapter, TulipNic, Switch],
+) -> None:
+    adapter, nic, switch = emulated
+    switch.connect("peer").send([frame(ADDRESS, mac(9), b"old" * 20)] * 100)
+    assert adapter.account.dropped == {}
+    again = TulipNic(nic._vp)  # which resets the chip first
+    waited = sum(adapter.account.dropped.values())
+    assert adapter.account.dropped == {"guest receives nothing": waited}
+    assert waited > 0
+    switch.ports[1].send([frame(ADDRESS, mac(9), b"new" * 20)])
+    assert [data[14:17] for data in again.receive()] == [b"new"]
+
+
 def test_a_port_that_takes_nothing_keeps_nothing_from_the_others() -> None:
     switch = Switch(SwitchKind.EXTERNAL)
     outside, ours = LoopbackUplink.pair()

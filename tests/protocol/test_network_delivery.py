@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 from reference.netpair import Guest, frame, mac, make_guest, make_pair, receive_all, send_all
-from reference.network_drivers import DPDK, HALT, Driver, make_driver
+from reference.network_drivers import DPDK, HALT, INDICATE, Driver, make_driver
 
 from vmbus.core.ring import COMPLETION
 from vmbus.network.offload import segment
@@ -229,6 +229,23 @@ def test_after_a_halt_no_frame_comes() -> None:
     driver.poll()
     assert len(driver.messages) == before
     assert driver.guest.vsp.statistics.violations == 0  # type: ignore[union-attr]
+
+
+def test_after_the_cable_was_pulled_no_frame_comes() -> None:
+    driver, other = waiting_driver()
+    assert isinstance(driver.guest, Guest)
+    vsp = driver.guest.vsp
+    waited = sum(len(queue.backlog) for queue in vsp._queues.values())
+    vsp.set_link(False)
+    driver.poll()
+    kinds = [message.kind for message in driver.messages]
+    assert kinds[-1] == INDICATE
+    assert FRAME in kinds
+    assert driver.guest.host_end.account.dropped == {"link is down": waited}
+    vsp.set_link(True)
+    send_all(other.nic, [frame(mac(1), mac(2), b"again" * 10)])
+    driver.poll()
+    assert [m.data[58:] for m in driver.messages[len(kinds) :] if m.kind == FRAME] == [b"again" * 10]
 
 
 # ---- late

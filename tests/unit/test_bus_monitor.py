@@ -241,3 +241,26 @@ def test_a_guest_that_waits_is_not_kept_waiting_for_polls_that_find_nothing() ->
     assert connection == 0x2001
     assert when - rang <= 2 * LATENCY
     assert rig.clock.next_deadline(idle=True) is None
+
+
+def test_a_page_without_triggers_is_looked_at_half_as_often_and_none_waits_longer_for_it() -> None:
+    rig = Rig()
+    rig.monitor.watch(3, LATENCY, 0x2001)
+    rig.clock.advance(1_000_000_000)
+    assert 4_000 < rig.monitor.polls < 6_000
+    for offset in range(0, 400_000, 37_000):
+        rig.signals.clear()
+        rig.clock.advance(20_000_000 + offset)  # quiet again, and at another place between two polls
+        rig.bits.set(pending_bit(3))
+        rang = rig.clock.now()
+        rig.clock.advance(10 * LATENCY)
+        ((when, _),) = rig.signals
+        assert when - rang <= 2 * LATENCY
+        assert not rig.is_set(pending_bit(3))
+        assert not rig.is_set(armed_bit(3))
+    # A guest that rings all the time is looked at all the time.
+    before = rig.monitor.polls
+    for _ in range(100):
+        rig.bits.set(pending_bit(3))
+        rig.clock.advance(2 * LATENCY)
+    assert rig.monitor.polls - before >= 190

@@ -52,6 +52,9 @@ UNIT: Final = 100
 """Nanoseconds of one unit of latency."""
 _NOTHING: Final = bytes(32)
 """The four groups of a page in which nothing is pending or armed."""
+PATIENCE: Final = 32
+"""After so many polls that found nothing, the next ones come half as often. A trigger that is found pending then has
+waited for a latency, or nearly, and is signalled at once: none ever waits for more than two latencies."""
 SHORTEST: Final = 10_000
 """The poller looks no more often than every 10 µs, whatever latency is asked for."""
 
@@ -97,6 +100,7 @@ class HostMonitor:
         self._page = 0
         self._timer: Timer | None = None
         self._step = SHORTEST
+        self._found_nothing = 0  # polls since one found a trigger
         self._armed = False  # a trigger waits for its latency to pass
         self.polls = 0
         self.notifications = 0
@@ -153,9 +157,8 @@ class HostMonitor:
 
     def _schedule(self) -> None:
         # All triggers are looked at as often as the most impatient one asks for, as the TLFS has it.
-        self._timer = self._clock.schedule(
-            self._clock.now() + self._step, self._on_time, quiet=self._is_quiet
-        )
+        step = self._step if self._found_nothing < PATIENCE else 2 * self._step
+        self._timer = self._clock.schedule(self._clock.now() + step, self._on_time, quiet=self._is_quiet)
 
     def _is_quiet(self) -> bool:
         """Whether nothing is pending: only a guest that executes can change that."""
@@ -196,7 +199,10 @@ class HostMonitor:
             # One copy: the guest may change the page while we look.
             read = self._memory.read(self._page + TRIGGER_GROUPS, 32)
             if read == _NOTHING and not self._armed:  # as nearly always
+                self._found_nothing += 1
                 return 0
+            waited = self._found_nothing >= PATIENCE
+            self._found_nothing = 0
             groups = struct.unpack("<8I", read)
             for monitor_id, trigger in self._triggers.items():
                 group, mask = monitor_id // 32, 1 << monitor_id % 32
@@ -210,7 +216,9 @@ class HostMonitor:
                         self._page + NEXT_CHECK_TIMES + 4 * monitor_id, units.to_bytes(4, "little")
                     )
                     bits.set(armed_bit(monitor_id))
-                elif now >= trigger.deadline:
+                    if waited:
+                        trigger.deadline = now
+                if now >= trigger.deadline:
                     # Disarm before clearing pending: a guest that rings now sets a bit that the next poll sees.
                     trigger.deadline = None
                     bits.clear(armed_bit(monitor_id))

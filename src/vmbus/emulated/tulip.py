@@ -129,6 +129,7 @@ class Tulip:
         bus_master: the guest allows it to access memory (PCI command register).
         link_up: whether the cable is connected; the guest sees it on a general-purpose pin.
         on_progress: called when the guest may have made room for frames, as `has_room` says.
+        on_stop: called when the guest has stopped reception, or reset the chip.
     """
 
     def __init__(
@@ -146,6 +147,7 @@ class Tulip:
         self.bus_master = True
         self.link_up = True
         self.on_progress: Callable[[], None] | None = None
+        self.on_stop: Callable[[], None] | None = None
         self._memory = memory
         self._transmit = transmit
         self._interrupt = interrupt
@@ -166,6 +168,7 @@ class Tulip:
         self._filter: frozenset[bytes] = frozenset()
         self._hash = 0
         self._update()
+        self._stopped()
 
     # registers
 
@@ -234,11 +237,16 @@ class Tulip:
         elif not value & Mode.RECEIVE and self._rx_state != STOPPED:
             self._rx_state = STOPPED
             self._raise(Status.RECEIVE_STOPPED)
+            self._stopped()
         if value & Mode.TRANSMIT:
             self._poll_transmit(start=True)
         elif self._tx_state != STOPPED:
             self._tx_state = STOPPED
             self._raise(Status.TRANSMIT_STOPPED)
+
+    def _stopped(self) -> None:
+        if self.on_stop is not None:
+            self.on_stop()
 
     def _summary(self) -> int:
         shown = self._csr[Csr.STATUS] & self._csr[Csr.INTERRUPT_ENABLE]
@@ -275,6 +283,7 @@ class Tulip:
         self._rx_state = self._tx_state = STOPPED
         self._csr[Csr.OPERATION_MODE] &= ~(Mode.RECEIVE | Mode.TRANSMIT)
         self._raise(Status.BUS_ERROR)
+        self._stopped()
 
     # transmission
 

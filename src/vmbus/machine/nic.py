@@ -88,6 +88,7 @@ class TulipAdapter:
         self._capacity = backlog
         self.tulip, _ = attach_tulip(partition, bus, mac, self._send, slot=slot, irq=irq, interrupt=interrupt)
         self.tulip.on_progress = self.poll
+        self.tulip.on_stop = lambda: self._forget("guest receives nothing")
         self.account = port.account = partition.hypervisor.ledger.account(partition.name, "tulip")
         port.max_frame = min(port.max_frame, TULIP_FRAME)
         port.room = lambda: self.room
@@ -113,8 +114,12 @@ class TulipAdapter:
         """Connect or disconnect the cable; the guest's driver looks now and then."""
         self.tulip.link_up = up
         if not up:
-            self._drop(len(self._backlog), "link is down")
-            self._backlog.clear()
+            self._forget("link is down")
+
+    def _forget(self, reason: str) -> None:
+        """What waits is lost: a guest that starts reception again gets nothing of what came before."""
+        self._drop(len(self._backlog), reason)
+        self._backlog.clear()
 
     @property
     def room(self) -> int:

@@ -139,7 +139,11 @@ class NetworkVsp(Delivery):
         self._drain(index)
 
     def set_link(self, up: bool) -> None:
-        """Connect or disconnect the adapter's cable."""
+        """Connect or disconnect the adapter's cable; frames that wait when it is pulled are lost."""
+        if not up:
+            with self._lock:
+                for queue in self._queues.values():
+                    self._give_up(queue, "link is down")
         self._act(lambda: self.protocol.set_link(up))
 
     def set_link_speed(self, bits_per_second: int) -> None:
@@ -436,7 +440,7 @@ class NetworkVsp(Delivery):
             if queue.plain is not None:
                 queue.plain.use_send_buffer(None, 0, 0)
             if receive:
-                self._give_up(queue)
+                self._give_up(queue, "adapter closed")
                 queue.plain = None
         if receive and self._receive is not None:
             self._revoked = set(self._receive.in_flight())

@@ -220,10 +220,10 @@ class Delivery(ABC):
             self.statistics.received_filtered += len(queue.backlog) - len(kept)
             queue.backlog = deque(kept)
 
-    def _give_up(self, queue: Queue) -> None:
+    def _give_up(self, queue: Queue, reason: str) -> None:
         """What waits for this channel will not be sent."""
         if queue.backlog:
-            queue.channel.account.dropped["adapter closed"] += len(queue.backlog)
+            queue.channel.account.dropped[reason] += len(queue.backlog)
             queue.backlog.clear()
 
     def _groups(self, queue: Queue, frames: list[bytes]) -> list[list[bytes]]:
