@@ -310,6 +310,23 @@ def test_ports_and_connections_spend_host_memory(middle: RawGuest) -> None:
     assert meter.host_memory.used == 0
 
 
+def test_pages_lent_to_many_children_spend_host_memory(hv: Hypervisor, middle: RawGuest) -> None:
+    """Who has which page from whom is noted: the same few pages, lent over and over, cost the host memory."""
+    host_memory = middle.vp.partition.meter.host_memory
+    children = [create(middle)[1] for _ in range(3)]
+    before = host_memory.used
+    assert lend(middle, children[0], 5, 40) == Status.SUCCESS
+    cost = host_memory.used - before
+    assert cost > 0
+    host_memory.charge(host_memory.limit - host_memory.used - cost)  # type: ignore[operator]
+    assert lend(middle, children[1], 5, 40) == Status.SUCCESS
+    assert lend(middle, children[2], 5, 40) == Status.INSUFFICIENT_MEMORY
+    assert take(middle, children[0], 5) == Status.SUCCESS
+    assert lend(middle, children[2], 5, 40) == Status.SUCCESS
+    middle.vp.partition.destroy()
+    assert host_memory.used == host_memory.limit - before - 2 * cost  # type: ignore[operator]
+
+
 def lend(parent: RawGuest, child_id: int, target: int, source: int) -> int:
     header = MapGpaPages(child_id, target, RWX, 0).pack()
     return parent.rep(CallCode.MAP_GPA_PAGES, header, [q(source)])[0]
