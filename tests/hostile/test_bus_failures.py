@@ -20,6 +20,9 @@ from vmbus.hypervisor import Hypervisor, VirtualClock
 
 KIND = UUID("ba6163d9-04a1-4d29-b605-72e2ffb1dc7f")
 ACTIONS = sorted(typing.get_args(act.HostAction), key=lambda action: action.__name__)
+UNUSED = {act.ReservedClosed}
+"""Events that the model guest's driver does not know: it opens no reserved channels."""
+EVENTS = sorted({*typing.get_args(act.GuestEvent)} - UNUSED, key=lambda event: event.__name__)
 LACKS = [OSError(errno.ENOMEM, "Cannot allocate memory"), OSError(errno.EMFILE, "Too many"), MemoryError()]
 CONNECTION = {act.Established, act.Disconnected, act.Send, act.UseMonitorPages}
 """Actions that are about the connection and not about one channel."""
@@ -40,6 +43,28 @@ class FailingHost(VmbusHost):
         super()._do(action)
 
 
+class FailingGuest(VmbusGuest):
+    """A driver that has no memory for one kind of event, once."""
+
+    failing: type | None = None
+    lack: BaseException = MemoryError()
+    failed = 0
+
+    def _fail(self, event: act.GuestEvent) -> None:
+        if type(event) is self.failing:
+            self.failing = None
+            self.failed += 1
+            raise self.lack
+
+    def _take(self, event: act.GuestEvent) -> None:
+        self._fail(event)
+        super()._take(event)
+
+    def _post_message(self, post: act.Post) -> None:
+        self._fail(post)
+        super()._post_message(post)
+
+
 class World:
     """A guest on the bus that fails, and a neighbour."""
 
@@ -47,7 +72,7 @@ class World:
         self.hv = Hypervisor(clock=VirtualClock())
         root = self.hv.create_root()
         self.children = [self.hv.create_child(root, name, memory_size=8 << 20) for name in ("hit", "victim")]
-        self.host = FailingHost(self.hv, self.children[0], on_tl_connect=lambda *_: True)
+        self.host = FailingHost(self.hv, self.children[0], on_tl_connect=lambda *_: False)
         self.hosts = [self.host, VmbusHost(self.hv, self.children[1])]
         self.offered = {}
         self.opened: list[Channel] = []
@@ -58,7 +83,7 @@ class World:
                 self.offered[host, number] = host.offer(
                     offer, self.open, self.closed.append, name=f"echo{number}"
                 )
-        self.guest = VmbusGuest(self.children[0].vps[0], versions=[Version.V6_0])
+        self.guest = FailingGuest(self.children[0].vps[0], versions=[Version.V6_0])
         self.neighbour = VmbusGuest(self.children[1].vps[0])
         self.neighbour.connect()
         self.kept = self.neighbour.open(self.neighbour.offers[0])
@@ -167,6 +192,44 @@ def test_an_action_that_fails(world: World, kind: type, lack: BaseException) -> 
     for host in world.hosts:
         host.close()
     assert len(world.closed) == len(world.opened), "every device that was opened was closed"
+
+
+@pytest.mark.parametrize("lack", LACKS, ids=["no memory to map", "no descriptors", "no memory"])
+@pytest.mark.parametrize("kind", EVENTS, ids=lambda kind: kind.__name__)
+def test_an_event_that_fails_in_the_guest(world: World, kind: type, lack: BaseException) -> None:
+    """The model guest's own driver: who asked gets an error, and no wait is without an end."""
+    guest = world.guest
+    if kind is act.ConnectionRefused:
+        guest.failing, guest.lack = kind, lack
+        with pytest.raises(ProtocolError):
+            guest.connect([0x7_0000])
+    guest.failing, guest.lack = kind if kind is not act.ConnectionRefused else None, lack
+    went_wrong = []
+    try:
+        for _ in life(world):
+            pass
+        if kind is act.Paused:
+            guest.connect()
+            guest.pause()
+    except (ProtocolError, type(lack)) as error:
+        went_wrong.append(error)
+    assert guest.failed == 1, "the guest's life has all events in it"
+    assert world.neighbour_works()
+    if kind in (act.GpadlAnswered, act.OpenAnswered):
+        assert isinstance(went_wrong[0], ProtocolError)
+        second = next(o for o in guest.offers if o.instance_id.int == 2)
+        assert answers(guest.open(second)), "another channel serves"
+        first = next(o for o in guest.offers if o.instance_id.int == 1)
+        assert answers(guest.open(first)), "and this one, asked for again"
+    world.host.machine.check()
+    guest.abandon()
+    assert world.new_connection_works()
+
+
+def test_every_action_is_one_of_the_hosts_or_the_guests() -> None:
+    kinds = {name for name in act.__all__ if isinstance(getattr(act, name), type)}
+    structures = {"MonitorPages", "OpenRequest"}
+    assert kinds - structures == {kind.__name__ for kind in (*ACTIONS, *EVENTS, *UNUSED)}
 
 
 def test_a_message_that_could_not_be_sent_comes_later(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

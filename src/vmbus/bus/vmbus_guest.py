@@ -469,8 +469,12 @@ class VmbusGuest:
             for event in events:
                 if isinstance(event, act.Post):
                     self._post_message(event)
-                else:
+                    continue
+                try:
                     self._take(event)
+                except (OSError, MemoryError) as error:
+                    log.warning("%s cannot be taken: %s", type(event).__name__, error)
+                    self._not_taken(event)
 
     def _post_message(self, post: act.Post) -> None:
         header = post.connection_id.to_bytes(4, "little") + bytes(4)
@@ -538,6 +542,8 @@ class VmbusGuest:
                 except RemoteProtocolError as error:
                     self.violations += 1
                     log.debug("the host's message is ignored: %s", error)
+                except (OSError, MemoryError) as error:
+                    log.warning("an answer to the host is lost: %s", error)
                 slot = port.slot
 
     def _take_flags(self, port: ProcessorPort) -> None:
@@ -608,6 +614,31 @@ class VmbusGuest:
                 self._rescinded(event.channel_id)
         if isinstance(event, act.ChannelRescinded | act.GpadlGone | act.GpadlAnswered | act.OpenAnswered):
             self._release_rescinded()
+
+    def _not_taken(self, event: act.GuestEvent) -> None:
+        """There was no memory for an event: whoever waits for it is refused, and what was to end ends later."""
+        refused = wire.Status.UNSUCCESSFUL
+        match event:
+            case act.OpenAnswered():
+                self._answers["open", event.channel_id] = event.status or refused
+                if not event.status:
+                    self._post(self.machine.close(event.channel_id))
+            case act.GpadlAnswered():
+                self._answers["gpadl", event.gpadl_id] = event.status or refused
+            case act.ChannelRetargeted():
+                self._answers["modify", event.channel_id] = event.status or refused
+            case act.ChannelRescinded():
+                self._calls.append(lambda: self._rescinded_late(event.channel_id))
+            case act.ConnectionRefused():
+                self._refused = event.reason
+            case _:
+                pass  # a notice
+
+    def _rescinded_late(self, channel_id: int) -> None:
+        with self._lock:
+            if self.machine.channel(channel_id) is not None:
+                self._rescinded(channel_id)
+                self._release_rescinded()
 
     def _rescinded(self, channel_id: int) -> None:
         known = self.machine.channel(channel_id)

@@ -1,5 +1,5 @@
 from collections.abc import Iterator, Sequence
-from typing import Any, Final, NamedTuple, Self, TypeAlias, final
+from typing import Any, Final, NamedTuple, Never, Self, TypeAlias, final
 
 from numpy.typing import NDArray
 
@@ -46,6 +46,7 @@ class Window:
     size: int
     mirrored: bool
     mappings: int
+    def __init__(self, *args: Never, **kwargs: Never) -> None: ...
     @staticmethod
     def allocate(data_pages: int) -> Window: ...
     @staticmethod

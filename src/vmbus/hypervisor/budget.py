@@ -45,9 +45,9 @@ class Budget:
             guest with 8 network adapters and 64 storage channels describes 0.3.
         backlog: messages that wait in the host because the guest does not read them; all offers that there can be fit.
             Beyond it, the connection is reset.
-        host_memory: bytes of the host's own memory that hypercalls make it allocate for partitions, ports and
-            connections; a partition costs 4 MiB (`vmbus.hypervisor.hypervisor.PARTITION_COST`). Guests without the
-            privilege to create partitions use none.
+        host_memory: bytes of the host's own memory that hypercalls make it allocate for partitions, ports,
+            connections and pages lent to children; a partition costs 5 MiB
+            (`vmbus.hypervisor.hypervisor.PARTITION_COST`). Guests without the privilege to create partitions use none.
         disk_growth: bytes by which the guest's disks may grow in the host (image blocks, holes of raw files, pages
             of memory disks) beyond what is allocated when they are attached; None: up to the disks' sizes.
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 from vmbus.core.memory import EXECUTE, READ, WRITE
 from vmbus.errors import HypercallError
 from vmbus.hypervisor.abi import Call, RepCall, RepStep
-from vmbus.hypervisor.loans import tell_watchers
+from vmbus.hypervisor.loans import LOAN_COST, tell_watchers
 from vmbus.hypervisor.personality import ROOT_PRIVILEGES
 from vmbus.hypervisor.tlfs import (
     HV_PAGE_SIZE,
@@ -224,14 +224,20 @@ def _map_target(vp: "VirtualProcessor", call: MapGpaPages) -> "Partition":
     return child
 
 
-def _check_budget(partition: "Partition", pages: int) -> None:
+def _check_budget(partition: "Partition", pages: int, memory: int = 0) -> None:
     """Mappings of so many pages of `partition`'s children are about to change: see whether it can afford that.
 
+    What it really takes is charged where it is taken: by the memories, and by `Loans`.
+
     Raises:
-        BudgetExceeded: it has too many mappings already; nothing changed.
+        BudgetExceeded: it has too many mappings already, or no `memory` of the host's left; nothing changed.
     """
-    partition.meter.mappings.charge(SPLIT * pages)
-    partition.meter.mappings.release(SPLIT * pages)  # the memories charge what it really takes
+    for allowance, amount in (
+        (partition.meter.mappings, SPLIT * pages),
+        (partition.meter.host_memory, memory),
+    ):
+        allowance.charge(amount)
+        allowance.release(amount)
 
 
 def _map(vp: "VirtualProcessor", header: bytes) -> RepStep:
@@ -253,7 +259,7 @@ def _map(vp: "VirtualProcessor", header: bytes) -> RepStep:
                 raise HypercallError(
                     Status.ACCESS_DENIED
                 )  # a page can be passed on with no more than one's own rights
-            _check_budget(parent, 1)
+            _check_budget(parent, 1, LOAN_COST)
             child.take_page(target, gone)
             try:
                 child.memory.map(target, parent.memory, source, HV_PAGE_SIZE, rights)

@@ -5,7 +5,7 @@ unmapped, mapped anew (with other rights, too) or deposited, the pages that its 
 their children's before those. Else a partition could keep what its parent takes back by lending it to a child.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from vmbus.errors import GuestMemoryError
 from vmbus.hypervisor.tlfs import HV_PAGE_SIZE
@@ -13,7 +13,11 @@ from vmbus.hypervisor.tlfs import HV_PAGE_SIZE
 if TYPE_CHECKING:
     from vmbus.hypervisor.partition import Partition
 
-__all__ = ["Loans", "tell_watchers"]
+__all__ = ["LOAN_COST", "Loans", "tell_watchers"]
+
+
+LOAN_COST: Final = 256
+"""Bytes of the host's memory that the parent's guest is charged with for each page that a child has from it."""
 
 
 class Loans:
@@ -36,6 +40,7 @@ class Loans:
         parent = self._partition.parent
         assert parent is not None
         self.borrowed[gpa] = source
+        parent.meter.host_memory.adjust(LOAN_COST)
         parent.loans.lent.setdefault(source, set()).add((self._partition, gpa))
 
     def forget(self, gpa: int) -> None:
@@ -44,6 +49,7 @@ class Loans:
         parent = self._partition.parent
         if source is None or parent is None:
             return
+        parent.meter.host_memory.adjust(-LOAN_COST)
         lent = parent.loans.lent
         others = lent.get(source)
         if others is not None:

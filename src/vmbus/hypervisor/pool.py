@@ -43,12 +43,13 @@ class MemoryPool:
         self.limited = limited
         self.in_use = 0
         """Pages that the partition's objects use."""
-        self._pages: list[Deposit] = []
+        self._pages: dict[Partition, list[Deposit]] = {}
+        self._count = 0
 
     @property
     def available(self) -> int:
         """Deposited pages that nothing uses."""
-        return len(self._pages) - self.in_use if self.limited else len(self._pages)
+        return self._count - self.in_use if self.limited else self._count
 
     def deposit(self, giver: "Partition", gpa: int, gone: "list[tuple[Partition, int]]") -> None:
         """Take the page at `gpa` from its partition, and from the children that have it from there.
@@ -78,7 +79,8 @@ class MemoryPool:
             raise HypercallError(Status.INVALID_PARAMETER) from None
         deposit = Deposit(giver, gpa, rights)
         giver.deposits[gpa] = deposit
-        self._pages.append(deposit)
+        self._pages.setdefault(giver, []).append(deposit)
+        self._count += 1
 
     def withdraw(self, giver: "Partition") -> int:
         """Give one unused page back to the partition that gave it; its address.
@@ -86,13 +88,13 @@ class MemoryPool:
         Raises:
             HypercallError: NO_RESOURCES if every page of that partition's is in use.
         """
-        if self.available > 0:
-            for at in range(len(self._pages) - 1, -1, -1):
-                if self._pages[at].giver is giver:
-                    deposit = self._pages.pop(at)
-                    deposit.give_back()
-                    return deposit.gpa
-        raise HypercallError(Status.NO_RESOURCES)
+        theirs = self._pages.get(giver)
+        if self.available <= 0 or not theirs:
+            raise HypercallError(Status.NO_RESOURCES)
+        deposit = theirs.pop()
+        self._count -= 1
+        deposit.give_back()
+        return deposit.gpa
 
     def take(self, pages: int) -> None:
         """Use `pages` pages.
@@ -110,7 +112,9 @@ class MemoryPool:
 
     def release(self) -> None:
         """The partition is gone: give everything back."""
-        for deposit in self._pages:
-            deposit.give_back()
+        for theirs in self._pages.values():
+            for deposit in theirs:
+                deposit.give_back()
         self._pages.clear()
+        self._count = 0
         self.in_use = 0
