@@ -157,6 +157,7 @@ cdef struct cpu_t:
     void (*attend)(cpu_t *m, uint64_t address, uint32_t size) noexcept nogil
     uint64_t block_address      # of the block that was counted last
     uint64_t block_size
+    uint64_t random             # state of the generator behind RDRAND
     uint64_t exceptions
     uint64_t interrupts
     uint64_t syscalls

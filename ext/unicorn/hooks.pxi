@@ -133,6 +133,9 @@ cdef void _on_interrupt(void *uc, uint32_t number, void *user) noexcept nogil:
                 and code[0] == 0x0F and code[1] == 0x01 and (code[2] == 0xC1 or code[2] == 0xD9)):
             m.icpt.old_exception = -1               # VMCALL or VMMCALL, which need SVM to be enabled otherwise
             _exit_hypercall(m)
+        elif vector == VECTOR_INVALID_OPCODE and _read_random(m):
+            m.icpt.old_exception = -1
+            m.ticks += EXCEPTION_TICKS
         else:
             if vector == VECTOR_PAGE_FAULT:
                 m.head.cr[2] = (<uint64_t *>(m.control + VMCB_EXIT_INFO_2))[0]

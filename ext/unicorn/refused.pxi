@@ -2,7 +2,8 @@
 #
 # Its translator takes an operand of a locked instruction for a memory operand where the architecture knows none: it ends the process for
 # LOCK BTS with a register, or uses an address that an earlier instruction left behind. A LOCK prefix that is not allowed
-# is #UD on every processor, so the guest gets that before the library has looked.
+# is #UD on every processor, so the guest gets that before the library has looked. And its RDRAND asks the host for random
+# numbers, with which no run would repeat: it arrives as #UD, too, and is done here.
 #
 # The place for it: before the translator fetches an instruction, it looks for its address among those at which the user wants
 # translation to end, a sorted tree. The tree gets one address, and our function as its order: called for each instruction that
@@ -14,31 +15,38 @@
 cdef enum:
     MOST_INSTRUCTION_BYTES = 15
     PREFIX_LOCK = 0xF0
+    PREFIX_REP = 0xF3
+    RDRAND = 0xF0               # the smallest ModRM of RDRAND (reg is 6) and RDSEED (7), whose operand is a register
 
 
 cdef bint _refused(const cpu_t *m, uint64_t address) noexcept nogil:
-    """Whether the instruction at linear `address` has a LOCK prefix that it must not have (SDM volume 2, "LOCK").
+    """Whether the instruction at linear `address` is RDRAND or RDSEED, or has a LOCK prefix that it must not have.
 
-    Bytes are fetched as far as the answer needs them, never beyond the instruction; a page fault of it is the guest's.
+    The rules for LOCK are those of SDM volume 2. Bytes are fetched as far as the answer needs them, never beyond the instruction; a page fault of it is the guest's.
     """
-    cdef bint locked = False, long_mode = m.live.hflags & HF_CS64 != 0
-    cdef uint32_t byte, groups
+    cdef bint locked = False, repeated = False, long_mode = m.live.hflags & HF_CS64 != 0
+    cdef uint32_t byte, groups = 0
     cdef int index
     for index in range(MOST_INSTRUCTION_BYTES):
         byte = m.lib.fetch_byte(m.live, address + index)
         if byte == PREFIX_LOCK:
             locked = True
+        elif byte == PREFIX_REP:
+            repeated = True
         elif not (_is_prefix(byte) or long_mode and byte & 0xF0 == 0x40):
             break
     else:
         return False                                # too long: the library raises #GP
-    if not locked:
-        return False
     if byte == 0x0F:
         index += 1
-        groups = _lockable_0f(m.lib.fetch_byte(m.live, address + index))
-    else:
+        byte = m.lib.fetch_byte(m.live, address + index)
+        if byte == 0xC7 and not (locked or repeated):           # with REP it is RDPID
+            return m.lib.fetch_byte(m.live, address + index + 1) >= RDRAND
+        groups = _lockable_0f(byte)
+    elif locked:
         groups = _lockable(byte, long_mode)
+    if not locked:
+        return False
     if not groups:
         return True
     byte = m.lib.fetch_byte(m.live, address + index + 1)
@@ -46,8 +54,8 @@ cdef bint _refused(const cpu_t *m, uint64_t address) noexcept nogil:
 
 
 cdef bint _is_prefix(uint32_t byte) noexcept nogil:
-    """Segment, operand size, address size, REP: everything but LOCK and REX."""
-    return byte & 0xE7 == 0x26 or 0x64 <= byte <= 0x67 or byte == 0xF2 or byte == 0xF3
+    """Segment, operand size, address size, REPNE: everything but LOCK, REP and REX."""
+    return byte & 0xE7 == 0x26 or 0x64 <= byte <= 0x67 or byte == 0xF2
 
 
 cdef uint32_t _lockable(uint32_t opcode, bint long_mode) noexcept nogil:
@@ -76,6 +84,44 @@ cdef uint32_t _lockable_0f(uint32_t opcode) noexcept nogil:
     if opcode == 0xC7:                              # CMPXCHG8B, CMPXCHG16B
         return 0x02
     return 0
+
+
+cdef bint _read_random(cpu_t *m) noexcept nogil:
+    """Execute RDRAND (SDM volume 2) in the saved state, if it is what RIP points to; every run gets the same numbers."""
+    cdef uint8_t code[MOST_INSTRUCTION_BYTES]
+    cdef bint word = False, long_mode = m.head.hflags & HF_CS64 != 0
+    cdef uint64_t rip = m.head.rip + m.head.segs[CS].base, value
+    cdef int at, target, rex = 0
+    for at in range(MOST_INSTRUCTION_BYTES - 2):
+        if not _peek(m, rip + at, &code[at], 1):
+            return False
+        if code[at] == 0x66:
+            word = True
+        elif long_mode and code[at] & 0xF0 == 0x40:
+            rex = code[at]
+            continue
+        elif not _is_prefix(code[at]):
+            break
+        rex = 0                                     # it counts right before the opcode only
+    if (code[at] != 0x0F or not _peek(m, rip + at + 1, &code[at + 1], 2) or code[at + 1] != 0xC7
+            or not RDRAND <= code[at + 2] < RDRAND + 8):
+        return False
+    m.random += <uint64_t>0x9E3779B97F4A7C15        # SplitMix64 (Steele, Lea, Flood, 2014)
+    value = (m.random ^ m.random >> 30) * <uint64_t>0xBF58476D1CE4E5B9
+    value = (value ^ value >> 27) * <uint64_t>0x94D049BB133111EB
+    value ^= value >> 31
+    target = code[at + 2] & 7 | (rex & 1) << 3
+    if rex & 8:
+        m.head.regs[target] = value
+    elif word:
+        m.head.regs[target] = m.head.regs[target] & ~<uint64_t>0xFFFF | value & 0xFFFF
+    else:
+        m.head.regs[target] = value & MASK32
+    m.head.cc_src = 1                               # CF: there was one; the other arithmetic flags are 0
+    m.head.cc_op = CC_OP_EFLAGS
+    m.head.rip += at + 3
+    m.head.hflags &= ~<uint32_t>HF_INHIBIT_IRQ
+    return True
 
 
 cdef int _before_translation(const void *address, const void *key, void *user) noexcept nogil:

@@ -199,6 +199,27 @@ def aes() -> None:
     assert bytes(map(int, vector(columns))) == X0
 
 
+def rdrand() -> None:
+    source = """
+        mov $-1, %rcx; mov %rcx, %r9; mov %rcx, %r10
+        stc; rdrand %rcx; setc %al; setz %ah; movzwl %ax, %eax; mov %rax, 0x9000; mov %rcx, 0x9008
+        rdrand %r9d; mov %r9, 0x9010
+        rdrand %r10w; mov %r10, 0x9018
+        rdrand %rdx; mov %rdx, 0x9020
+        xor %edx, %edx; mov $64, %esi
+    1:  rdrand %rdi; or %rdi, %rdx; dec %esi; jnz 1b
+        mov %rdx, 0x9028
+    """
+    flags, quad, double, word, other, all_bits = words(source, 6)
+    assert flags == 1
+    assert double < 1 << 32
+    assert word >> 16 == MASK >> 16
+    assert word & 0xFFFF != 0xFFFF
+    assert len({quad, double, word & 0xFFFF, other}) == 4
+    assert all_bits == MASK
+    assert words(source, 6)[:5] == (flags, quad, double, word, other), "a run repeats"
+
+
 def lahf() -> None:
     assert words("xor %eax, %eax; sub $1, %al; lahf; mov %rax, 0x9000")[0] >> 8 & 0xD5 == 0x95
     assert words("mov $0x4100, %eax; sahf; setz %cl; setc %ch; movzwl %cx, %ecx; mov %rcx, 0x9000") == (
@@ -258,6 +279,7 @@ def bmi2() -> None:
 SHOWN: dict[tuple[int, str], dict[int, Callable[[], None]]] = {
     (1, "ECX"): {
         0: sse3, 1: pclmulqdq, 9: ssse3, 13: cmpxchg16b, 19: sse41, 20: sse42, 22: movbe, 23: popcnt, 25: aes,
+        30: rdrand,
     },
     (7, "EBX"): {3: bmi1, 8: bmi2},
     (0x8000_0001, "ECX"): {0: lahf, 5: lzcnt, 8: prefetchw},
@@ -270,6 +292,13 @@ NOT_INSTRUCTIONS = {(1, "ECX"): 1 << 21 | 1 << 24 | 1 << 31}
 @pytest.mark.parametrize("check", [check for bits in SHOWN.values() for check in bits.values()])
 def test_each_instruction_set_gives_right_results(check: Callable[[], None]) -> None:
     check()
+
+
+@pytest.mark.parametrize("instruction", ["rdseed %rax", "rdrand (%rax)", "adcx %rax, %rbx", "rdpid %rax"])
+def test_what_is_not_shown_is_an_invalid_opcode(instruction: str) -> None:
+    source = instruction if "(" not in instruction else ".byte 0x0f, 0xc7, 0x30"
+    with pytest.raises(AssertionError, match="#UD"):
+        run(source, 1)
 
 
 @pytest.mark.parametrize("place", SHOWN, ids=lambda place: f"{place[0]:x} {place[1]}")

@@ -1,6 +1,6 @@
 """CPUID as a virtual processor shows it: a plain processor and the hypervisor leaves (TLFS chapter 2).
 
-It is what the engine of unmodified kernels executes, no more: x86-64-v2 with AES, PCLMULQDQ, MOVBE and BMI.
+It is what the engine of unmodified kernels executes, no more: x86-64-v2 with AES, PCLMULQDQ, MOVBE, BMI and RDRAND.
 `docs/engine.md` has the list, and why other bits are not shown. It says that it does not have the leaks of speculative
 processors, so that a kernel spares itself separate page tables for user space and the like: an engine executes nothing
 ahead of time.
@@ -44,8 +44,8 @@ ARCH_CAPABILITIES: Final = sum(1 << n for n in (0, 4, 5, 6, 8, 13, 14, 15, 20, 2
 changes, TAA, SBDR and SSDP, FBSDP, PSDP, BHI, PBRSB, GDS, RFDS, ITS."""
 _ARCH_CAPABILITIES_PRESENT: Final = 1 << 29
 
-# SSE3 PCLMULQDQ SSSE3 CMPXCHG16B SSE4.1 SSE4.2 MOVBE POPCNT AES
-_FEATURES_ECX: Final = sum(1 << n for n in (0, 1, 9, 13, 19, 20, 22, 23, 25))
+# SSE3 PCLMULQDQ SSSE3 CMPXCHG16B SSE4.1 SSE4.2 MOVBE POPCNT AES RDRAND
+_FEATURES_ECX: Final = sum(1 << n for n in (0, 1, 9, 13, 19, 20, 22, 23, 25, 30))
 _TSC_DEADLINE: Final = 1 << 24
 _X2APIC: Final = 1 << 21
 _HYPERVISOR_PRESENT: Final = 1 << 31
