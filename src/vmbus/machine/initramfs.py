@@ -1,10 +1,10 @@
 """An initramfs made of one static busybox, the kernel modules that a guest needs, and a small init.
 
-The init loads the modules, asks for network addresses if the kernel's command line says ``ip=dhcp``, wakes a hibernated
-system up if it names the disk where that lies (``resume=``, ``resume_offset=``, ``noresume``), then mounts the root disk
-that it names and goes on there, or gives a shell on the console. Disks are named as ``/dev/sda``, ``LABEL=name`` or
-``UUID=…``: Linux looks for disks in parallel, so ``sda`` is not always LUN 0. Everything is built here: no tool of the
-host is run.
+The init loads the modules, asks for network addresses if the kernel's command line says ``ip=dhcp``, wakes a
+hibernated system up if it names the disk where that lies (``resume=``, ``resume_offset=``, ``noresume``), then mounts the
+root disk that it names and goes on there, or gives a shell on the console. Disks are named as ``/dev/sda``,
+``LABEL=name`` or ``UUID=…``: Linux looks for disks in parallel, so ``sda`` is not always LUN 0. Everything is built
+here: no tool of the host is run.
 """
 
 import hashlib
@@ -85,7 +85,7 @@ if [ -n "$resume" ] && [ -z "$noresume" ]; then
     if swap=$(await "$resume"); then
         [ -z "$offset" ] || echo "$offset" >/sys/power/resume_offset
         # Does not come back if a system is hibernated there.
-        echo $(stat -L -c '0x%t 0x%T' "$swap" | { read -r major minor && echo $((major)):$((minor)); }) >/sys/power/resume
+        eval "echo $(stat -L -c '$((0x%t)):$((0x%T))' "$swap")" >/sys/power/resume
     else
         echo "initramfs: there is no $resume to resume from"
     fi
