@@ -1,8 +1,8 @@
 """An initramfs made of one static busybox, the kernel modules that a guest needs, and a small init.
 
 The init loads the modules, asks for network addresses if the kernel's command line says ``ip=dhcp``, wakes a
-hibernated system up if it names the disk where that lies (``resume=``, ``resume_offset=``, ``noresume``), then mounts the
-root disk that it names and goes on there, or gives a shell on the console. Disks are named as ``/dev/sda``,
+hibernated system up if it names the disk where that lies (``resume=``, ``resume_offset=``, ``noresume``), then mounts
+the root disk that it names and goes on there, or gives a shell on the console. Disks are named as ``/dev/sda``,
 ``LABEL=name`` or ``UUID=…``: Linux looks for disks in parallel, so ``sda`` is not always LUN 0. Everything is built
 here: no tool of the host is run.
 """
