@@ -167,7 +167,10 @@ class Machine:
             if isinstance(given, str | bytes | os.PathLike):
                 raise TypeError(f"{what} is a list, also of one: {what}=[{given!r}]")
         memory = byte_count(memory, "memory")
-        self._image = _parse(kernel, unpack, memory)
+        image = _parse(kernel, unpack, memory)
+        # Kept for restarts as it is in the file: unpacked it is several times as large.
+        self._kernel = _contents(kernel, max(memory, MOST_KERNEL_FILE))
+        self._unpack = unpack
         self._initrd = b"" if initrd is None else _contents(initrd, max(memory, 0))
         self._command_line = append
         if memory % 4096 or memory <= 0:
@@ -209,7 +212,7 @@ class Machine:
                 if opened:
                     self._add_ide(opened)
             self.network = GuestNetwork(self.bus, None if enlightenments else self._plug_nic)
-            self._load()
+            self._load(image)
             for description in networks:
                 self.network.add(description)
         except BaseException:
@@ -220,12 +223,12 @@ class Machine:
 
     # Assembly
 
-    def _load(self) -> None:
+    def _load(self, image: Kernel) -> None:
         """Put the kernel into memory, and the boot processor where it begins."""
         enlightened = self.bus is not None
         entry = load_linux(
             self.partition.memory,
-            self._image,
+            image,
             command_line=self._command_line,
             initrd=self._initrd,
             acpi=build_tables(
@@ -481,7 +484,7 @@ class Machine:
         self.engine = UnicornEngine(self.partition.vps)
         self.engine.cpu.advance_to(self.hypervisor.clock.now())
         self._crash.new_kernel()
-        self._load()
+        self._load(_unpacked(self._kernel, self._unpack, self.partition.memory.size))
         self._outcome = self._ended = None
         self._reset_asked = False
 

@@ -85,9 +85,7 @@ if [ -n "$resume" ] && [ -z "$noresume" ]; then
     if swap=$(await "$resume"); then
         [ -z "$offset" ] || echo "$offset" >/sys/power/resume_offset
         # Does not come back if a system is hibernated there.
-        stat -L -c '0x%t 0x%T' "$swap" | {
-            read -r major minor && echo $((major)):$((minor)) >/sys/power/resume
-        }
+        eval "echo $(stat -L -c '$((0x%t)):$((0x%T))' "$swap")" >/sys/power/resume
     else
         echo "initramfs: there is no $resume to resume from"
     fi

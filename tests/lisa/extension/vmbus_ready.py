@@ -14,14 +14,14 @@ from lisa.tools import Modprobe
 from lisa.util import LisaException
 
 
-class VmbusSerialConsole(features.SerialConsole):
+class SerialConsole(features.SerialConsole):
     """The console that `vmbus boot` prints, from the file where it is kept."""
 
     def _get_console_log(self, saved_path: Path | None) -> bytes:
         return Path(os.environ["VMBUS_LISA_CONSOLE"]).read_bytes()
 
 
-class VmbusNetworkInterface(features.NetworkInterface):
+class NetworkInterface(features.NetworkInterface):
     """Reloads hv_netvsc as LISA's other platforms do."""
 
     def reload_module(self) -> None:
@@ -45,7 +45,7 @@ def _supported() -> list[type[Feature]]:
         for feature in _supported_before()
         if feature not in (features.NetworkInterface, features.SerialConsole)
     ]
-    return [*others, VmbusSerialConsole, VmbusNetworkInterface]
+    return [*others, SerialConsole, NetworkInterface]  # LISA finds them by the names of their classes
 
 
 _supported_before = ReadyPlatform.supported_features
