@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-
 _LOAD_CONST = opcode.opmap["LOAD_CONST"]
 
 

@@ -23,7 +23,7 @@ from vmbus.storage.buffers import GuestBuffer
 from vmbus.storage.channel_server import ChannelServer
 from vmbus.storage.disk import Disk
 from vmbus.storage.negotiation import HostNegotiation, State
-from vmbus.storage.scsi.cdb import allocation_length
+from vmbus.storage.scsi.cdb import BLOCK_TRANSFERS, allocation_length, block_fields
 from vmbus.storage.scsi.codes import AdditionalSense, Opcode, ScsiStatus, SenseKey
 from vmbus.storage.scsi.inquiry import Limits, absent_inquiry
 from vmbus.storage.scsi.sense import CheckCondition, Sense, invalid_field, sense_key
@@ -411,8 +411,12 @@ class StorageVsp:
                 not disk.read_only,
                 fd=disk.fd,
                 mapping=disk.mapping,
+                present=disk.present,
                 handler=access.serve,
                 batch=access.serve_batch if disk.serve_batch is not None else None,
+                most=min(
+                    self._max_transfer, unit.limits.max_transfer * disk.sector_size or self._max_transfer
+                ),
             )
             if not _plain(
                 unit
@@ -506,6 +510,9 @@ class StorageVsp:
         if scsi.data_transfer_length > (ranges.total if ranges is not None else 0):
             # The data buffer is not there; without it not even an error of the command itself would be right.
             self._respond(server, request, Outcome(ScsiStatus.CHECK_CONDITION, 0, _BAD_BUFFER))
+            return
+        if scsi.data_transfer_length > self._max_transfer:  # more than the properties of the channel allow
+            self._respond(server, request, Outcome(ScsiStatus.CHECK_CONDITION, 0, _too_long(scsi)))
             return
         buffer = GuestBuffer(server.channel.memory, ranges, scsi.data_transfer_length)
         cdb = _without_lun(scsi.payload[:CDB_SIZE], scsi.lun)
@@ -604,6 +611,13 @@ class StorageVsp:
 def _completion_size(packet: Packet) -> int:
     """Bytes of the payload area of a packet's completion: the request's own, within what versions have."""
     return min(max(len(packet.payload) - PacketHeader.SIZE, MIN_REQUEST_SIZE), MAX_REQUEST_SIZE)
+
+
+def _too_long(scsi: ScsiRequest) -> bytes:
+    """The sense data for more data than one request may have, with the command's own field if it counts blocks."""
+    cdb = _without_lun(scsi.payload[:CDB_SIZE].ljust(CDB_SIZE, b"\0"), scsi.lun)
+    blocks = cdb[0] in BLOCK_TRANSFERS and not cdb[1] & _LUN_IN_CDB
+    return invalid_field(block_fields(cdb).count_field if blocks else 0).sense.pack()
 
 
 def _plain(unit: LogicalUnit) -> bool:
