@@ -253,9 +253,8 @@ class StorageVsp:
         server.completions.clear()
         if server.index == 0:
             self._negotiation = self._new_negotiation()
-            for unit in self._units.values():
-                unit.detach(self.offer.instance_id)
-                unit.attach(self.offer.instance_id)
+            for unit in list(self._units.values()):
+                unit.lose(self.offer.instance_id)
 
     def offer_on(self, host: VmbusHost, *, name: str = "storage") -> Offered:
         """Offer the controller on a child's bus, and its sub-channels when the guest asks for them.
@@ -269,14 +268,20 @@ class StorageVsp:
         """
         subs: list[Offered] = []
         wanted = 0
+        connection = of_subs = (
+            0  # how often the primary channel has closed: now, and when `subs` were offered
+        )
 
         def offer_wanted() -> None:
+            nonlocal of_subs
+            if of_subs != connection:  # a guest that is back, however soon, is offered all of them anew
+                of_subs = connection
+                while subs:
+                    subs.pop().rescind()
             while len(subs) < wanted:
                 subs.append(
                     host.offer(self.offer.subchannel(len(subs) + 1), self.open, self.close, name=name)
                 )
-            while len(subs) > wanted:  # the primary channel closed meanwhile
-                subs.pop().rescind()
 
         # As a task of its own: the bus must not be asked for anything from inside of serving a channel, because
         # the bus may just be closing that channel and wait for its service to end.
@@ -288,9 +293,10 @@ class StorageVsp:
             host.hosting.ring(task)
 
         def closed(channel: Channel) -> None:
-            nonlocal wanted
+            nonlocal wanted, connection
             self.close(channel)
             wanted = 0  # a guest that opens the controller again asks for them again
+            connection += 1
             host.hosting.ring(task)
 
         self.create_sub_channels = create

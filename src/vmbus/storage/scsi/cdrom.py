@@ -1,6 +1,7 @@
 """A CD-ROM drive for ISO images: the commands of MMC-6 that guests use to read discs."""
 
 import struct
+from collections.abc import Hashable
 from uuid import UUID
 
 from vmbus.storage.disk import Disk, DiskError
@@ -110,10 +111,10 @@ class CdromUnit(LogicalUnit):
         self.modes.restore()
         self._locks.clear()
 
-    def detach(self, nexus: object) -> None:
-        """The initiator is gone, and its lock of the tray with it."""
+    def lose(self, nexus: Hashable) -> None:
+        """See `LogicalUnit.lose`; its lock of the tray ends."""
         self._locks.discard(nexus)
-        super().detach(nexus)
+        super().lose(nexus)
 
     def _medium(self) -> tuple[Disk, int]:
         """The disc and its blocks.

@@ -108,12 +108,19 @@ class LogicalUnit:
             self._nexuses.add(nexus)
 
     def detach(self, nexus: Hashable) -> None:
-        """The initiator is gone; what was pending for it is dropped."""
+        """The initiator is gone for good; what was pending for it is dropped."""
+        self.lose(nexus)
         with self._lock:
             self._nexuses.discard(nexus)
             self._attentions.pop(nexus, None)
-            self._retained.pop(nexus, None)
         self.changed()
+
+    def lose(self, nexus: Hashable) -> None:
+        """The initiator has closed its connection and may come back (an I_T nexus loss, SAM-5 6.3.4).
+
+        What it has to be told waits for it, and registrations last; what it held by being there ends.
+        """
+        self._retained.pop(nexus, None)
 
     def retain(self, nexus: Hashable, sense: bytes) -> None:
         """Keep sense data that its initiator did not want with the status, until it asks or sends another command."""
@@ -539,11 +546,12 @@ class DiskUnit(LogicalUnit):
             self._locks.discard(task.nexus)
         return 0
 
-    def detach(self, nexus: Hashable) -> None:
-        """The initiator is gone, and with it its lock of the medium and its RESERVE (6)."""
+    def lose(self, nexus: Hashable) -> None:
+        """See `LogicalUnit.lose`; its lock of the medium ends, and its RESERVE (6)."""
         self._locks.discard(nexus)
         self.reservations.lose(nexus)
-        super().detach(nexus)
+        super().lose(nexus)
+        self.changed()
 
     def _reserve(self, task: Task) -> int:
         self.reservations.reserve(task)
