@@ -45,6 +45,9 @@ cdef extern from "<unistd.h>" nogil:
     ssize_t pread(int fd, void *data, size_t count, int64_t offset)
     ssize_t pwrite(int fd, const void *data, size_t count, int64_t offset)
     int usleep(unsigned int microseconds)
+    int64_t lseek(int fd, int64_t offset, int whence)
+    enum:
+        SEEK_DATA
 
 cdef extern from "<endian.h>" nogil:
     uint32_t be32toh(uint32_t value)

@@ -21,6 +21,9 @@ cdef struct unit_t:
     uint8_t *mapping        # or NULL
     uint32_t sector_shift
     uint64_t sectors
+    uint64_t most           # bytes of one request
+    uint8_t *present        # by page of `mapping`: not 0 if it is known to be there; or NULL if all are
+    int holes               # the file of `mapping`, to ask whether a page is there
 
 cdef struct block_request_t:
     # A checked, private copy of one READ or WRITE.
@@ -80,7 +83,7 @@ cdef inline int _parse(const ring_packet_t *packet, unit_t *units, int unit_coun
     request.index = index
     request.offset = lba << unit.sector_shift
     request.length = blocks << unit.sector_shift
-    if request.length > wire.data_transfer_length:
+    if request.length > wire.data_transfer_length or wire.data_transfer_length > unit.most:
         return LEFT
     copy_from_shared(first, start + DESCRIPTOR_BYTES, 8)
     request.range_count = <uint32_t>(first[0] >> 32)
@@ -100,6 +103,31 @@ cdef inline bint _enter(unit_t *unit) noexcept nogil:
         store_release32(&unit.busy, 0)
         return False
     return True
+
+
+cdef inline void _read_mapping(unit_t *unit, uint64_t offset, uint8_t *to, uint64_t length) noexcept nogil:
+    """Copy from the mapping, but zeros for pages that are not there: touching them would make the host allocate them."""
+    cdef uint64_t page, part
+    cdef int64_t data
+    if unit.present == NULL:
+        copy_bytes(to, unit.mapping + offset, length)
+        return
+    while length:
+        page = offset >> 12
+        part = 4096 - (offset & 4095)
+        if part > length:
+            part = length
+        if unlikely(unit.present[page] == 0):
+            data = lseek(unit.holes, page << 12, SEEK_DATA)
+            if data < 0 or <uint64_t>data >= offset + part:
+                memset(to, 0, part)
+            else:
+                unit.present[page] = 1
+        if unit.present[page]:
+            copy_bytes(to, unit.mapping + offset, part)
+        to += part
+        offset += part
+        length -= part
 
 
 cdef inline int _transfer(const guest_memory_t *memory, block_request_t *request) noexcept nogil:
@@ -125,7 +153,7 @@ cdef inline int _transfer(const guest_memory_t *memory, block_request_t *request
             if request.write:
                 copy_bytes(unit.mapping + request.offset, guest, request.length)
             else:
-                copy_bytes(guest, unit.mapping + request.offset, request.length)
+                _read_mapping(unit, request.offset, guest, request.length)
             return SERVED
         while True:
             if request.write:
@@ -148,7 +176,7 @@ cdef inline int _transfer(const guest_memory_t *memory, block_request_t *request
             if request.write:
                 copy_bytes(disk, vectors[index].iov_base, vectors[index].iov_len)
             else:
-                copy_bytes(vectors[index].iov_base, disk, vectors[index].iov_len)
+                _read_mapping(unit, disk - unit.mapping, <uint8_t *>vectors[index].iov_base, vectors[index].iov_len)
             disk += vectors[index].iov_len
         done += covered
     return SERVED

@@ -70,7 +70,7 @@ cdef class BlockServer:
                 os.close(self.units[index].fd)
 
     def enable(self, int target, int lun, int sector_size, uint64_t sectors, bint writable, *, int fd=-1,
-               mapping=None, handler=None, batch=None) -> bool:
+               mapping=None, present=None, handler=None, batch=None, uint64_t most=0) -> bool:
         """Serve a unit from now on, by `mapping`, `fd` or `handler`, whichever is given first.
 
         Args:
@@ -81,15 +81,20 @@ cdef class BlockServer:
             writable: take writes, too.
             fd: a file that holds the disk's bytes; it is duplicated.
             mapping: the disk's bytes as a buffer.
+            present: with `mapping`, a writable byte for each of its pages that is not 0 if the page is known to be
+                there; `fd` is then its file, which is asked about others. Holes are read as zeros, not touched.
             handler: called with each `Request`; an exception lets the provider carry the request out again.
             batch: called with `Requests` where several follow each other; returns how many of them, from the first
                 on, were carried out. The next one goes to the `handler`, which is needed, too.
+
+            most: bytes of one request, 0 for no limit; longer ones are left to the provider.
 
         Returns:
             False if it cannot be served here now: `serve` is running, or there are too many units.
         """
         cdef int index
         cdef unit_t *unit
+        cdef _Mapped marks
         if self.serving:
             return False
         self.disable(target, lun)
@@ -109,6 +114,13 @@ cdef class BlockServer:
                 raise ValueError("the mapping is smaller than the disk, or read-only")
             self.buffers[index] = _Mapped(view, writable)
             unit.mapping = (<_Mapped>self.buffers[index]).address()
+            if present is not None and fd >= 0:
+                marks = _Mapped(present, True)
+                if <uint64_t>marks.view.len < (<uint64_t>view.nbytes + 4095) >> 12:
+                    raise ValueError("a page of the mapping has no mark")
+                self.buffers[index] = (self.buffers[index], marks)
+                unit.present = marks.address()
+                unit.holes = unit.fd = os.dup(fd)
         elif fd >= 0:
             unit.fd = os.dup(fd)
         elif handler is not None:
@@ -121,6 +133,7 @@ cdef class BlockServer:
         unit.target = target
         unit.lun = lun
         unit.writable = writable
+        unit.most = most or <uint64_t>-1
         unit.sectors = sectors
         unit.sector_shift = sector_size.bit_length() - 1
         unit.used = True

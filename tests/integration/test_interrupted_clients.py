@@ -25,7 +25,13 @@ from vmbus.storage.vsp import StorageVsp
 BLOCK = 4096
 PAGES = 12
 COUNT = 8
-STORAGE_CLIENT = ("storage/vsc.py", "storage/guest_disk.py", "storage/lent_pages.py", "bus/taking.py")
+STORAGE_CLIENT = (
+    "storage/vsc.py",
+    "storage/requests.py",
+    "storage/guest_disk.py",
+    "storage/lent_pages.py",
+    "bus/taking.py",
+)
 STORAGE_PROVIDER = ("storage/vsp.py", "scsi/unit.py", "scsi/block.py")
 NETWORK_CLIENT = ("network/vsc.py", "network/vsc_send.py", "bus/taking.py")
 

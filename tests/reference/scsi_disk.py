@@ -66,7 +66,26 @@ class ScsiDisk:
             return self.write_same(cdb, buffer), b""
         if op == 0x42:
             return self.unmap(cdb, buffer), b""
-        if op in (0x35, 0x91):
+        if op == 0x8B:  # sets bits
+            lba, count = self.place(cdb)
+            self.writable()
+            self.inside(lba, count)
+            self.room(count * self.block, buffer)
+            there = self.content[lba * self.block : (lba + count) * self.block]
+            self.put(lba, bytes(a | b for a, b in zip(there, buffer, strict=False)))
+            return count * self.block, b""
+        if op == 0x9C:  # atomic
+            if cdb[10] or cdb[11]:
+                raise Refused(ILLEGAL, BAD_FIELD)
+            lba, count = self.place(cdb)
+            if count > 2048:
+                raise Refused(ILLEGAL, BAD_FIELD)
+            self.writable()
+            self.inside(lba, count)
+            self.room(count * self.block, buffer)
+            self.put(lba, buffer[: count * self.block])
+            return count * self.block, b""
+        if op in (0x35, 0x91, 0x34, 0x90):
             lba, count = self.place(cdb)
             self.inside(lba, count)
             return 0, b""
@@ -88,6 +107,8 @@ class ScsiDisk:
             return int.from_bytes(cdb[2:6], "big"), int.from_bytes(cdb[6:10], "big")
         if op == 0x89:
             return int.from_bytes(cdb[2:10], "big"), cdb[13]
+        if op == 0x9C:
+            return int.from_bytes(cdb[2:10], "big"), int.from_bytes(cdb[12:14], "big")
         return int.from_bytes(cdb[2:10], "big"), int.from_bytes(cdb[10:14], "big")
 
     def inside(self, lba: int, count: int) -> None:

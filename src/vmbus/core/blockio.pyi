@@ -64,8 +64,10 @@ class BlockServer:
         *,
         fd: int = -1,
         mapping: memoryview | None = None,
+        present: bytearray | None = None,
         handler: Callable[[Request], object] | None = None,
         batch: Callable[[Requests], int] | None = None,
+        most: int = 0,
     ) -> bool: ...
     def disable(self, target: int, lun: int) -> None: ...
     def serve(self, limit: int = 64) -> int: ...

@@ -92,6 +92,8 @@ class Disk(ABC):
         fd: a file descriptor on which plain ``preadv``/``pwritev`` at ``lba * sector_size`` is right
             (the whole disk, nothing to translate), else -1.
         mapping: the disk's content as mapped host memory, else None; it cannot shrink while the disk is open.
+        present: with `mapping`, a byte for each 4 KiB of it that is not 0 if its memory is known to be allocated; `fd`
+            tells of others. None: reading the mapping allocates nothing.
         identifier: 16 bytes that name this disk for good, or None if it has no such name.
         unmap_granularity: bytes of the smallest aligned stretch that `unmap` gives back; 0 if it never does.
         serve_batch: carries out many reads or writes at once, straight from and to a guest's pages; returns how many
@@ -104,6 +106,7 @@ class Disk(ABC):
     read_only: bool
     fd: int = -1
     mapping: memoryview | None = None
+    present: bytearray | None = None
     identifier: UUID | None = None
     unmap_granularity: int = 0
     serve_batch: "Callable[[Requests], int] | None" = None
@@ -452,6 +455,16 @@ class MemoryDisk(_FileDisk):
             raise
         self._map[: len(content)] = bytes(content)
         self.mapping = memoryview(self._map)
+        self.present = bytearray(
+            -(-size // 4096)
+        )  # one byte for 4 KiB, and itself allocated where it is used only
+
+    def unmap(self, offset: int, length: int) -> None:
+        """See `Disk.unmap`."""
+        super().unmap(offset, length)
+        first, end = -(-offset // 4096), (offset + length) // 4096
+        if self.present is not None and end > first:
+            self.present[first:end] = bytes(end - first)
 
     def flush(self) -> None:
         """Nothing to do: the disk ends with the process."""

@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Self
 from weakref import ReferenceType, ref
 
@@ -25,20 +24,16 @@ from vmbus.storage.disk import Buffer
 from vmbus.storage.guest_disk import StorageDisk
 from vmbus.storage.lent_pages import Loan, PagePool
 from vmbus.storage.negotiation import GuestNegotiation
+from vmbus.storage.requests import CommandError, CommandResult, Pending, request_packet, result_of
 from vmbus.storage.scsi.codes import Opcode, ScsiStatus, SenseKey
-from vmbus.storage.scsi.sense import Sense
 from vmbus.storage.wire import (
-    SENSE_SIZE,
     DataDirection,
     Operation,
     PacketFlags,
     PacketHeader,
-    ScsiRequest,
-    SrbFlags,
     SrbStatus,
     Version,
     VersionRules,
-    parse_scsi_request,
 )
 
 __all__ = ["CommandError", "CommandResult", "StorageVsc"]
@@ -52,73 +47,6 @@ _RETRIES = 5
 _BATCH = 64
 _LEAST_PACKET = 24
 """Bytes of a ring that the shortest packet takes."""
-
-
-class CommandError(DeviceError):
-    """A SCSI command failed.
-
-    Attributes:
-        srb_status: `SrbStatus` without its flags.
-        scsi_status: `ScsiStatus`.
-        sense: why, if the host said so.
-    """
-
-    def __init__(self, cdb: bytes, srb_status: int, scsi_status: int, sense: Sense | None) -> None:
-        reason = (
-            str(sense) if sense is not None else f"SCSI status 0x{scsi_status:02x}, SRB 0x{srb_status:02x}"
-        )
-        super().__init__(f"SCSI command 0x{cdb[0]:02x} failed: {reason}")
-        self.srb_status = srb_status
-        self.scsi_status = scsi_status
-        self.sense = sense
-
-
-@dataclass(frozen=True, slots=True)
-class CommandResult:
-    """How a SCSI command ended.
-
-    Attributes:
-        srb_status: `SrbStatus` without its flags.
-        scsi_status: `ScsiStatus`.
-        transferred: data bytes that the host says it moved, never more than the buffer has.
-        sense: sense data, if there is any.
-        data: data-in bytes, `transferred` of them.
-    """
-
-    srb_status: int
-    scsi_status: int
-    transferred: int
-    sense: Sense | None
-    data: bytes = b""
-
-    @property
-    def good(self) -> bool:
-        """Whether the command did what it should.
-
-        Hyper-V says DATA_OVERRUN of an answer that is shorter than the room for it; `transferred` then is its length.
-        """
-        done = self.srb_status == SrbStatus.SUCCESS or (
-            self.srb_status == SrbStatus.DATA_OVERRUN and bool(self.data)
-        )
-        return done and self.scsi_status == ScsiStatus.GOOD
-
-
-@dataclass(slots=True)
-class _Pending:
-    """A request; `before` is how many packets the ring had taken when it was about to be sent, -1 until then."""
-
-    cdb: bytes
-    length: int
-    request_id: int
-    channel: Channel
-    before: int = -1
-    result: CommandResult | None = None
-
-    def outstanding(self) -> tuple[int, ...]:
-        """Its transaction id, if the host has it and has not completed it."""
-        if self.result is not None or self.before in (-1, self.channel.outgoing.packets):
-            return ()
-        return (self.request_id,)
 
 
 class _Running:
@@ -162,7 +90,7 @@ class StorageVsc:
         self._page_count = len(pages)
         self._pages = PagePool(pages)
         self._memory = channel.memory
-        self._pending: dict[int, _Pending] = {}
+        self._pending: dict[int, Pending] = {}
         self._control: list[bytes] = []
         self._control_id = 0
         self._asked = b""  # the control packet sent last, and how many the ring had taken before
@@ -240,7 +168,7 @@ class StorageVsc:
             loan = self._take(length) if length else None
             request_id = self._next_id
             self._next_id += 1
-            pending = _Pending(cdb, length, request_id, self.channels[self._turn % len(self.channels)])
+            pending = Pending(cdb, length, request_id, self.channels[self._turn % len(self.channels)])
             self._turn += 1
             try:
                 ranges = None
@@ -252,7 +180,7 @@ class StorageVsc:
                 direction = (
                     DataDirection.OUT if data_out else DataDirection.IN if data_in else DataDirection.UNKNOWN
                 )
-                packet = self._request((target, lun), cdb, direction, length)
+                packet = request_packet(self._rules, (target, lun), cdb, direction, length)
                 self._pending[request_id] = pending
                 if not self._try_send(pending, packet, ranges):
                     self._wait(lambda: self._try_send(pending, packet, ranges))
@@ -501,27 +429,8 @@ class StorageVsc:
         self._wait(lambda: bool(self._control))
         return self._control[0]
 
-    def _request(self, address: tuple[int, int], cdb: bytes, direction: DataDirection, length: int) -> bytes:
-        """The packet of a SCSI request."""
-        flags = {DataDirection.IN: SrbFlags.DATA_IN, DataDirection.OUT: SrbFlags.DATA_OUT}.get(direction, 0)
-        size = self.packet_size - PacketHeader.SIZE
-        request = ScsiRequest(
-            length=size,
-            target_id=address[0],
-            lun=address[1],
-            cdb_length=len(cdb),
-            sense_info_length=self._rules.sense_size,
-            data_in=direction,
-            data_transfer_length=length,
-            payload=cdb,
-            srb_flags=flags | SrbFlags.DISABLE_SYNCH_TRANSFER,
-            time_out_value=60,
-        )
-        header = PacketHeader(Operation.EXECUTE_SRB, PacketFlags.REQUEST_COMPLETION)
-        return header.pack() + request.pack()[:size]
-
     @staticmethod
-    def _try_send(pending: _Pending, packet: bytes, ranges: GpaRanges | None) -> bool:
+    def _try_send(pending: Pending, packet: bytes, ranges: GpaRanges | None) -> bool:
         channel = pending.channel
         outgoing = channel.outgoing
         try:
@@ -600,23 +509,7 @@ class StorageVsc:
                 )
             return
         try:
-            pending.result = self._result(payload, pending)
+            pending.result = result_of(payload, pending.length)
         except RemoteProtocolError as error:
             _log.debug("the host completed request %#x with nonsense: %s", packet.transaction_id, error)
             pending.result = CommandResult(SrbStatus.ERROR, ScsiStatus.GOOD, 0, None)
-
-    @staticmethod
-    def _result(payload: bytes, pending: _Pending) -> CommandResult:
-        header = PacketHeader.unpack(payload)
-        if header.operation != Operation.COMPLETE_IO:
-            raise RemoteProtocolError(f"operation {header.operation} instead of a completion")
-        answer = parse_scsi_request(payload)
-        status = answer.srb_status & SrbStatus.MASK
-        sense = None
-        if answer.srb_status & SrbStatus.AUTOSENSE_VALID:
-            sense = Sense.unpack(answer.payload[: min(answer.sense_info_length, SENSE_SIZE)])
-        if header.status and status == SrbStatus.SUCCESS:
-            status = SrbStatus.ERROR  # refused before it became a SCSI command
-        return CommandResult(
-            status, answer.scsi_status, min(answer.data_transfer_length, pending.length), sense
-        )

@@ -24,18 +24,18 @@ from vmbus.storage.channel_server import ChannelServer
 from vmbus.storage.disk import Disk
 from vmbus.storage.negotiation import HostNegotiation, State
 from vmbus.storage.scsi.cdb import allocation_length
-from vmbus.storage.scsi.codes import AdditionalSense, Opcode, ScsiStatus, SenseKey
+from vmbus.storage.scsi.codes import AdditionalSense, Opcode, ScsiStatus
 from vmbus.storage.scsi.inquiry import Limits, absent_inquiry
-from vmbus.storage.scsi.sense import CheckCondition, Sense, invalid_field, sense_key
+from vmbus.storage.scsi.sense import CheckCondition, invalid_field
 from vmbus.storage.scsi.task import Outcome, Task
 from vmbus.storage.scsi.task_set import TaskSetBusy
 from vmbus.storage.scsi.unit import DiskUnit, LogicalUnit
+from vmbus.storage.srb import NO_UNIT, completion_size, nt_status, srb_status, too_long, without_lun
 from vmbus.storage.wire import (
     CDB_SIZE,
     IDE_ACCELERATOR_INTERFACE,
     MAX_REQUEST_SIZE,
     MAX_TRANSFER,
-    MIN_REQUEST_SIZE,
     SCSI_INTERFACE,
     NtStatus,
     OfferProperties,
@@ -61,25 +61,13 @@ MAX_OUTSTANDING = 1024
 """Requests of one channel that are read before any of them is completed."""
 
 _BATCH = 64
-_LUN_IN_CDB = 0xE0
 _RESETS = {
     Operation.RESET_LUN: AdditionalSense.DEVICE_RESET_OCCURRED,
     Operation.RESET_ADAPTER: AdditionalSense.POWER_ON_OR_RESET,
     Operation.RESET_BUS: AdditionalSense.BUS_RESET_OCCURRED,
 }
-_NO_UNIT = Outcome(
-    ScsiStatus.CHECK_CONDITION,
-    sense=Sense(SenseKey.ILLEGAL_REQUEST, AdditionalSense.LOGICAL_UNIT_NOT_SUPPORTED).pack(),
-)
 _ABORTED = Outcome(ScsiStatus.TASK_ABORTED)
 _BAD_BUFFER = invalid_field(0).sense.pack()
-_NT_STATUS = {
-    SrbStatus.SUCCESS: NtStatus.SUCCESS,
-    SrbStatus.BUSY: NtStatus.DEVICE_BUSY,
-    SrbStatus.ABORTED: NtStatus.CANCELLED,
-    SrbStatus.DATA_OVERRUN: NtStatus.BUFFER_OVERFLOW,
-    SrbStatus.INVALID_LUN: NtStatus.DEVICE_DOES_NOT_EXIST,
-}
 
 
 class _Request(NamedTuple):
@@ -259,9 +247,8 @@ class StorageVsp:
         server.completions.clear()
         if server.index == 0:
             self._negotiation = self._new_negotiation()
-            for unit in self._units.values():
-                unit.detach(self.offer.instance_id)
-                unit.attach(self.offer.instance_id)
+            for unit in list(self._units.values()):
+                unit.lose(self.offer.instance_id)
 
     def offer_on(self, host: VmbusHost, *, name: str = "storage") -> Offered:
         """Offer the controller on a child's bus, and its sub-channels when the guest asks for them.
@@ -275,14 +262,20 @@ class StorageVsp:
         """
         subs: list[Offered] = []
         wanted = 0
+        connection = of_subs = (
+            0  # how often the primary channel has closed: now, and when `subs` were offered
+        )
 
         def offer_wanted() -> None:
+            nonlocal of_subs
+            if of_subs != connection:  # a guest that is back, however soon, is offered all of them anew
+                of_subs = connection
+                while subs:
+                    subs.pop().rescind()
             while len(subs) < wanted:
                 subs.append(
                     host.offer(self.offer.subchannel(len(subs) + 1), self.open, self.close, name=name)
                 )
-            while len(subs) > wanted:  # the primary channel closed meanwhile
-                subs.pop().rescind()
 
         # As a task of its own: the bus must not be asked for anything from inside of serving a channel, because
         # the bus may just be closing that channel and wait for its service to end.
@@ -294,9 +287,10 @@ class StorageVsp:
             host.hosting.ring(task)
 
         def closed(channel: Channel) -> None:
-            nonlocal wanted
+            nonlocal wanted, connection
             self.close(channel)
             wanted = 0  # a guest that opens the controller again asks for them again
+            connection += 1
             host.hosting.ring(task)
 
         self.create_sub_channels = create
@@ -417,8 +411,12 @@ class StorageVsp:
                 not disk.read_only,
                 fd=disk.fd,
                 mapping=disk.mapping,
+                present=disk.present,
                 handler=access.serve,
                 batch=access.serve_batch if disk.serve_batch is not None else None,
+                most=min(
+                    self._max_transfer, unit.limits.max_transfer * disk.sector_size or self._max_transfer
+                ),
             )
             if not _plain(
                 unit
@@ -435,7 +433,7 @@ class StorageVsp:
         """An exception from outside, as Ctrl-C on this thread, came in the middle of a packet: the guest is told so."""
         packet = server.arrived[0]
         if self._pool is None and not server.answered(packet):
-            server.complete(packet, _completion_size(packet), NtStatus.CANCELLED, b"")
+            server.complete(packet, completion_size(packet), NtStatus.CANCELLED, b"")
         del server.arrived[0]
 
     def _packet(self, server: ChannelServer, packet: Packet) -> None:
@@ -444,7 +442,7 @@ class StorageVsp:
             server.violation(f"a packet of type {packet.type}")
             return
         payload = packet.payload
-        size = _completion_size(packet)
+        size = completion_size(packet)
         try:
             header = PacketHeader.unpack(payload)
             if header.operation == Operation.EXECUTE_SRB and self.ready:
@@ -513,8 +511,11 @@ class StorageVsp:
             # The data buffer is not there; without it not even an error of the command itself would be right.
             self._respond(server, request, Outcome(ScsiStatus.CHECK_CONDITION, 0, _BAD_BUFFER))
             return
+        if scsi.data_transfer_length > self._max_transfer:  # more than the properties of the channel allow
+            self._respond(server, request, Outcome(ScsiStatus.CHECK_CONDITION, 0, too_long(scsi)))
+            return
         buffer = GuestBuffer(server.channel.memory, ranges, scsi.data_transfer_length)
-        cdb = _without_lun(scsi.payload[:CDB_SIZE], scsi.lun)
+        cdb = without_lun(scsi.payload[:CDB_SIZE], scsi.lun)
         task = Task(cdb, buffer, self.offer.instance_id, server.channel.account)
         if self._pool is None:
             outcome = Outcome(
@@ -563,7 +564,7 @@ class StorageVsp:
             return Outcome(ScsiStatus.CHECK_CONDITION, 0, condition.sense.pack())
         except GuestMemoryError:
             return Outcome(ScsiStatus.CHECK_CONDITION, 0, _BAD_BUFFER)
-        return _NO_UNIT
+        return NO_UNIT
 
     def _report_luns(self, scsi: ScsiRequest, task: Task) -> int:
         """REPORT LUNS for the target that is addressed; single-level addresses (SAM-5 4.7.7.5)."""
@@ -589,10 +590,10 @@ class StorageVsp:
             if unit is not None:
                 unit.retain(self.offer.instance_id, outcome.sense)
         sense = sense[: rules.sense_size if rules is not None else 0]
-        srb_status = _srb_status(outcome)
+        status = srb_status(outcome)
         response = ScsiRequest(
             length=request.size,
-            srb_status=srb_status | (SrbStatus.AUTOSENSE_VALID if sense else 0),
+            srb_status=status | (SrbStatus.AUTOSENSE_VALID if sense else 0),
             scsi_status=outcome.status,
             path_id=scsi.path_id,
             target_id=scsi.target_id,
@@ -603,43 +604,9 @@ class StorageVsp:
             data_transfer_length=outcome.transferred,
             payload=sense,
         )
-        status = _NT_STATUS.get(srb_status, NtStatus.IO_DEVICE_ERROR)
-        server.complete(request.packet, request.size, status, response.pack())
-
-
-def _completion_size(packet: Packet) -> int:
-    """Bytes of the payload area of a packet's completion: the request's own, within what versions have."""
-    return min(max(len(packet.payload) - PacketHeader.SIZE, MIN_REQUEST_SIZE), MAX_REQUEST_SIZE)
+        server.complete(request.packet, request.size, nt_status(status), response.pack())
 
 
 def _plain(unit: LogicalUnit) -> bool:
     """`LogicalUnit.plain`, which other threads change at any time."""
     return unit.plain
-
-
-def _without_lun(cdb: bytes, lun: int) -> bytes:
-    """The command without the logical unit number that initiators of SCSI-2 repeat in the high bits of byte 1.
-
-    Later standards put protection information there, which no unit has. EDK II and OpenBSD (until it has seen the
-    INQUIRY data) still repeat it; EDK II takes the high bits of the number, others the low ones.
-    """
-    if cdb[1] & _LUN_IN_CDB and cdb[1] & _LUN_IN_CDB in (lun & _LUN_IN_CDB, lun << 5 & _LUN_IN_CDB):
-        return cdb[:1] + bytes([cdb[1] & ~_LUN_IN_CDB]) + cdb[2:]
-    return cdb
-
-
-def _srb_status(outcome: Outcome) -> SrbStatus:
-    """The storage stack's view of how a command ended, as OpenVMM gives it."""
-    if outcome.status == ScsiStatus.GOOD:
-        return SrbStatus.SUCCESS
-    if outcome is _NO_UNIT:
-        return SrbStatus.INVALID_LUN
-    if outcome.overrun:
-        return SrbStatus.DATA_OVERRUN
-    if outcome.status == ScsiStatus.BUSY:
-        return SrbStatus.BUSY
-    if outcome.status == ScsiStatus.TASK_ABORTED:
-        return SrbStatus.ABORTED
-    if outcome.status == ScsiStatus.CHECK_CONDITION and sense_key(outcome.sense) == SenseKey.ILLEGAL_REQUEST:
-        return SrbStatus.INVALID_REQUEST
-    return SrbStatus.ERROR

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from itertools import islice
 
 from vmbus.errors import GuestMemoryError
-from vmbus.storage.disk import Disk, DiskError
+from vmbus.storage.disk import Buffer, Disk, DiskError
 from vmbus.storage.scsi.cdb import BlockFields, allocation_length, block_fields
 from vmbus.storage.scsi.codes import AdditionalSense, Opcode, SenseKey
 from vmbus.storage.scsi.inquiry import MAX_COMPARE_BLOCKS, MAX_UNMAP_DESCRIPTORS, Limits
@@ -27,6 +27,8 @@ _CHUNK = 1 << 20
 _BYTCHK_NONE, _BYTCHK_ALL, _BYTCHK_ONE = 0, 1, 3
 _DESCRIPTOR = 16
 _MAX_STATUS_DESCRIPTORS = 4096
+_ERASE_STEP = 1 << 30
+_PATTERN_HEAD = 4
 
 
 class _WriteGate:
@@ -88,6 +90,7 @@ class BlockAccess:
     def read(self, task: Task) -> int:
         """READ (6), (10), (12) and (16)."""
         fields = block_fields(task.cdb)
+        self._short_enough(fields)
         offset, length = self._extent(fields)
         self._fits(task, length, fields)
         disk = self.disk
@@ -114,6 +117,7 @@ class BlockAccess:
     def write(self, task: Task) -> int:
         """WRITE (6), (10), (12) and (16)."""
         fields = block_fields(task.cdb)
+        self._short_enough(fields)
         offset, length = self._extent(fields, writing=True)
         self._fits(task, length, fields)
         with self.gate.shared():
@@ -147,6 +151,8 @@ class BlockAccess:
         fields = block_fields(task.cdb)
         offset, length = self._extent(fields)
         mode = fields.flags >> 1 & 3
+        if mode == _BYTCHK_ALL:
+            self._short_enough(fields)
         if mode == _BYTCHK_NONE:
             self._compare(task, offset, length, None)
             return 0
@@ -166,6 +172,7 @@ class BlockAccess:
     def write_and_verify(self, task: Task) -> int:
         """WRITE AND VERIFY (10), (12) and (16): durable, and read back (and compared with BYTCHK 1)."""
         fields = block_fields(task.cdb)
+        self._short_enough(fields)
         offset, length = self._extent(fields, writing=True)
         mode = fields.flags >> 1 & 3
         if mode not in (_BYTCHK_NONE, _BYTCHK_ALL):
@@ -183,16 +190,107 @@ class BlockAccess:
             raise invalid_field(fields.count_field)
         offset, length = self._extent(fields, writing=True)
         self._fits(task, 2 * length, fields, exactly=True)
+        with self._alone():
+            self._compare(task, offset, length, 0)
+            self._write(task, offset, length, through=fields.fua or not self.write_cache, skip=length)
+        return 2 * length
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Nothing else writes meanwhile, compiled code included."""
         with self.gate.exclusive():
             self.exclusive = True
             self.on_exclusive()
             try:
-                self._compare(task, offset, length, 0)
-                self._write(task, offset, length, through=fields.fua or not self.write_cache, skip=length)
+                yield
             finally:
                 self.exclusive = False
                 self.on_exclusive()
-        return 2 * length
+
+    def or_write(self, task: Task) -> int:
+        """ORWRITE (16): set the bits that are set in the data, atomically."""
+        fields = block_fields(task.cdb)
+        self._short_enough(fields)
+        offset, length = self._extent(fields, writing=True)
+        self._fits(task, length, fields)
+        through = fields.fua or not self.write_cache
+        with self._alone():
+            for at in range(0, length, _CHUNK):
+                size = min(_CHUNK, length - at)
+                ours = int.from_bytes(self._read_disk(task, offset + at, size), "little")
+                theirs = int.from_bytes(task.data.fetch(at, size), "little")
+                self._put(task, offset + at, (ours | theirs).to_bytes(size, "little"), through=through)
+        return length
+
+    def write_atomic(self, task: Task) -> int:
+        """WRITE ATOMIC (16): no other write is seen in the middle of it."""
+        fields = block_fields(task.cdb)
+        if task.cdb[10] or task.cdb[11]:
+            raise invalid_field(10)  # no atomic boundaries
+        if fields.blocks > self.limits.max_atomic:
+            raise invalid_field(fields.count_field)
+        offset, length = self._extent(fields, writing=True)
+        self._fits(task, length, fields)
+        with self._alone():
+            self._write(task, offset, length, through=fields.fua or not self.write_cache)
+        return length
+
+    def prefetch(self, task: Task) -> int:
+        """PRE-FETCH (10) and (16): the host caches as it thinks best, so GOOD and never CONDITION MET (SBC-3 5.8)."""
+        fields = block_fields(task.cdb)
+        self._extent(fields)
+        return 0
+
+    def erase(self, task: Task) -> int:
+        """SANITIZE, BLOCK ERASE: all blocks read as zeros, and their space is given back where that can be."""
+        if allocation_length(task.cdb):
+            raise invalid_field(7)
+        self._writable()
+        disk = self.disk
+        most = max(disk.sector_size, _ERASE_STEP)
+        for at in range(0, disk.size, most):
+            if task.aborted:
+                raise TaskAborted("aborted while it ran")
+            try:
+                (disk.unmap if disk.unmap_granularity else disk.write_zeros)(at, min(most, disk.size - at))
+                task.account.backend_calls += 1
+            except DiskError as error:
+                raise self._failure(error, at, writing=True) from error
+        self._flush(task)
+        return 0
+
+    def overwrite(self, task: Task) -> int:
+        """SANITIZE, OVERWRITE: a pattern in all blocks, the wanted number of times, inverted each time if so wanted."""
+        size = self.disk.sector_size
+        length = allocation_length(task.cdb)
+        if not _PATTERN_HEAD < length <= size + _PATTERN_HEAD:
+            raise invalid_field(7)
+        parameters = task.parameters(length, 7)
+        count, pattern_length = parameters[0] & 0x1F, int.from_bytes(parameters[2:4], "big")
+        if not count or not 0 < pattern_length <= min(size, length - _PATTERN_HEAD):
+            raise invalid_field(7)
+        self._writable()
+        pattern = parameters[_PATTERN_HEAD : _PATTERN_HEAD + pattern_length]
+        block = (pattern * (size // pattern_length + 1))[:size]
+        inverted = bytes(byte ^ 0xFF for byte in block)
+        invert = bool(parameters[0] & 0x80)
+        for turn in range(count):
+            chunk = (inverted if invert and turn & 1 else block) * max(1, _CHUNK // size)
+            for at in range(0, self.disk.size, len(chunk)):
+                if task.aborted:
+                    raise TaskAborted("aborted while it ran")
+                self._put(task, at, memoryview(chunk)[: self.disk.size - at], through=False)
+            self._flush(task)
+        return length
+
+    def _put(self, task: Task, offset: int, data: Buffer, *, through: bool) -> None:
+        """Write data of our own."""
+        try:
+            (self.disk.write_through if through else self.disk.write)(offset, data)
+            task.account.backend_calls += 1
+            task.account.bytes_copied += len(data)
+        except DiskError as error:
+            raise self._failure(error, offset, writing=True) from error
 
     def write_same(self, task: Task) -> int:
         """WRITE SAME (10) and (16), with UNMAP and, in the long form, NDOB."""
@@ -202,8 +300,15 @@ class BlockAccess:
             raise invalid_field(1, 4)  # ANCHOR: no anchored blocks
         if flags & 0x06:
             raise invalid_field(1, 2)  # PBDATA, LBDATA: obsolete
+        if flags & 0x08 and not self.disk.unmap_granularity:
+            raise invalid_field(1, 3)  # UNMAP of a unit that is not thin
         no_data = task.cdb[0] == Opcode.WRITE_SAME_16 and bool(flags & 0x01)
-        if not fields.blocks or fields.blocks > self.limits.max_write_same:
+        if not fields.blocks:
+            if not self.limits.write_same_to_end:
+                raise invalid_field(fields.count_field)
+            self._extent(fields)
+            fields = fields._replace(blocks=self.disk.sector_count - fields.lba)
+        if fields.blocks > self.limits.max_write_same:
             raise invalid_field(fields.count_field)
         offset, length = self._extent(fields, writing=True)
         size = self.disk.sector_size
@@ -220,9 +325,7 @@ class BlockAccess:
                         task.account.backend_calls += 1
                         task.account.bytes_copied += min(_CHUNK, length - at)
                 else:
-                    (disk.unmap if flags & 0x08 and disk.unmap_granularity else disk.write_zeros)(
-                        offset, length
-                    )
+                    (disk.unmap if flags & 0x08 else disk.write_zeros)(offset, length)
                     task.account.backend_calls += 1
                 if not self.write_cache:
                     disk.flush()
@@ -302,6 +405,11 @@ class BlockAccess:
         if fields.lba + fields.blocks > disk.sector_count or fields.lba >= disk.sector_count:
             raise self._out_of_range()
         return fields.lba * disk.sector_size, fields.blocks * disk.sector_size
+
+    def _short_enough(self, fields: BlockFields) -> None:
+        """Refuse more blocks than MAXIMUM TRANSFER LENGTH of the block limits page allows (SBC-3 6.5.3)."""
+        if self.limits.max_transfer and fields.blocks > self.limits.max_transfer:
+            raise invalid_field(fields.count_field)
 
     def _writable(self) -> None:
         if self.disk.read_only:

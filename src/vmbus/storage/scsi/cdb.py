@@ -4,10 +4,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from vmbus.storage.scsi.codes import MaintenanceIn, Opcode, ServiceIn16
+from vmbus.storage.scsi.codes import MaintenanceIn, Opcode, Sanitize, ServiceIn16
 from vmbus.storage.scsi.sense import invalid_field
 
-__all__ = ["BLOCK_COMMANDS", "CDROM_COMMANDS", "BlockFields", "Command", "allocation_length", "block_fields"]
+__all__ = [
+    "BLOCK_COMMANDS",
+    "BLOCK_TRANSFERS",
+    "CDROM_COMMANDS",
+    "BlockFields",
+    "Command",
+    "allocation_length",
+    "block_fields",
+]
 
 SERVICE_ACTION_MASK = 0x1F
 
@@ -63,6 +71,11 @@ _RESERVATIONS = tuple(
     _command(Opcode.PERSISTENT_RESERVE_IN, "1f000000 0000ffff 04", a) for a in range(4)
 ) + tuple(_command(Opcode.PERSISTENT_RESERVE_OUT, "1fff0000 ffffffff 04", a) for a in range(7))
 
+_LEGACY_RESERVATIONS = (
+    _command(Opcode.RESERVE_6, "11000000 04"),
+    _command(Opcode.RELEASE_6, "11000000 04"),
+)
+
 _READS_10_12 = (
     _command(Opcode.READ_CAPACITY_10, "00000000 00000000 04"),
     _command(Opcode.READ_10, "18ffffff ff00ffff 04"),
@@ -72,21 +85,31 @@ _READS_10_12 = (
 BLOCK_COMMANDS: tuple[Command, ...] = (
     *_PRIMARY,
     *_RESERVATIONS,
+    *_LEGACY_RESERVATIONS,
     *_READS_10_12,
     _command(Opcode.READ_6, "1fffffff 04"),
     _command(Opcode.WRITE_6, "1fffffff 04"),
     _command(Opcode.WRITE_10, "18ffffff ff00ffff 04"),
     _command(Opcode.WRITE_AND_VERIFY_10, "12ffffff ff00ffff 04"),
     _command(Opcode.VERIFY_10, "16ffffff ff00ffff 04"),
+    _command(Opcode.PRE_FETCH_10, "02ffffff ff00ffff 04"),
     _command(Opcode.SYNCHRONIZE_CACHE_10, "02ffffff ff00ffff 04"),
+    _command(Opcode.READ_DEFECT_DATA_10, "001f0000 0000ffff 04"),
     _command(Opcode.WRITE_SAME_10, "08ffffff ff00ffff 04"),
     _command(Opcode.UNMAP, "00000000 0000ffff 04"),
+    _command(Opcode.SANITIZE, "ff000000 0000ffff 04", Sanitize.OVERWRITE),
+    _command(Opcode.SANITIZE, "ff000000 0000ffff 04", Sanitize.BLOCK_ERASE),
+    _command(Opcode.SANITIZE, "ff000000 0000ffff 04", Sanitize.EXIT_FAILURE_MODE),
     _command(Opcode.WRITE_12, "18ffffff ffffffff ff0004"),
     _command(Opcode.WRITE_AND_VERIFY_12, "12ffffff ffffffff ff0004"),
     _command(Opcode.VERIFY_12, "16ffffff ffffffff ff0004"),
+    _command(Opcode.READ_DEFECT_DATA_12, "1fffffff ffffffff ff0004"),
     _command(Opcode.READ_16, "18ffffff ffffffff ffffffff ff0004"),
     _command(Opcode.COMPARE_AND_WRITE, "18ffffff ffffffff ff000000 ff0004"),
     _command(Opcode.WRITE_16, "18ffffff ffffffff ffffffff ff0004"),
+    _command(Opcode.ORWRITE_16, "18ffffff ffffffff ffffffff ff0004"),
+    _command(Opcode.PRE_FETCH_16, "02ffffff ffffffff ffffffff ff0004"),
+    _command(Opcode.WRITE_ATOMIC_16, "18ffffff ffffffff ffffffff ff0004"),
     _command(Opcode.WRITE_AND_VERIFY_16, "12ffffff ffffffff ffffffff ff0004"),
     _command(Opcode.VERIFY_16, "16ffffff ffffffff ffffffff ff0004"),
     _command(Opcode.SYNCHRONIZE_CACHE_16, "02ffffff ffffffff ffffffff ff0004"),
@@ -104,9 +127,34 @@ CDROM_COMMANDS: tuple[Command, ...] = (
     _command(Opcode.GET_EVENT_STATUS_NOTIFICATION, "010000ff 0000ffff 04"),
     _command(Opcode.READ_DISC_INFORMATION, "07000000 0000ffff 04"),
     _command(Opcode.READ_TRACK_INFORMATION, "03ffffff ff00ffff 04"),
+    _command(Opcode.READ_DISC_STRUCTURE, "0f000000 00ffffff ff0004"),
+    _command(Opcode.READ_CD_MSF, "1e00ffff ffffffff fe0704"),
+    _command(Opcode.READ_CD, "1effffff ffffffff fe0704"),
     _command(Opcode.MECHANISM_STATUS, "00000000 000000ff ff0004"),
 )
 """What a CD-ROM drive knows."""
+
+
+BLOCK_TRANSFERS = frozenset(
+    opcode
+    for opcode in Opcode
+    if opcode.name.startswith(
+        ("READ_6", "READ_1", "WRITE_6", "WRITE_1", "WRITE_AND", "WRITE_ATOMIC", "ORWRITE")
+    )
+)
+"""Operation codes of commands that move as many blocks as they name."""
+
+
+def without_unmap(commands: Iterable[Command]) -> tuple[Command, ...]:
+    """What is left of commands on a unit that is not thinly provisioned: no UNMAP, nor that bit of WRITE SAME."""
+    left = []
+    for command in commands:
+        if command.opcode in (Opcode.WRITE_SAME_10, Opcode.WRITE_SAME_16):
+            usage = bytes([command.usage[0], command.usage[1] & ~0x08]) + command.usage[2:]
+            left.append(Command(command.opcode, command.service_action, usage))
+        elif command.opcode != Opcode.UNMAP:
+            left.append(command)
+    return tuple(left)
 
 
 def find(commands: Iterable[Command], cdb: bytes) -> tuple[Command | None, bool]:
@@ -152,6 +200,8 @@ def block_fields(cdb: bytes) -> BlockFields:
         return BlockFields((cdb[1] & 0x1F) << 16 | cdb[2] << 8 | cdb[3], cdb[4] or 256, 0, 4)
     if cdb[1] & 0xE0:
         raise invalid_field(1, 7)
+    if cdb[0] == Opcode.WRITE_ATOMIC_16:
+        return BlockFields(int.from_bytes(cdb[2:10], "big"), int.from_bytes(cdb[12:14], "big"), cdb[1], 12)
     if cdb[0] == Opcode.COMPARE_AND_WRITE:
         return BlockFields(int.from_bytes(cdb[2:10], "big"), cdb[13], cdb[1], 13)
     if group == 4:
@@ -178,6 +228,10 @@ _LENGTH_FIELDS = {
     Opcode.PERSISTENT_RESERVE_IN: (7, 9),
     Opcode.PERSISTENT_RESERVE_OUT: (5, 9),
     Opcode.SERVICE_ACTION_IN_16: (10, 14),
+    Opcode.READ_DEFECT_DATA_10: (7, 9),
+    Opcode.READ_DEFECT_DATA_12: (6, 10),
+    Opcode.SANITIZE: (7, 9),
+    Opcode.READ_DISC_STRUCTURE: (8, 10),
     Opcode.REPORT_LUNS: (6, 10),
     Opcode.MAINTENANCE_IN: (6, 10),
     Opcode.MECHANISM_STATUS: (8, 10),

@@ -1,6 +1,7 @@
 """A CD-ROM drive for ISO images: the commands of MMC-6 that guests use to read discs."""
 
 import struct
+from collections.abc import Hashable
 from uuid import UUID
 
 from vmbus.storage.disk import Disk, DiskError
@@ -9,6 +10,7 @@ from vmbus.storage.scsi import mode
 from vmbus.storage.scsi.cdb import allocation_length, block_fields
 from vmbus.storage.scsi.codes import AdditionalSense, DeviceType, Opcode, SenseKey
 from vmbus.storage.scsi.inquiry import Identity, cdrom_pages, inquiry
+from vmbus.storage.scsi.raw_sector import RAW_BLOCK, USER_BLOCK, from_msf, raw_sector
 from vmbus.storage.scsi.sense import CheckCondition, disk_failure, invalid_field
 from vmbus.storage.scsi.task import Task
 from vmbus.storage.scsi.unit import LogicalUnit
@@ -28,6 +30,18 @@ _DATA_TRACK = 0x14  # ADR 1, control 4: a data track, no copying
 _LEAD_IN_FRAMES = 150
 _MEDIA_CLASS = 4
 _CHUNK = 1 << 20
+
+_DVD_FIRST_SECTOR = 0x30000
+_MODE_1 = (0, 2)
+"""Expected sector types that mode 1 is: any, and itself."""
+_USER = slice(16, 16 + USER_BLOCK)
+_RAW_PARTS = (
+    (0x80, slice(0, 12)),
+    (0x20, slice(12, 16)),
+    (0x10, _USER),
+    (0x08, slice(16 + USER_BLOCK, RAW_BLOCK)),
+)
+"""What bits of the main channel selection give of a sector: synchronization, header, user data, EDC and ECC."""
 
 _EVENT_NONE, _EVENT_NEW_MEDIA, _EVENT_REMOVED = 0, 2, 3
 
@@ -72,6 +86,9 @@ class CdromUnit(LogicalUnit):
             Opcode.READ_DISC_INFORMATION: self._read_disc_information,
             Opcode.READ_TRACK_INFORMATION: self._read_track_information,
             Opcode.MECHANISM_STATUS: self._mechanism_status,
+            Opcode.READ_CD: self._read_cd,
+            Opcode.READ_CD_MSF: self._read_cd,
+            Opcode.READ_DISC_STRUCTURE: self._read_disc_structure,
         }
 
     def insert(self, disc: Disk) -> Disk | None:
@@ -94,10 +111,10 @@ class CdromUnit(LogicalUnit):
         self.modes.restore()
         self._locks.clear()
 
-    def detach(self, nexus: object) -> None:
-        """The initiator is gone, and its lock of the tray with it."""
+    def lose(self, nexus: Hashable) -> None:
+        """See `LogicalUnit.lose`; its lock of the tray ends."""
         self._locks.discard(nexus)
-        super().detach(nexus)
+        super().lose(nexus)
 
     def _medium(self) -> tuple[Disk, int]:
         """The disc and its blocks.
@@ -135,6 +152,72 @@ class CdromUnit(LogicalUnit):
             task.account.backend_calls += 1
             task.account.bytes_copied += len(part)
         return length
+
+    def _read_cd(self, task: Task) -> int:
+        """READ CD and READ CD MSF: user data, or more of the sectors of mode 1 that the disc has (MMC-6 6.18)."""
+        cdb = task.cdb
+        disc, blocks = self._medium()
+        if cdb[0] == Opcode.READ_CD:
+            lba, count, count_field = int.from_bytes(cdb[2:6], "big"), int.from_bytes(cdb[6:9], "big"), 6
+        else:
+            lba, count_field = from_msf(*cdb[3:6]), 6
+            count = from_msf(*cdb[6:9]) - lba
+            if lba < 0 or count < 0:
+                raise invalid_field(3 if lba < 0 else 6)
+        wanted = cdb[9]
+        if wanted & 0x06:
+            raise invalid_field(9, 2)  # no error flags
+        if cdb[10] & 0x07:
+            raise invalid_field(10, 2)  # no sub-channels
+        if cdb[1] >> 2 & 7 not in _MODE_1 or self._profile() != _PROFILE_CD_ROM:
+            raise CheckCondition.of(SenseKey.ILLEGAL_REQUEST, AdditionalSense.ILLEGAL_MODE_FOR_THIS_TRACK)
+        if lba >= blocks or lba + count > blocks:
+            raise CheckCondition.of(SenseKey.ILLEGAL_REQUEST, AdditionalSense.LBA_OUT_OF_RANGE)
+        parts = [place for bit, place in _RAW_PARTS if wanted & bit]
+        size = sum(place.stop - place.start for place in parts)
+        if count * size > task.data.length:
+            raise invalid_field(count_field, overrun=True)
+        for index in range(count if size else 0):
+            try:
+                user = disc.read((lba + index) * BLOCK, BLOCK)
+            except DiskError as error:
+                raise disk_failure(error, writing=False, lba=lba + index) from error
+            if parts != [_USER]:
+                sector = raw_sector(lba + index, user)
+                user = b"".join(sector[place] for place in parts)
+            task.data.store(index * size, user)
+            task.account.backend_calls += 1
+            task.account.bytes_copied += size
+        return count * size
+
+    def _read_disc_structure(self, task: Task) -> int:
+        """READ DISC STRUCTURE: what a DVD's lead-in says of a read-only disc of one layer (MMC-6 6.22)."""
+        cdb = task.cdb
+        _, blocks = self._medium()
+        if cdb[1] & 0x0F:
+            raise invalid_field(1, 3)  # not the structures of a DVD
+        structures = {0x00: 2048, 0x01: 4, 0x04: 2048}
+        form = cdb[7]
+        if form == 0xFF:
+            body = b"".join(
+                struct.pack(">BBH", number, 0x40, size + 4) for number, size in structures.items()
+            )
+        elif self._profile() != _PROFILE_DVD_ROM:
+            additional = AdditionalSense.CANNOT_READ_MEDIUM_INCOMPATIBLE_FORMAT
+            raise CheckCondition.of(SenseKey.ILLEGAL_REQUEST, additional)
+        elif form not in structures:
+            raise invalid_field(7)
+        elif cdb[6]:
+            raise invalid_field(6)  # there is one layer
+        else:
+            body = bytes(structures[form])
+            if form == 0x00:
+                # DVD-ROM of book version 1, 120 mm, one embossed layer; where its data begin and end
+                first = _DVD_FIRST_SECTOR
+                body = struct.pack(">BBBBIII", 0x01, 0x0F, 0x01, 0x00, first, first + blocks - 1, 0).ljust(
+                    2048, b"\0"
+                )
+        return task.reply(struct.pack(">Hxx", len(body) + 2) + body, allocation_length(cdb))
 
     def _read_capacity(self, task: Task) -> int:
         _, blocks = self._medium()

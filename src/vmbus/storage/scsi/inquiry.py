@@ -21,6 +21,7 @@ _VERSIONS = {DeviceType.DISK: (0x00A0, 0x0460, 0x04C0), DeviceType.CD_ROM: (0x00
 """Version descriptors (SPC-4 table 142): SAM-5 and SPC-4, then SBC-3 for a disk and MMC-6 for a CD-ROM."""
 
 MAX_COMPARE_BLOCKS = 128
+MAX_ATOMIC_BLOCKS = 2048
 MAX_UNMAP_BLOCKS = 0xFFFFFFFF
 MAX_UNMAP_DESCRIPTORS = 256
 
@@ -56,12 +57,20 @@ class Limits:
     """What one command may ask for; counts of blocks.
 
     Attributes:
-        max_transfer: of reads and writes, 0 for no limit.
+        max_transfer: of reads, writes and comparisons, 0 for no limit.
         max_write_same: of WRITE SAME.
+        write_same_to_end: a WRITE SAME of 0 blocks goes on to the end of the disk (WSNZ 0), as far as
+            `max_write_same` allows; else it is an error (WSNZ 1).
     """
 
     max_transfer: int = 0
     max_write_same: int = 0x20000
+    write_same_to_end: bool = False
+
+    @property
+    def max_atomic(self) -> int:
+        """Blocks of WRITE ATOMIC."""
+        return min(self.max_transfer or MAX_ATOMIC_BLOCKS, MAX_ATOMIC_BLOCKS)
 
 
 def standard_data(identity: Identity, device_type: int, *, removable: bool) -> bytes:
@@ -127,8 +136,8 @@ def block_limits(disk: Disk, limits: Limits, *, unmap: bool) -> bytes:
     """Page B0h (SBC-3 6.5.3)."""
     granularity = max(disk.unmap_granularity // disk.sector_size, 1) if unmap else 0
     return struct.pack(
-        ">BBHIIIIIIIQ20x",
-        0x01,  # WSNZ: a WRITE SAME of 0 blocks is an error
+        ">BBHIIIIIIIQIIIII",
+        0x00 if limits.write_same_to_end else 0x01,  # WSNZ
         MAX_COMPARE_BLOCKS,
         max(disk.physical_sector_size // disk.sector_size, 1),
         limits.max_transfer,
@@ -139,6 +148,11 @@ def block_limits(disk: Disk, limits: Limits, *, unmap: bool) -> bytes:
         granularity,
         0x80000000 if unmap else 0,  # UGAVALID, alignment 0
         limits.max_write_same,
+        limits.max_atomic,
+        1,  # atomic alignment and granularity; no atomic boundaries
+        1,
+        0,
+        0,
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from vmbus.storage.scsi.cdb import allocation_length
-from vmbus.storage.scsi.codes import AdditionalSense, Opcode, SenseKey
+from vmbus.storage.scsi.codes import AdditionalSense, Opcode, SenseKey, ServiceIn16
 from vmbus.storage.scsi.sense import (
     CheckCondition,
     ReservationConflict,
@@ -74,11 +74,10 @@ _ALWAYS_ALLOWED = {
     Opcode.INQUIRY,
     Opcode.REPORT_LUNS,
     Opcode.READ_CAPACITY_10,
-    Opcode.SERVICE_ACTION_IN_16,
-    Opcode.MAINTENANCE_IN,
     Opcode.PERSISTENT_RESERVE_IN,
     Opcode.PERSISTENT_RESERVE_OUT,  # has its own rules, by registration
-    Opcode.START_STOP_UNIT,  # START only; the unit refuses STOP, see `stops_medium`
+    Opcode.RESERVE_6,  # so have these
+    Opcode.RELEASE_6,
 }
 _READS = {
     Opcode.READ_6,
@@ -88,9 +87,37 @@ _READS = {
     Opcode.VERIFY_10,
     Opcode.VERIFY_12,
     Opcode.VERIFY_16,
+    Opcode.PRE_FETCH_10,
+    Opcode.PRE_FETCH_16,
+    Opcode.READ_DEFECT_DATA_10,
+    Opcode.READ_DEFECT_DATA_12,
+    Opcode.SERVICE_ACTION_IN_16,
     Opcode.MODE_SENSE_6,
     Opcode.MODE_SENSE_10,
+    Opcode.MAINTENANCE_IN,
 }
+"""Allowed to all by the reservations that only exclude writes."""
+
+_WITH_RESERVE = (
+    Opcode.INQUIRY,
+    Opcode.REQUEST_SENSE,
+    Opcode.REPORT_LUNS,
+    Opcode.RELEASE_6,
+    Opcode.READ_CAPACITY_10,
+)
+"""Allowed to all while another initiator has the unit by RESERVE (6) (SPC-2 table 10, SBC-2 table 5)."""
+
+
+def _always_allowed(cdb: bytes) -> bool:
+    """Whether no persistent reservation forbids a command (SPC-4 table 66, SBC-3 table 13)."""
+    opcode = cdb[0]
+    if opcode == Opcode.START_STOP_UNIT:
+        return bool(cdb[4] & 0x01) and not cdb[4] & 0xF0  # START, and no power condition
+    if opcode == Opcode.PREVENT_ALLOW_MEDIUM_REMOVAL:
+        return not cdb[4] & 0x03
+    if opcode == Opcode.SERVICE_ACTION_IN_16:
+        return cdb[1] & 0x1F == ServiceIn16.READ_CAPACITY_16
+    return opcode in _ALWAYS_ALLOWED
 
 
 @dataclass(slots=True)
@@ -113,25 +140,80 @@ class Reservations:
         self._notify = notify
         self._keys: dict[Hashable, int] = {}
         self._held: _Reservation | None = None
+        self._reserved: Hashable = None  # by RESERVE (6)
         self._generation = 0
 
     @property
     def active(self) -> bool:
         """Whether a reservation restricts anyone."""
-        return self._held is not None
+        return self._held is not None or self._reserved is not None
 
-    def check(self, opcode: int, nexus: Hashable) -> None:
-        """Refuse a command that the reservation forbids to this nexus (SPC-4 table 58 ff., SBC-3 table 13).
+    def check(self, task: Task) -> None:
+        """Refuse a command that the reservation forbids to its initiator.
 
         Raises:
-            ReservationConflict: another nexus holds the unit.
+            ReservationConflict: another one holds the unit.
         """
+        cdb, nexus = task.cdb, task.nexus
+        opcode = cdb[0]
+        reserved = self._reserved
+        if reserved is not None and reserved != nexus and opcode != Opcode.RESERVE_6:
+            allowed = opcode in _WITH_RESERVE or (
+                opcode
+                in (Opcode.START_STOP_UNIT, Opcode.PREVENT_ALLOW_MEDIUM_REMOVAL, Opcode.SERVICE_ACTION_IN_16)
+                and _always_allowed(cdb)
+            )
+            if not allowed:
+                raise ReservationConflict("another initiator has reserved the unit")
         held = self._held
-        if held is None or opcode in _ALWAYS_ALLOWED or self._may_use(held, nexus):
+        if held is None or _always_allowed(cdb) or self._may_use(held, nexus):
             return
         if opcode in _READS and held.kind in _WRITE_ONLY:
             return
         raise ReservationConflict(f"{held.kind.name} is held by another initiator")
+
+    def reserve(self, task: Task) -> None:
+        """RESERVE (6): the whole unit for one initiator, until it releases it, a reset, or the loss of the initiator.
+
+        Raises:
+            CheckCondition: part of the unit, or for a third party.
+            ReservationConflict: another one has it, or there are registrations (SPC-4 5.13.3 with CRH 0).
+        """
+        self._only_whole(task)
+        with self._lock:
+            if self._keys or self._reserved not in (None, task.nexus):
+                raise ReservationConflict("the unit is reserved already")
+            self._reserved = task.nexus
+
+    def release(self, task: Task) -> None:
+        """RELEASE (6): of no effect for whoever has not reserved.
+
+        Raises:
+            CheckCondition: part of the unit, or for a third party.
+            ReservationConflict: there are registrations.
+        """
+        self._only_whole(task)
+        with self._lock:
+            if self._keys:
+                raise ReservationConflict("initiators are registered")
+            if self._reserved == task.nexus:
+                self._reserved = None
+
+    @staticmethod
+    def _only_whole(task: Task) -> None:
+        if task.cdb[1] & 0x10:
+            raise invalid_field(1, 4)
+        if task.cdb[1] & 0x01:
+            raise invalid_field(1, 0)
+
+    def lose(self, nexus: Hashable) -> None:
+        """An initiator is gone: its RESERVE (6) is, its registration stays."""
+        if self._reserved == nexus:
+            self._reserved = None
+
+    def reset(self) -> None:
+        """A reset ends RESERVE (6); persistent reservations stay."""
+        self._reserved = None
 
     def _may_use(self, held: _Reservation, nexus: Hashable) -> bool:
         return held.holder == nexus or (held.kind in _REGISTRANTS and nexus in self._keys)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from uuid import UUID
 
-from vmbus.errors import GuestMemoryError
+from vmbus.errors import GuestMemoryError, LocalProtocolError
 from vmbus.storage.disk import Disk
 from vmbus.storage.scsi import cdb as commands
 from vmbus.storage.scsi import mode
@@ -19,10 +19,12 @@ from vmbus.storage.scsi.codes import (
     DeviceType,
     MaintenanceIn,
     Opcode,
+    Sanitize,
     ScsiStatus,
     SenseKey,
     ServiceIn16,
 )
+from vmbus.storage.scsi.defects import read_defect_data
 from vmbus.storage.scsi.inquiry import Identity, Limits, disk_pages, inquiry
 from vmbus.storage.scsi.plain_access import PlainAccess
 from vmbus.storage.scsi.reservations import Reservations
@@ -52,6 +54,11 @@ _ONLY_READ = frozenset(
     )
 )
 """Operation codes of commands that leave no trace, of those that may take long."""
+_NEED_MEDIUM = (Opcode.TEST_UNIT_READY, Opcode.READ_CAPACITY_10, Opcode.SERVICE_ACTION_IN_16)
+"""Commands that fail without a medium, beside those that access it."""
+
+_WHILE_SANITIZING = (Opcode.INQUIRY, Opcode.REQUEST_SENSE, Opcode.REPORT_LUNS, Opcode.SANITIZE)
+
 _INTERNAL = CheckCondition.of(SenseKey.HARDWARE_ERROR, AdditionalSense.INTERNAL_TARGET_FAILURE).sense
 
 
@@ -93,6 +100,7 @@ class LogicalUnit:
             Opcode.REQUEST_SENSE: self._request_sense,
             Opcode.SEND_DIAGNOSTIC: self._send_diagnostic,
             Opcode.MAINTENANCE_IN: self._maintenance_in,
+            Opcode.REPORT_LUNS: self._report_luns,
         }
 
     def attach(self, nexus: Hashable) -> None:
@@ -101,12 +109,19 @@ class LogicalUnit:
             self._nexuses.add(nexus)
 
     def detach(self, nexus: Hashable) -> None:
-        """The initiator is gone; what was pending for it is dropped."""
+        """The initiator is gone for good; what was pending for it is dropped."""
+        self.lose(nexus)
         with self._lock:
             self._nexuses.discard(nexus)
             self._attentions.pop(nexus, None)
-            self._retained.pop(nexus, None)
         self.changed()
+
+    def lose(self, nexus: Hashable) -> None:
+        """The initiator has closed its connection and may come back (an I_T nexus loss, SAM-5 6.3.4).
+
+        What it has to be told waits for it, and registrations last; what it held by being there ends.
+        """
+        self._retained.pop(nexus, None)
 
     def retain(self, nexus: Hashable, sense: bytes) -> None:
         """Keep sense data that its initiator did not want with the status, until it asks or sends another command."""
@@ -259,6 +274,13 @@ class LogicalUnit:
             sense = Sense(SenseKey.UNIT_ATTENTION, what)
         return task.reply(sense.pack(descriptor=bool(task.cdb[1] & 1)), allocation_length(task.cdb))
 
+    def _report_luns(self, task: Task) -> int:
+        """The only unit that this one knows of: itself. A controller that has several answers in its place."""
+        if task.cdb[2] > 2:
+            raise invalid_field(2)
+        body = b"" if task.cdb[2] == 1 else bytes(8)
+        return task.reply(struct.pack(">I4x", len(body)) + body, allocation_length(task.cdb))
+
     def _send_diagnostic(self, task: Task) -> int:
         """The default self-test, which a virtual unit passes (SPC-4 6.41); mandatory for disks (SBC-3 table 10)."""
         if task.cdb[1] & 0xE0:
@@ -271,7 +293,9 @@ class LogicalUnit:
         cdb = task.cdb
         allocation = allocation_length(cdb)
         if cdb[1] & 0x1F == MaintenanceIn.REPORT_SUPPORTED_TASK_MANAGEMENT_FUNCTIONS:
-            return task.reply(bytes([0x08, 0, 0, 0]), allocation)  # LOGICAL UNIT RESET
+            # LOGICAL UNIT RESET; with REPD the long form, which tells of no timeouts
+            extended = bytes([0x08, 0, 0, 12]).ljust(16, b"\0")
+            return task.reply(extended if cdb[2] & 0x80 else bytes([0x08, 0, 0, 0]), allocation)
         option, timeouts = cdb[2] & 7, bool(cdb[2] & 0x80)
         if option == 0:
             body = b"".join(self._command_descriptor(each, timeouts) for each in self._table)
@@ -309,17 +333,31 @@ class DiskUnit(LogicalUnit):
         serial: names the unit when the disk has no `Disk.identifier`.
         limits: what one command may ask for.
         identity: all names at once, instead of those made from `serial`.
+        removable: the medium can be ejected and loaded again, by the guest and by the host.
+
+    Attributes:
+        ejected: the medium is out.
     """
 
     def __init__(
-        self, disk: Disk, serial: UUID, *, limits: Limits | None = None, identity: Identity | None = None
+        self,
+        disk: Disk,
+        serial: UUID,
+        *,
+        limits: Limits | None = None,
+        identity: Identity | None = None,
+        removable: bool = False,
     ) -> None:
         super().__init__(identity or Identity(disk.identifier or serial), commands.BLOCK_COMMANDS)
         self.disk = disk
         self.limits = limits or Limits()
         self.block = block = BlockAccess(disk, self.limits)
         block.on_exclusive = self.changed
-        self._managers = frozenset([Opcode.PERSISTENT_RESERVE_OUT])
+        self._managers = frozenset([Opcode.PERSISTENT_RESERVE_OUT, Opcode.SANITIZE])
+        self.removable = removable
+        self.ejected = False
+        self._locks: set[Hashable] = set()
+        self._sanitizing = False
         self.modes = mode.disk_mode_pages(disk.sector_size)
         self.reservations = Reservations(lambda nexus, what: self.attention(what, nexus))
         self._pages = disk_pages(disk, self.identity, self.limits, unmap=self._thin)
@@ -338,6 +376,8 @@ class DiskUnit(LogicalUnit):
             Opcode.SERVICE_ACTION_IN_16: self._service_action_in,
             Opcode.PERSISTENT_RESERVE_IN: self.reservations.report,
             Opcode.PERSISTENT_RESERVE_OUT: self._persistent_reserve_out,
+            Opcode.RESERVE_6: self._reserve,
+            Opcode.RELEASE_6: self._release,
         }
         self._media: dict[int, Callable[[Task], int]] = {
             Opcode.SYNCHRONIZE_CACHE_10: block.synchronize_cache,
@@ -354,15 +394,23 @@ class DiskUnit(LogicalUnit):
             Opcode.WRITE_SAME_10: block.write_same,
             Opcode.WRITE_SAME_16: block.write_same,
             Opcode.UNMAP: block.unmap,
+            Opcode.ORWRITE_16: block.or_write,
+            Opcode.WRITE_ATOMIC_16: block.write_atomic,
+            Opcode.PRE_FETCH_10: block.prefetch,
+            Opcode.PRE_FETCH_16: block.prefetch,
+            Opcode.READ_DEFECT_DATA_10: read_defect_data,
+            Opcode.READ_DEFECT_DATA_12: read_defect_data,
+            Opcode.SANITIZE: self._sanitize,
         }
         self._writes = set(self._media) - {
             opcode
             for opcode, handler in self._media.items()
-            if handler in (block.read, block.verify, block.synchronize_cache)
+            if handler
+            in (block.read, block.verify, block.synchronize_cache, block.prefetch, read_defect_data)
         }
         self._handlers |= self._media
         if not self._thin:
-            self._table = tuple(command for command in self._table if command.opcode != Opcode.UNMAP)
+            self._table = commands.without_unmap(self._table)
         self.changed()
 
     def plain_access(self, nexus: Hashable) -> PlainAccess:
@@ -384,6 +432,8 @@ class DiskUnit(LogicalUnit):
         """Mode pages go back to their defaults and the medium runs; persistent reservations stay."""
         self.modes.restore()
         self._stopped = False
+        self._locks.clear()
+        self.reservations.reset()
         self._apply_modes()
 
     def changed(self) -> None:
@@ -391,6 +441,8 @@ class DiskUnit(LogicalUnit):
         self.plain = not (
             self._managing
             or self._stopped
+            or self.ejected
+            or self._sanitizing
             or self.block.exclusive
             or not self.block.write_cache
             or self.reservations.active
@@ -406,7 +458,12 @@ class DiskUnit(LogicalUnit):
             if opcode not in (Opcode.REPORT_LUNS, Opcode.REQUEST_SENSE):
                 self._raise_attention(task.nexus)
         if self.reservations.active:
-            self.reservations.check(opcode, task.nexus)
+            self.reservations.check(task)
+        if self._sanitizing and opcode not in _WHILE_SANITIZING:
+            additional = AdditionalSense.NOT_READY_SANITIZE_IN_PROGRESS
+            raise CheckCondition.of(SenseKey.NOT_READY, additional)
+        if self.ejected and (opcode in self._media or opcode in _NEED_MEDIUM):
+            raise CheckCondition.of(SenseKey.NOT_READY, AdditionalSense.MEDIUM_NOT_PRESENT)
         if self._stopped and (opcode in self._media or opcode == Opcode.TEST_UNIT_READY):
             additional = AdditionalSense.NOT_READY_INITIALIZING_COMMAND_REQUIRED
             raise CheckCondition.of(SenseKey.NOT_READY, additional)
@@ -418,7 +475,7 @@ class DiskUnit(LogicalUnit):
         return self.modes.pages[mode.CONTROL].bit(mode.D_SENSE)
 
     def _inquiry(self, task: Task) -> int:
-        return inquiry(task, self.identity, self.device_type, self._pages)
+        return inquiry(task, self.identity, self.device_type, self._pages, removable=self.removable)
 
     def _mode_sense(self, task: Task) -> int:
         protected = self.disk.read_only or self.modes.pages[mode.CONTROL].bit(mode.SWP)
@@ -441,23 +498,83 @@ class DiskUnit(LogicalUnit):
 
     def _start_stop(self, task: Task) -> int:
         action = task.cdb[4]
-        if action & 0x02:
-            raise invalid_field(4, 1)  # LOEJ: nothing to load or eject
         if action & 0xF0:
             return 0  # a power condition: the disk is as ready in every one of them
-        start = bool(action & 1)
+        start, moves = bool(action & 1), bool(action & 0x02)
+        if moves and not self.removable:
+            raise invalid_field(4, 1)  # LOEJ: nothing to load or eject
         if not start:
-            if self.reservations.active:
-                self.reservations.check(Opcode.WRITE_10, task.nexus)
-            if not action & 0x04:  # NO_FLUSH
+            if moves and self._locks:
+                raise CheckCondition.of(SenseKey.ILLEGAL_REQUEST, AdditionalSense.MEDIUM_REMOVAL_PREVENTED)
+            if not action & 0x04 and not self.ejected:  # NO_FLUSH
                 self.block.flush(task)
+        if moves:
+            self._move_medium(out=not start, but=task.nexus)
         self._stopped = not start
         self.changed()
         return 0
 
+    def eject(self) -> None:
+        """Take the medium out from the host's side, even if a guest has locked it.
+
+        Raises:
+            LocalProtocolError: the disk is not removable.
+        """
+        if not self.removable:
+            raise LocalProtocolError("the disk is not removable")
+        self._move_medium(out=True)
+
+    def insert(self) -> None:
+        """Put the medium in again."""
+        self._move_medium(out=False)
+        self._stopped = False
+        self.changed()
+
+    def _move_medium(self, *, out: bool, but: Hashable = None) -> None:
+        loaded = self.ejected and not out
+        self.ejected = out
+        self.changed()
+        if loaded:
+            self.attention(AdditionalSense.MEDIUM_MAY_HAVE_CHANGED, but=but)
+
     def _prevent_allow(self, task: Task) -> int:
-        del task  # nothing can be removed from a hard disk, so preventing it is always granted
+        if not self.removable:
+            return 0  # nothing can be removed from a hard disk, so preventing it is always granted
+        if task.cdb[4] & 0x01:
+            self._locks.add(task.nexus)
+        else:
+            self._locks.discard(task.nexus)
         return 0
+
+    def lose(self, nexus: Hashable) -> None:
+        """See `LogicalUnit.lose`; its lock of the medium ends, and its RESERVE (6)."""
+        self._locks.discard(nexus)
+        self.reservations.lose(nexus)
+        super().lose(nexus)
+        self.changed()
+
+    def _reserve(self, task: Task) -> int:
+        self.reservations.reserve(task)
+        self.changed()
+        return 0
+
+    def _release(self, task: Task) -> int:
+        self.reservations.release(task)
+        self.changed()
+        return 0
+
+    def _sanitize(self, task: Task) -> int:
+        """SANITIZE: other commands end first, and find the unit not ready meanwhile; IMMED waits all the same."""
+        action = task.cdb[1] & 0x1F
+        if action == Sanitize.EXIT_FAILURE_MODE:
+            return 0  # no failed operation leaves a mode behind
+        with self._aborting(lambda _: True, but=task):
+            self._sanitizing = True
+        try:
+            return self.block.overwrite(task) if action == Sanitize.OVERWRITE else self.block.erase(task)
+        finally:
+            self._sanitizing = False
+            self.changed()
 
     def _read_capacity_10(self, task: Task) -> int:
         last = min(self.disk.sector_count - 1, 0xFFFFFFFF)
