@@ -258,7 +258,13 @@ class VmbusHost:
                     continue
                 request = offered.request
                 if gpadl.is_mapped or (request is not None and request.gpadl_id == gpadl.gpadl_id):
-                    guest_log.warning(self.child.name, "%s loses page 0x%x and ends", offered.name, gpa)
+                    guest_log.warning(
+                        self.child.name,
+                        "%s loses page 0x%x and ends",
+                        offered.name,
+                        gpa,
+                        scope=self.hypervisor.log_scope,
+                    )
                     self.rescind(offered)
                     gpadl.close()
 
@@ -302,7 +308,13 @@ class VmbusHost:
                         self._do(action)
                     except VmbusError as error:
                         # One thing that fails (a provider's, or pages that are gone) must not stop the others.
-                        guest_log.warning(self.child.name, "%s: %s", type(action).__name__, error)
+                        guest_log.warning(
+                            self.child.name,
+                            "%s: %s",
+                            type(action).__name__,
+                            error,
+                            scope=self.hypervisor.log_scope,
+                        )
             finally:
                 self._performing = False
 
@@ -346,7 +358,11 @@ class VmbusHost:
             log.debug("%s is told %s", self.child.name, message_name(message_number(action.payload)))
         if self._backlog or not self._post(action):
             if len(self._backlog) >= BACKLOG_LIMIT:
-                guest_log.warning(self.child.name, "it does not read its messages; its connection is reset")
+                guest_log.warning(
+                    self.child.name,
+                    "it does not read its messages; its connection is reset",
+                    scope=self.hypervisor.log_scope,
+                )
                 self._backlog.clear()
                 self._todo += self.machine.reset()
                 return
@@ -475,7 +491,13 @@ class VmbusHost:
             if offered.on_open is not None:
                 offered.on_open(channel)
         except VmbusError as error:
-            guest_log.warning(self.child.name, "%s cannot be opened: %s", offered.name, error)
+            guest_log.warning(
+                self.child.name,
+                "%s cannot be opened: %s",
+                offered.name,
+                error,
+                scope=self.hypervisor.log_scope,
+            )
             self._close(offered)
             self._todo += self.machine.complete_open(action.serial, False)
             return
@@ -505,6 +527,7 @@ class VmbusHost:
             user_data=request.user_data,
             target_vp=request.target_vp if request.target_vp is not None else -1,
             name=f"{self.child.name}/{offered.name}",
+            log_scope=self.hypervisor.log_scope,
         )
         offered.channel, offered.request = channel, request
         offered.windows = (up, down)
@@ -563,12 +586,18 @@ class VmbusHost:
             self.again(channel)  # on one thread the guest's handler runs inside of ours: it was stopped there
             raise
         except VmbusError as error:
-            guest_log.warning(self.child.name, "%s is taken away: %s", offered.name, error)
+            guest_log.warning(
+                self.child.name, "%s is taken away: %s", offered.name, error, scope=self.hypervisor.log_scope
+            )
             self.rescind(offered)
         except Exception as error:
             # A defect of the provider. Its channel would wait for it for ever, with the guest's doorbells masked.
             guest_log.warning(
-                self.child.name, "%s is taken away: its provider failed: %s", offered.name, repr(error)
+                self.child.name,
+                "%s is taken away: its provider failed: %s",
+                offered.name,
+                repr(error),
+                scope=self.hypervisor.log_scope,
             )
             self.rescind(offered)
             raise

@@ -21,7 +21,7 @@ from vmbus.emulated.ata import (
     identify,
 )
 from vmbus.errors import DeviceError
-from vmbus.trace.guest_log import GuestLog
+from vmbus.trace.guest_log import GuestLog, new_scope
 from vmbus.trace.ledger import Account
 
 __all__ = ["CHUNK", "AtaDrive"]
@@ -62,6 +62,7 @@ class AtaDrive:
             raise DeviceError("an ATA disk needs at least one sector")
         self.disk = disk
         self.number = number
+        self._log_scope = new_scope()
         self.device = 0
         self.pending = False
         self._account = account
@@ -321,7 +322,7 @@ class AtaDrive:
         try:
             return call()
         except DeviceError as error:
-            guest_log.warning(f"IDE disk {self.number}", "%s", error)
+            guest_log.warning(f"IDE disk {self.number}", "%s", error, scope=self._log_scope)
             return None
 
     def _write(self, lba: int, data: bytes) -> bool:

@@ -51,7 +51,7 @@ from vmbus.network.wire import (
     NvspStatus,
     SendRndisPacket,
 )
-from vmbus.trace.guest_log import GuestLog
+from vmbus.trace.guest_log import GuestLog, new_scope
 
 __all__ = ["NetworkVsp"]
 
