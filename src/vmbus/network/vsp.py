@@ -51,7 +51,7 @@ from vmbus.network.wire import (
     NvspStatus,
     SendRndisPacket,
 )
-from vmbus.trace.guest_log import GuestLog, new_scope
+from vmbus.trace.guest_log import GuestLog
 
 __all__ = ["NetworkVsp"]
 
@@ -105,6 +105,7 @@ class NetworkVsp(Delivery):
         """
         counters = statistics or AdapterStatistics()
         super().__init__(channel, port, HostProtocol(config, counters), counters)
+        self._log_scope = channel.log_scope
         self.on_data_path: Callable[[bool], None] | None = None
         self._offer_subchannels = offer_subchannels
         self._send: _SendBuffer | None = None
@@ -455,7 +456,7 @@ class NetworkVsp(Delivery):
 
     def _fail(self, index: int, error: RingError) -> None:
         """A ring cannot be trusted any more: close that channel."""
-        guest_log.warning(self.port.name, "channel %d closed: %s", index, error)
+        guest_log.warning(self.port.name, "channel %d closed: %s", index, error, scope=self._log_scope)
         self.statistics.violations += 1
         queue = self._queues.get(index)
         if queue is not None:
