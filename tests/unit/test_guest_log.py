@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from vmbus.trace.guest_log import BURST, MAX_KINDS, PERIOD, GuestLog
+from vmbus.trace.guest_log import BURST, MAX_KINDS, PERIOD, GuestLog, new_scope
 
 
 class Lines(logging.Handler):
@@ -132,3 +132,12 @@ def test_threads_share_the_count(guests: GuestLog, said: list[str]) -> None:
         thread.join()
     assert len(said) == BURST
     assert guests.suppressed == 4000 - BURST
+
+
+def test_names_are_told_apart_by_where_they_are_unique(guests: GuestLog, said: list[str]) -> None:
+    first, second = new_scope(), new_scope()
+    for _ in range(100):
+        guests.warning("c0", "wrong", scope=first)
+    said.clear()
+    guests.warning("c0", "wrong", scope=second)
+    assert said == ["WARNING c0: wrong"]

@@ -17,6 +17,7 @@ from vmbus.bus.offer import Offer
 from vmbus.core.memory import PAGE_SIZE, Buffer, GpaRanges, GuestMemory, Window
 from vmbus.core.ring import IN_BAND, Packet, RingReader, RingWriter
 from vmbus.errors import LocalProtocolError, RemoteProtocolError
+from vmbus.trace.guest_log import new_scope
 from vmbus.trace.ledger import Account
 
 __all__ = ["TURN", "Channel", "ChannelOwner", "Gpadl", "loopback"]
@@ -154,6 +155,7 @@ class Channel:
         user_data: the 120 bytes that the guest gave when opening (empty at the guest's end of older calls).
         target_vp: the guest VP that the host interrupts.
         name: for logs: the guest's and the device's, where they are known.
+        log_scope: in which that name is unique (`vmbus.trace.guest_log`).
         on_signal: called whenever the peer rang. It must read `incoming` until empty, or else ask again. A ring that
             came before there was a callback is delivered when one is set.
         on_closed: called once when the channel ends for any reason: closed by either end, rescinded,
@@ -168,6 +170,7 @@ class Channel:
         "account",
         "channel_id",
         "incoming",
+        "log_scope",
         "memory",
         "name",
         "offer",
@@ -190,9 +193,11 @@ class Channel:
         user_data: bytes = b"",
         target_vp: int = 0,
         name: str = "",
+        log_scope: int = 0,
     ) -> None:
         self._owner = owner
         self.name = name or f"channel {channel_id}"
+        self.log_scope = log_scope or new_scope()
         self._open = True
         self.offer = offer
         self.channel_id = channel_id

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 
 from vmbus.core.dispatch import Doorbell
 from vmbus.hypervisor import VirtualClock
-from vmbus.trace.guest_log import GuestLog
+from vmbus.trace.guest_log import GuestLog, new_scope
 
 if TYPE_CHECKING:
     from vmbus.hypervisor import Clock, Hypervisor
@@ -259,6 +259,7 @@ class _Worker(threading.Thread):
         self.queue: deque[Task] = deque()
         self.doorbell = Doorbell()
         self.stopping = False
+        self._log_scope = new_scope()
         self._spin = spin
         self._progressed = progressed
 
@@ -290,7 +291,7 @@ class _Worker(threading.Thread):
                 try:
                     task.work()
                 except Exception:
-                    guest_log.exception(task.name, "its task failed")
+                    guest_log.exception(task.name, "its task failed", scope=self._log_scope)
                 finally:
                     task.running = False
                 self._progressed()

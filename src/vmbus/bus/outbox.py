@@ -95,7 +95,9 @@ class Outbox:
             # Who is not connected, or named another processor, may be gone for good.
             log.debug("%s cannot be sent a message: %s", self._child.name, error)
         except (OSError, MemoryError) as error:
-            guest_log.warning(self._child.name, "a message has to wait: %s", error)
+            guest_log.warning(
+                self._child.name, "a message has to wait: %s", error, scope=self._hypervisor.log_scope
+            )
             if self._retry is None:
                 clock = self._hypervisor.clock
                 self._hosting.keep_time(clock)

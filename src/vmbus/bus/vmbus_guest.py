@@ -29,7 +29,7 @@ from vmbus.core.ring import RingReader, RingWriter
 from vmbus.errors import HypercallError, LocalProtocolError, RemoteProtocolError, RingCorrupt
 from vmbus.hypervisor import GuestFault, VirtualProcessor, VpSuspended
 from vmbus.hypervisor.tlfs import LINUX_GUEST_OS_ID, CallCode, Msr, Status
-from vmbus.trace.guest_log import GuestLog
+from vmbus.trace.guest_log import GuestLog, new_scope
 from vmbus.trace.ledger import Account
 
 __all__ = ["GuestProcessor", "VmbusGuest"]
@@ -103,6 +103,7 @@ class VmbusGuest:
         self.account = account
         self.pages = pages or PageAllocator.above(memory, 1 << 20)
         self.violations = 0
+        self._log_scope = new_scope()
         self.on_offer: Callable[[Offer], None] | None = None
         self.on_rescind: Callable[[Offer], None] | None = None
         self.on_tl_result: Callable[[act.TlConnectAnswered], None] | None = None
@@ -570,7 +571,13 @@ class VmbusGuest:
             try:
                 channel.deliver_signal()
             except RingCorrupt as error:
-                guest_log.warning("the host", "channel %d is closed: %s", channel.channel_id, error)
+                guest_log.warning(
+                    "the host",
+                    "channel %d is closed: %s",
+                    channel.channel_id,
+                    error,
+                    scope=self._log_scope,
+                )
                 self._calls.append(channel.close)
             except (GuestFault, VpSuspended):
                 del self._busy[channel]
@@ -579,7 +586,11 @@ class VmbusGuest:
                 # A defect of the driver. Its channel would wait for it for ever, with the host's doorbells masked.
                 del self._busy[channel]
                 guest_log.warning(
-                    "the host", "channel %d is closed: its driver failed: %s", channel.channel_id, repr(error)
+                    "the host",
+                    "channel %d is closed: its driver failed: %s",
+                    channel.channel_id,
+                    repr(error),
+                    scope=self._log_scope,
                 )
                 self._calls.append(channel.close)
                 raise

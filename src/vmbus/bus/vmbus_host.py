@@ -274,7 +274,7 @@ class VmbusHost:
                 if gpadl is None or offered is None:
                     continue  # it ended with the one before
                 if gpadl.is_mapped or (offered.channel is not None and offered.ring_serial == serial):
-                    guest_log.warning(self.child.name, "%s loses page 0x%x and ends", offered.name, gpa)
+                    self._warn("%s loses page 0x%x and ends", offered.name, gpa)
                     self.rescind(offered)
                     gpadl.close()
 
@@ -318,7 +318,7 @@ class VmbusHost:
                         self._do(action)
                     except FAILURES as error:
                         # One thing that fails (a provider's, or pages that are gone) must not stop the others.
-                        guest_log.warning(self.child.name, "%s: %s", type(action).__name__, error)
+                        self._warn("%s: %s", type(action).__name__, error)
                         self._failed(action)
             finally:
                 self._performing = False
@@ -395,9 +395,7 @@ class VmbusHost:
         try:
             self._outbox.send(action)
         except BudgetExceeded as error:
-            guest_log.warning(
-                self.child.name, "it does not read its messages; its connection is reset: %s", error
-            )
+            self._warn("it does not read its messages; its connection is reset: %s", error)
             self._outbox.clear()
             self._todo += self.machine.reset()
 
@@ -411,6 +409,9 @@ class VmbusHost:
             self.ring(channel)
             if channel in self._unrung:
                 break  # refused again: it waits for the next time
+
+    def _warn(self, message: str, *args: object) -> None:
+        guest_log.warning(self.child.name, message, *args, scope=self.hypervisor.log_scope)
 
     def _record_message(self, source: str, target: str, payload: bytes) -> None:
         assert self._trace is not None
@@ -437,7 +438,7 @@ class VmbusHost:
         try:
             self.monitor.use(action.monitor_pages)
         except GuestMemoryError as error:  # taken from it: what rings by hypercall is served all the same
-            guest_log.warning(self.child.name, "its monitor pages cannot be used: %s", error)
+            self._warn("its monitor pages cannot be used: %s", error)
             self.monitor.use(None)
 
     def _disconnected(self, action: act.Disconnected) -> None:
@@ -487,7 +488,7 @@ class VmbusHost:
             if offered.on_open is not None:
                 offered.on_open(channel)
         except FAILURES as error:
-            guest_log.warning(self.child.name, "%s cannot be opened: %s", offered.name, error)
+            self._warn("%s cannot be opened: %s", offered.name, error)
             self._todo += self.machine.complete_open(action.serial, False)
             self._close(offered)
             return
@@ -542,6 +543,7 @@ class VmbusHost:
             user_data=request.user_data,
             target_vp=request.target_vp if request.target_vp is not None else -1,
             name=f"{self.child.name}/{offered.name}",
+            log_scope=self.hypervisor.log_scope,
         )
         offered.windows = (up, down)
         return channel
@@ -590,13 +592,11 @@ class VmbusHost:
             self.again(channel)  # on one thread the guest's handler runs inside of ours: it was stopped there
             raise
         except FAILURES as error:
-            guest_log.warning(self.child.name, "%s is taken away: %s", offered.name, error)
+            self._warn("%s is taken away: %s", offered.name, error)
             self.rescind(offered)
         except Exception as error:
             # A defect of the provider. Its channel would wait for it for ever, with the guest's doorbells masked.
-            guest_log.warning(
-                self.child.name, "%s is taken away: its provider failed: %s", offered.name, repr(error)
-            )
+            self._warn("%s is taken away: its provider failed: %s", offered.name, repr(error))
             self.rescind(offered)
             raise
         except BaseException:

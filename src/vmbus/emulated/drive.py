@@ -22,7 +22,7 @@ from vmbus.emulated.ata import (
     identify,
 )
 from vmbus.errors import DeviceError
-from vmbus.trace.guest_log import GuestLog
+from vmbus.trace.guest_log import GuestLog, new_scope
 from vmbus.trace.ledger import Account
 
 __all__ = ["CHUNK", "AtaDrive"]
@@ -63,6 +63,7 @@ class AtaDrive:
             raise DeviceError("an ATA disk needs at least one sector")
         self.disk = disk
         self.number = number
+        self._log_scope = new_scope()
         self.device = 0
         self.pending = False
         self._account = account
@@ -327,7 +328,7 @@ class AtaDrive:
         try:
             return call()
         except DeviceError as error:
-            guest_log.warning(f"IDE disk {self.number}", "%s", error)
+            guest_log.warning(f"IDE disk {self.number}", "%s", error, scope=self._log_scope)
             return None
 
     def _write(self, lba: int, data: bytes) -> bool:

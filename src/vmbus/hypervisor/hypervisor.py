@@ -25,6 +25,7 @@ from vmbus.hypervisor.tlfs import (
     Status,
 )
 from vmbus.sizes import byte_count
+from vmbus.trace.guest_log import new_scope
 from vmbus.trace.ledger import Ledger
 
 __all__ = ["Hypervisor"]
@@ -79,6 +80,8 @@ class Hypervisor:
         self.root: Partition | None = None
         self.partitions: dict[int, Partition] = {}
         """All partitions that are not deleted, by id."""
+        self.log_scope = new_scope()
+        """In which its partitions' names are unique, for log lines about them (`vmbus.trace.guest_log`)."""
         self.hosting: object = None
         """Where the work of its buses runs (`vmbus.bus.hosting`): kept here, so that it goes when the instance goes."""
         self.on_closed: list[Callable[[], None]] = []

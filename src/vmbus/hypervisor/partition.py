@@ -336,7 +336,11 @@ class Partition:
                     self.crash_parameters[3], min(self.crash_parameters[4], HV_PAGE_SIZE)
                 )
             except (GuestMemoryError, OverflowError):
-                guest_log.warning(self.name, "it crashed with a message outside of its memory")
+                guest_log.warning(
+                    self.name,
+                    "it crashed with a message outside of its memory",
+                    scope=self.hypervisor.log_scope,
+                )
         log.info("%s reports a crash: %s", self.name, ", ".join(f"0x{p:x}" for p in self.crash_parameters))
         self.notify("crash", CrashReport(tuple(self.crash_parameters), message))
 
@@ -350,7 +354,13 @@ class Partition:
     def provider_failed(self, error: Exception) -> None:
         """A provider refused this partition's input: an event about the child, never an exception in the parent."""
         self.provider_errors += 1
-        guest_log.warning(self.name, "refused by its provider (%d times): %s", self.provider_errors, error)
+        guest_log.warning(
+            self.name,
+            "refused by its provider (%d times): %s",
+            self.provider_errors,
+            error,
+            scope=self.hypervisor.log_scope,
+        )
         self.notify("provider-error", error)
 
     def _raise_vector(self, vector: int) -> None:

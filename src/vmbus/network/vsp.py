@@ -106,6 +106,7 @@ class NetworkVsp(Delivery):
             adapter: what earlier connections of this adapter left.
         """
         super().__init__(channel, port, HostProtocol(config, adapter))
+        self._log_scope = channel.log_scope
         self.on_data_path: Callable[[bool], None] | None = None
         self._offer_subchannels = offer_subchannels
         self._send: _SendBuffer | None = None
@@ -477,7 +478,7 @@ class NetworkVsp(Delivery):
 
     def _fail(self, index: int, error: RingError) -> None:
         """A ring cannot be trusted any more: close that channel."""
-        guest_log.warning(self.port.name, "channel %d closed: %s", index, error)
+        guest_log.warning(self.port.name, "channel %d closed: %s", index, error, scope=self._log_scope)
         self.statistics.violations += 1
         queue = self._queues.get(index)
         if queue is not None:

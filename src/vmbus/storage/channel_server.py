@@ -70,7 +70,9 @@ class ChannelServer:
         """The guest broke the protocol, without harm to anyone but itself."""
         self.violations += 1
         if self.violations == 1:
-            guest_log.warning(self.channel.name, "%s; more on it is only counted", what)
+            guest_log.warning(
+                self.channel.name, "%s; more on it is only counted", what, scope=self.channel.log_scope
+            )
 
     def kick(self, run: Callable[["ChannelServer"], None]) -> None:
         """Run the server unless somebody does so already; then let that one look again.

@@ -360,7 +360,9 @@ class StorageVsp:
                 elif not incoming.unmask():
                     return
         except RingCorrupt as error:
-            guest_log.warning(channel.name, "it is corrupt and gets closed: %s", error)
+            guest_log.warning(
+                channel.name, "it is corrupt and gets closed: %s", error, scope=channel.log_scope
+            )
             self.close(channel)
             channel.close()
         except LocalProtocolError:

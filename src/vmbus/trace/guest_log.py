@@ -5,6 +5,7 @@ a `GuestLog`, which says each kind of line of each guest a few times and counts 
 tells how many were not.
 """
 
+import itertools
 import logging
 import threading
 import time
@@ -14,7 +15,7 @@ from typing import Final
 
 from vmbus.errors import printable
 
-__all__ = ["BURST", "PERIOD", "GuestLog"]
+__all__ = ["BURST", "PERIOD", "GuestLog", "new_scope"]
 
 BURST: Final = 5
 """Lines of one kind about one guest that are said in a `PERIOD`."""
@@ -22,6 +23,14 @@ PERIOD: Final = 10.0
 """Seconds."""
 MAX_KINDS: Final = 1024
 """Kinds of lines, times guests, that are remembered; the one that was not said for longest is forgotten."""
+
+
+_SCOPES: Final = itertools.count(1)
+
+
+def new_scope() -> int:
+    """A number for something in which guests' names are unique, never given twice."""
+    return next(_SCOPES)
 
 
 class _Kind:
@@ -48,35 +57,43 @@ class GuestLog:
         self._logger = logger
         self._clock = clock
         self._lock = threading.Lock()
-        self._kinds: OrderedDict[tuple[str, str], _Kind] = OrderedDict()
+        self._kinds: OrderedDict[tuple[int, str, str], _Kind] = OrderedDict()
         self.suppressed = 0
 
-    def warning(self, guest: str, message: str, *args: object) -> None:
+    def warning(self, guest: str, message: str, *args: object, scope: int = 0) -> None:
         """Say ``guest: message % args``, unless the same message was said of this guest too often just now.
 
         Args:
             guest: whom it is about.
             message: the format, which is what makes a kind: whatever differs from line to line goes into `args`.
             args: numbers stay what they are; the text of anything else is made safe for terminals (`printable`).
+            scope: where names are unique, from `new_scope`: guests of two hypervisors may have the same name.
         """
-        self._say(logging.WARNING, guest, message, args)
+        self._say(logging.WARNING, guest, message, args, scope)
 
-    def exception(self, guest: str, message: str, *args: object) -> None:
+    def exception(self, guest: str, message: str, *args: object, scope: int = 0) -> None:
         """As `warning`, for a fault of ours: an error with the traceback of the exception that is being handled."""
-        self._say(logging.ERROR, guest, message, args, traceback=True)
+        self._say(logging.ERROR, guest, message, args, scope, traceback=True)
 
     def _say(
-        self, level: int, guest: str, message: str, args: tuple[object, ...], *, traceback: bool = False
+        self,
+        level: int,
+        guest: str,
+        message: str,
+        args: tuple[object, ...],
+        scope: int,
+        *,
+        traceback: bool = False,
     ) -> None:
         if not self._logger.isEnabledFor(level):
             return
-        more = self._admit((guest, message))
+        more = self._admit((scope, guest, message))
         if more is None:
             return
         shown = [arg if isinstance(arg, int | float) else printable(str(arg)) for arg in args]
         self._logger.log(level, f"%s: {message}%s", printable(guest), *shown, more, exc_info=traceback)
 
-    def _admit(self, key: tuple[str, str]) -> str | None:
+    def _admit(self, key: tuple[int, str, str]) -> str | None:
         """What to add to the line, or None if it is not to be said."""
         now = self._clock()
         with self._lock:

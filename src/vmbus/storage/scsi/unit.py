@@ -31,7 +31,7 @@ from vmbus.storage.scsi.reservations import Reservations
 from vmbus.storage.scsi.sense import CheckCondition, ReservationConflict, Sense, invalid_field
 from vmbus.storage.scsi.task import Outcome, Task
 from vmbus.storage.scsi.task_set import TaskAborted, TaskSet, TaskSetBusy
-from vmbus.trace.guest_log import GuestLog
+from vmbus.trace.guest_log import GuestLog, new_scope
 
 __all__ = ["DiskUnit", "LogicalUnit"]
 
@@ -83,6 +83,7 @@ class LogicalUnit:
         self.identity = identity
         self.plain = False
         self.faults = 0
+        self._log_scope = new_scope()
         self.watchers: list[Callable[[], None]] = []
         """Called when `plain` or the capacity may have changed."""
         self.tasks = TaskSet()
@@ -223,7 +224,7 @@ class LogicalUnit:
             return self._check(invalid_field(0).sense)
         except Exception:  # a fault of ours must cost the guest this command, not the whole disk
             self.faults += 1
-            guest_log.exception(f"SCSI unit {self.identity}", "command %s failed", task.cdb.hex())
+            guest_log.exception("SCSI unit", "command %s failed", task.cdb.hex(), scope=self._log_scope)
             return self._check(_INTERNAL)
 
     def _check(self, sense: Sense, overrun: bool = False) -> Outcome:
