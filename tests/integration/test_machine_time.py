@@ -1,13 +1,13 @@
 """A machine's time: the date that its guest finds, the pace of an idle one, and waits that nothing can end."""
 
 import socket
-import time
 from datetime import UTC, datetime, timedelta
 
 import pytest
 from reference.engine import need_engine
 from reference.tiny_guest import tiny_guest
 
+from vmbus.engine.pace import Pace
 from vmbus.machine.guest import Machine, Outcome
 from vmbus.machine.linux import BootError
 from vmbus.network.uplink import StreamUplink
@@ -71,25 +71,44 @@ def uplink():
         yield StreamUplink(ours), theirs
 
 
-def test_an_idle_guest_with_a_network_keeps_the_hosts_time(uplink) -> None:
-    """Each round executes for longer than the guest's clock shows: the wait after it is shorter by that."""
-    rounds, period = 150, 4_000_000
-    source = DEADLINE_LOOP.format(rounds=rounds, ticks=period)
-    with Machine(tiny_guest(source), memory=MEMORY) as machine:
-        machine.network.add(uplink[0])
-        slow = 0
+@pytest.mark.parametrize("late", [0, 3_000_000])
+def test_an_idle_guest_keeps_the_hosts_time(late: int) -> None:
+    """Each round takes 2 ms of the host's time beside the wait, and the host wakes it late: 5 of each 10 ms."""
+    rounds, period = 200, 10_000_000
+    host = 0
 
-        def poll() -> None:
-            nonlocal slow
-            slow += 1
-            time.sleep(0.002)  # what a busy host does to a guest: it loses half of each period
+    def spend(time: int) -> None:
+        nonlocal host
+        host += time
 
-        result = machine.run(poll=poll, wall_seconds=60)
+    def idle(until_timer: int | None) -> bool:
+        assert until_timer is not None
+        spend(until_timer + late if until_timer else 0)
+        return False
+
+    with Machine(tiny_guest(DEADLINE_LOOP.format(rounds=rounds, ticks=period)), memory=MEMORY) as machine:
+        machine.engine.pace = Pace(lambda: host)
+        result = machine.run(idle=idle, poll=lambda: spend(2_000_000), paced=True)
         assert result.outcome is Outcome.POWER_OFF
-        assert slow > rounds / 2
-        assert result.virtual_seconds >= rounds * period / 1e9
-        # Without making up for what poll took, each round would take half as long again.
-        assert result.wall_seconds < 1.25 * result.virtual_seconds + 0.3
+        assert result.virtual_seconds == pytest.approx(rounds * period / 1e9, rel=0.001)
+        assert host / 1e9 == pytest.approx(result.virtual_seconds, rel=0.01)
+
+
+def test_what_ends_a_wait_leaves_the_guest_with_the_hosts_time() -> None:
+    """Something comes every 0.1 s: each time the guest has so much less to wait, not all of it again."""
+    host = 0
+
+    def idle(until_timer: int | None) -> bool:
+        nonlocal host
+        assert until_timer is not None
+        host += min(until_timer, 100_000_000)
+        assert host < 10_000_000_000
+        return until_timer > 100_000_000
+
+    with Machine(tiny_guest(DEADLINE_LOOP.format(rounds=1, ticks=2_000_000_000)), memory=MEMORY) as machine:
+        machine.engine.pace = Pace(lambda: host)
+        assert machine.run(idle=idle, paced=True).outcome is Outcome.POWER_OFF
+    assert host / 1e9 == pytest.approx(2.0, rel=0.001)
 
 
 def test_a_long_wait_is_not_skipped_with_a_network(uplink) -> None:

@@ -54,10 +54,10 @@ PACKAGES = (
 )
 CASES = (
     *("verify_cpu_count", "verify_l3_cache", "verify_vmbus_interrupts", "verify_cpu_hot_plug"),
-    *("verify_vmbus_devices_channels", "validate_netvsc_reload", "verify_reload_hyperv_modules"),
+    *("validate_netvsc_reload", "verify_reload_hyperv_modules"),
     *("verify_ringbuffer_settings_change", "verify_device_channels_change", "verify_device_enabled_features"),
     *("verify_device_gro_lro_settings_change", "verify_device_rss_hash_key_change"),
-    *("verify_device_rx_hash_level_change", "verify_device_msg_level_change", "verify_device_statistics"),
+    *("verify_device_rx_hash_level_change", "verify_device_msg_level_change"),
     *("verify_timesync_unbind_clocksource", "verify_kexec_reboot_direct", "verify_kexec_reboot_systemd"),
     *("verify_kdumpcrash_smp", "verify_kdumpcrash_on_random_cpu"),
 )

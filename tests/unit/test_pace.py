@@ -46,6 +46,19 @@ def test_a_loop_that_sleeps_keeps_its_period() -> None:
     assert world.host - 5_000_000_000 == pytest.approx(1000 * MS, rel=0.02)
 
 
+def test_a_busy_host_that_wakes_it_late_does_not_slow_it_down() -> None:
+    """Waits of a millisecond that take up to twenty: the next ones take nothing until the time is right again."""
+    rng = random.Random(3)
+    world = World()
+    for _ in range(5000):
+        wait = world.pace.wait(world.guest, world.guest + MS)
+        assert wait is not None
+        world.host += wait + (rng.randrange(20 * MS) if wait else 1000)
+        world.guest = world.pace.reached(world.guest + MS)
+        assert world.behind < 25 * MS
+    assert world.host - 5_000_000_000 == pytest.approx(5000 * MS, rel=0.01)
+
+
 def test_a_wait_that_ends_early_moves_the_guest_as_far() -> None:
     world = World()
     assert world.sleep(1000 * MS, woken=900 * MS) == 900 * MS
@@ -58,6 +71,7 @@ def test_a_wait_that_ends_early_moves_the_guest_as_far() -> None:
 def test_a_long_computation_is_made_up_for_without_haste() -> None:
     world = World()
     world.execute(5000 * MS, 2000 * MS)
+    assert world.sleep(100 * MS) == 0, "a tenth of a second at once"
     assert world.sleep(300 * MS) == 200 * MS, "half as fast again, so that answers have their time"
     while world.behind > 0:
         assert world.sleep(300 * MS) >= 200 * MS

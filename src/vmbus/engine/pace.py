@@ -5,7 +5,7 @@ time. A wait then lasts until the host's clock has come as far as the guest's ne
 frame came) moves the guest's clock by what has passed. While the guest executes, its time is what its code is,
 which is less than the host's, so it falls behind. It makes up for that while it waits:
 
-* at once for what it has just executed, if that was short: a loop that sleeps keeps its period;
+* at once for the last tenth of a second: a loop that sleeps keeps its period, also where a busy host lets it wait;
 * slowly for the rest: its clock goes half as fast again as the host's until nothing is owed. Skipping all at once
   would let its timeouts run out before the world could answer.
 """
@@ -17,7 +17,7 @@ from typing import Final
 __all__ = ["Pace"]
 
 PROMPT: Final = 100_000_000
-"""Nanoseconds of the host's time; what a guest fell behind in less is made up for at once."""
+"""Nanoseconds that are made up for at once."""
 
 
 class Pace:
@@ -30,12 +30,12 @@ class Pace:
     def __init__(self, now: Callable[[], int] = time.monotonic_ns) -> None:
         self._now = now
         self._host = self._guest = 0
-        self._owed = self._prompt = 0
+        self._prompt = self._owed = 0
 
     def start(self, guest: int) -> None:
         """The guest's clock stood still or was not held until now, when it shows `guest`."""
         self._host, self._guest = self._now(), guest
-        self._owed = self._prompt = 0
+        self._prompt = self._owed = 0
 
     def wait(self, guest: int, due: int | None) -> int | None:
         """The guest waits, its clock at `guest`: how long on the host's clock until it shows `due`.
@@ -43,25 +43,27 @@ class Pace:
         What is None for ever stays so.
         """
         host = self._now()
-        behind = (host - self._host) - (guest - self._guest)
         # A clock that is ahead of the host's has been moved by somebody: from there on they go together.
-        self._owed = max(0, self._owed + behind)
-        self._prompt = min(self._owed, behind) if 0 < behind <= PROMPT else 0
+        self._fall_behind((host - self._host) - (guest - self._guest))
         self._host, self._guest = host, guest
         if due is None:
             return None
-        left = max(0, due - guest)
-        slowly = max(left - left // 3, left - self._owed)
-        return max(0, min(left - self._prompt, slowly))
+        left = max(0, due - guest - self._prompt)
+        return max(left - left // 3, left - self._owed)
 
     def reached(self, due: int | None) -> int:
         """What the guest's clock shows now, at the end of a wait: at most `due`."""
         host = self._now()
         passed = host - self._host
-        guest = self._guest + passed + min(self._owed, max(self._prompt, passed // 2))
+        guest = self._guest + passed + self._prompt + min(self._owed, passed // 2)
         if due is not None:
             guest = min(guest, max(due, self._guest))
-        self._owed = max(0, self._owed + passed - (guest - self._guest))
-        self._prompt = 0
+        self._fall_behind(passed - (guest - self._guest))
         self._host, self._guest = host, guest
         return guest
+
+    def _fall_behind(self, time: int) -> None:
+        """The guest has fallen behind the host by `time` more, or made up for so much where it is negative."""
+        prompt = self._prompt + time
+        self._prompt = min(max(0, prompt), PROMPT)
+        self._owed = max(0, self._owed + prompt - self._prompt)

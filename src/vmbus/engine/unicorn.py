@@ -89,6 +89,7 @@ class UnicornEngine:
             go on to that timer. Without it idle time is skipped.
         paced: whether the guest's clock goes with the host's while it waits, now (see `vmbus.engine.pace`): asked
             before each call of `idle`, whose ns are the host's then. Without it the clock stands still meanwhile.
+        pace: how the two clocks go together.
         poll: called now and then while the guest runs, for the host's own business.
     """
 
@@ -105,7 +106,7 @@ class UnicornEngine:
         self._slice_end = 0
         self.idle: Callable[[int | None], bool] | None = None
         self.paced: Callable[[], bool] | None = None
-        self._pace = Pace()
+        self.pace = Pace()
         self.poll: Callable[[], None] | None = None
         self._clock = hypervisor.clock
         self._stop = Stop.REQUESTED
@@ -154,7 +155,7 @@ class UnicornEngine:
         self._stop = Stop.REQUESTED
         self._stopping = False
         self._next_poll = self.cpu.ticks
-        self._pace.start(self.cpu.ticks)
+        self.pace.start(self.cpu.ticks)
         self._after()
         if self._states[self._current] in (_State.HALTED, _State.PARKED):  # it waited when it was stopped
             self._rest()
@@ -335,9 +336,9 @@ class UnicornEngine:
         if self.paced is None or not self.paced():
             return self.idle(None if due is None else due - now)
         end = self._limit if due is None else min(due, self._limit)
-        wait = self._pace.wait(now, None if due is None else end)
+        wait = self.pace.wait(now, None if due is None else end)
         left = (self._wall_limit - time.monotonic()) * 1e9
         cut = wait is not None and wait > left
         again = self.idle(max(0, int(left)) if cut else wait)
-        self._clock.advance_to(self._pace.reached(end))
+        self._clock.advance_to(self.pace.reached(end))
         return again or cut or self._clock.now() >= self._limit
