@@ -306,6 +306,29 @@ def test_a_command_beneath_the_one_that_fences_makes_it_busy() -> None:
     assert out("b", PREEMPT_AND_ABORT, KEY_B, KEY_A) == ScsiStatus.GOOD
 
 
+def test_task_management_beneath_task_management_makes_it_busy() -> None:
+    """On one thread: the backend of a unit that is being sanitized leads to a reset of the same unit."""
+
+    class Nested(Held):
+        ends: list[object]
+
+        def write(self, offset: int, data: Buffer) -> None:
+            if not offset:
+                out = struct.pack(">BBBxxIx", 0x5F, REGISTER, 0, 24).ljust(16, b"\0")
+                self.ends.append(unit.execute(Task(out, BytesBuffer(bytes(24)), "b")).status)
+                with pytest.raises(DeviceError):
+                    unit.reset()
+            self.inner.write(offset, data)
+
+    disk = Nested(MemoryDisk(1 << 20))
+    disk.ends = []
+    unit = DiskUnit(disk, UUID(int=7))
+    sanitize = Task(struct.pack(">BB5xHx6x", 0x48, 1, 5), BytesBuffer(b"\1\0\0\1\x55"), "a")
+    assert unit.execute(sanitize).status == ScsiStatus.GOOD
+    assert disk.ends == [ScsiStatus.BUSY]
+    unit.reset()
+
+
 def test_a_backend_that_hangs_makes_it_busy_and_leaves_all_as_it_was(started: Start) -> None:
     held = Held(MemoryDisk(1 << 20))
     nodes = Nodes(held, 2)

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Collection, Hashable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from threading import get_ident
 from uuid import UUID
 
 from vmbus.errors import GuestMemoryError, LocalProtocolError
@@ -89,6 +90,7 @@ class LogicalUnit:
         self.tasks = TaskSet()
         """The commands that it has, of all initiators."""
         self._management = threading.Lock()
+        self._manager = 0  # the thread that has it
         self._managing = False
         self._ended: list[Task] = []  # by the task management that is under way
         self._managers: frozenset[int] = frozenset()  # commands that may end those of others
@@ -159,12 +161,20 @@ class LogicalUnit:
 
     @contextmanager
     def _managed(self) -> Iterator[None]:
-        """Around task management, one at a time; afterwards tells whose commands ended before they were begun."""
-        with self._management:
-            try:
-                yield
-            finally:
-                ended, self._ended = self._ended, []
+        """Around task management, one at a time; afterwards tells whose commands ended before they were begun.
+
+        Raises:
+            TaskSetBusy: another one is under way, and does not end in time, or is carried out by this thread.
+        """
+        if self._manager == get_ident() or not self._management.acquire(timeout=self.tasks.max_wait):
+            raise TaskSetBusy("other task management of the unit is under way")
+        try:
+            self._manager = get_ident()
+            yield
+        finally:
+            ended, self._ended = self._ended, []
+            self._manager = 0
+            self._management.release()
         for task in ended:
             if task.on_abort is not None:
                 task.on_abort()
@@ -201,8 +211,12 @@ class LogicalUnit:
         if task.cdb[0] not in self._managers:
             return self._execute(task)
         self.tasks.admit(task)
-        with self._managed():  # while it waits here it is dormant, and another one may abort it
-            return self._execute(task)
+        try:
+            with self._managed():  # while it waits here it is dormant, and another one may abort it
+                return self._execute(task)
+        except TaskSetBusy:
+            self.tasks.end(task)
+            return Outcome(ScsiStatus.BUSY)
 
     def _execute(self, task: Task) -> Outcome:
         try:
