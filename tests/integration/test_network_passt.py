@@ -16,7 +16,8 @@ from vmbus.errors import DeviceError
 from vmbus.machine.network import parse_network
 from vmbus.network import passt
 from vmbus.network.offload import checksum
-from vmbus.network.passt import PasstUplink, passt_network
+from vmbus.network.passt import PasstUplink, is_for_the_host_itself, passt_network
+from vmbus.trace.ledger import Account
 
 MINE = bytes.fromhex("00155d000001")
 SECRET = b"of a service that listens on the host's loopback only\n"
@@ -103,6 +104,69 @@ def test_the_hosts_loopback_is_out_of_reach_unless_it_is_asked_for(service: int,
         guest = RawGuest(uplink, "10.7.7.3", "10.7.7.1")
         guest.resolve()
         assert guest.reads(service, 20 if allowed else 2) == (SECRET if allowed else None)
+
+
+@needs_passt
+@pytest.mark.slow
+@pytest.mark.parametrize("destination", ["127.0.0.1", "127.5.5.5", "0.0.0.0", "10.0.2.15"])
+def test_a_guest_that_asks_for_the_loopback_by_name_gets_nothing(service: int, destination: str) -> None:
+    """passt opens a connection to whatever a packet names, whoever the frame was sent to."""
+    with PasstUplink() as uplink:
+        guest = RawGuest(uplink, "10.0.2.15", "10.0.2.2")
+        guest.resolve()
+        guest.router = socket.inet_aton(destination)
+        assert guest.reads(service, 1) is None
+        assert uplink.dropped == (destination != "10.0.2.15")
+
+
+def ipv6(destination: str) -> bytes:
+    header = struct.pack(">IHBB", 0x60000000, 20, 6, 64) + bytes(16)
+    return MINE + MINE + b"\x86\xdd" + header + socket.inet_pton(socket.AF_INET6, destination) + bytes(20)
+
+
+def ipv4(destination: str, protocol: int = 6) -> bytes:
+    return (
+        MINE
+        + MINE
+        + b"\x08\0\x45"
+        + bytes(8)
+        + bytes([protocol])
+        + bytes(6)
+        + socket.inet_aton(destination)
+        + bytes(20)
+    )
+
+
+@pytest.mark.parametrize(
+    ("frame", "is_host"),
+    [
+        *((ipv4(a), True) for a in ("127.0.0.1", "127.255.255.255", "0.0.0.0", "0.1.2.3")),
+        *(
+            (ipv4(a), False)
+            for a in ("10.0.2.2", "126.255.0.1", "128.0.0.1", "192.168.0.127", "255.255.255.255")
+        ),
+        *(
+            (ipv6(a), True)
+            for a in ("::", "::1", "::127.0.0.1", "::ffff:127.0.0.1", "::ffff:10.0.0.1", "ff01::1")
+        ),
+        *((ipv6(a), False) for a in ("fe80::1", "2001:db8::1", "ff02::1", "::1:0:0:1", "64:ff9b::1")),
+        (b"\xff" * 12 + b"\x08\x06" + bytes(46), False),
+        *((ipv4("127.0.0.1")[:size], False) for size in range(31)),
+        *((ipv6("ff01::1")[:size], False) for size in range(40)),
+        (b"", False),
+    ],
+)
+def test_which_frames_are_for_the_host_itself(frame: bytes, is_host: bool) -> None:
+    assert is_for_the_host_itself(frame) == is_host
+
+
+def test_only_whoever_asked_for_it_may_send_them(arguments: Callable[[str], str]) -> None:
+    arguments("passt")  # from now on a program that only notes how it was called
+    for loopback in (False, True):
+        with PasstUplink(loopback=loopback) as uplink:
+            account = uplink.account = Account()
+            uplink.send([ipv4("127.0.0.1"), ipv6("::1")])
+            assert account.dropped.get("host's loopback", 0) == (0 if loopback else 2)
 
 
 @needs_passt

@@ -30,8 +30,10 @@ END_LIMIT: Final = 2.0
 SYSLOG_NOISE: Final = b"Failed to send"
 """What it prints about each of its lines on a host without a system logger."""
 NO_LOOPBACK: Final = "--no-map-gw"
-"""Connections to the gateway's address are not the host's loopback. Every version of passt has it; those that also
-call it ``--map-host-loopback none`` (2024_09_06 on) take it as the same."""
+"""Connections to the gateway's address are not the host's loopback; those to 127.0.0.1 itself end in
+`PasstUplink.send`. Every version of passt has it; later ones know it as ``--map-host-loopback none``, too."""
+IPV4_PROTOCOLS: Final = (1, 6, 17)
+"""ICMP, TCP and UDP: what passt takes of IPv4."""
 SHORTEST_FRAME: Final = 60
 """To which Ethernet adapters pad, the check sequence not counted."""
 
@@ -92,6 +94,7 @@ class PasstUplink(StreamUplink):
             for port in ports:
                 command += [option, port]
         self.name = f"passt ({address}, {'host' if loopback else 'router'} at {gateway})"
+        self._loopback = loopback
         self._said = tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as the process
         try:
             with theirs:
@@ -112,8 +115,14 @@ class PasstUplink(StreamUplink):
     def send(self, frames: Sequence[bytes]) -> None:
         """Queue and send frames, short ones without the padding that an Ethernet adapter adds.
 
-        passt (up to 2023 at least) takes what is behind an IPv4 packet for data of its TCP connection.
+        passt (up to 2023 at least) takes what is behind an IPv4 packet for data of its TCP connection. And it opens a
+        connection to whatever address a packet names, 127.0.0.1 included, so that such frames end here.
         """
+        if not self._loopback:
+            allowed = [frame for frame in frames if not is_for_the_host_itself(frame)]
+            if len(allowed) < len(frames):
+                self.lose(len(frames) - len(allowed), "host's loopback")
+                frames = allowed
         super().send([_unpadded(frame) if len(frame) == SHORTEST_FRAME else frame for frame in frames])
 
     def receive(self, limit: int = 64) -> list[bytes]:
@@ -169,6 +178,23 @@ def passt_network(address: str | None, gateway: str | None) -> tuple[str, str]:
     if network.is_loopback or network.is_multicast or network.is_unspecified:
         raise DeviceError(f"passt: {network} is no network for a guest")
     return str(guest), str(router)
+
+
+def is_for_the_host_itself(frame: bytes) -> bool:
+    """Whether a packet's destination would be the host where a socket is connected to it, and no host on a wire.
+
+    IPv4: 127/8, and 0/8 ("this host", which Linux takes for the loopback). IPv6: ::/96 with :: and ::1, the IPv4
+    addresses in ::ffff:0:0/96, and groups that do not leave the host.
+    """
+    kind = frame[12:14]
+    if kind == b"\x08\x00":
+        return len(frame) > 30 and frame[23] in IPV4_PROTOCOLS and frame[30] in (0, 127)
+    if kind == b"\x86\xdd":
+        address = frame[38:54]
+        return address[:12] in (bytes(12), bytes(10) + b"\xff\xff") or (
+            address[:1] == b"\xff" and address[1:2] != b"" and address[1] & 15 <= 1
+        )
+    return False
 
 
 def _unpadded(frame: bytes) -> bytes:

@@ -42,18 +42,18 @@ class Uplink(ABC):
     """A source and sink of Ethernet frames.
 
     Attributes:
-        dropped: frames that could not be sent because the other side does not read, or is gone.
+        dropped: frames that could not be sent because the other side does not read, or is gone, or must not get them.
         account: where they are counted too, if not None.
     """
 
     dropped: int = 0
     account: Account | None = None
 
-    def lose(self, frames: int = 1) -> None:
+    def lose(self, frames: int = 1, reason: str = "uplink takes no more") -> None:
         """Count frames that could not be sent."""
         self.dropped += frames
         if self.account is not None:
-            self.account.dropped["uplink takes no more"] += frames
+            self.account.dropped[reason] += frames
 
     @abstractmethod
     def fileno(self) -> int:
