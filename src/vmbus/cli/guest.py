@@ -10,7 +10,7 @@ from typing import Any
 from vmbus.cli.output import LONGEST_LINE
 from vmbus.cli.units import format_size, size
 from vmbus.errors import printable
-from vmbus.machine.packages import default_cache, describe, make_root_disk, prepare_guest
+from vmbus.machine.packages import ROOT_LABEL, default_cache, describe, make_root_disk, prepare_guest
 
 __all__ = ["add_parser", "run"]
 
@@ -66,6 +66,6 @@ def run(args: argparse.Namespace) -> int:
     else:
         command = ["vmbus", "boot", "--kernel", str(guest.kernel), "--initrd", str(guest.initramfs)]
         if args.root_disk is not None:
-            command += ["--disk", str(args.root_disk), "--append", "root=/dev/sda"]
+            command += ["--disk", str(args.root_disk), "--append", f"root=LABEL={ROOT_LABEL}"]
         print(shlex.join(command))
     return 0

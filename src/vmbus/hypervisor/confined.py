@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from vmbus.errors import printable
 from vmbus.hypervisor.sandbox import Sandbox, import_path
 
-__all__ = ["ConfinedProcess", "printable"]
+__all__ = ["ConfinedProcess", "printed"]
 
 _PROGRAM: Final = Path(__file__).with_name("child_main.py")
 _CREDENTIALS: Final = struct.Struct("3i")
@@ -93,7 +94,7 @@ class ConfinedProcess:
                 self.pidfd = os.pidfd_open(self.pid)  # it lives: it waits for our word
                 self.confinement = frozenset(json.loads(data))
                 return
-        said = printable(self._process.communicate()[0]).strip()
+        said = printed(self._process.communicate()[0]).strip()
         raise OSError(f"a child's process did not start: {said or 'it ended without a word'}")
 
     def go(self) -> None:
@@ -138,7 +139,7 @@ class ConfinedProcess:
             self.pidfd = -1
 
 
-def printable(output: bytes) -> str:
-    """What a child printed, for a log: no control character of its reaches a terminal."""
-    text = output.decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+def printed(output: bytes) -> str:
+    """What a child printed, line by line, for a log: no control character of its reaches a terminal."""
+    lines = output.decode("utf-8", "backslashreplace").split("\n")
+    return "\n".join(printable(line, limit=1000) for line in lines)

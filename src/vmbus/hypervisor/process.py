@@ -23,7 +23,7 @@ from typing import Any, Final
 from vmbus.errors import BudgetExceeded, HypercallError, LocalProtocolError, RemoteProtocolError, VmbusError
 from vmbus.hypervisor.abi import FAST
 from vmbus.hypervisor.calls_ipc import signal_event
-from vmbus.hypervisor.confined import ConfinedProcess, printable
+from vmbus.hypervisor.confined import ConfinedProcess, printed
 from vmbus.hypervisor.faults import GuestFault, VpStalled, VpSuspended
 from vmbus.hypervisor.partition import Partition
 from vmbus.hypervisor.remote_wire import MAX_DATAGRAM, POSTED, Answer, Operation, Reply, Request
@@ -426,7 +426,7 @@ class ChildProcess:
                 "%s: its process ended with status %d: %s",
                 self.partition.name,
                 status,
-                printable(self.output),
+                printed(self.output),
             )
         partition = self.partition
         for vp in partition.vps:

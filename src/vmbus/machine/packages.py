@@ -21,7 +21,15 @@ from vmbus.machine.initramfs import RECIPE, build_initramfs, resolve_modules
 from vmbus.machine.linux import BootError, parse_kernel
 from vmbus.sizes import byte_count
 
-__all__ = ["Guest", "default_cache", "describe", "load_guest", "make_root_disk", "prepare_guest"]
+__all__ = [
+    "ROOT_LABEL",
+    "Guest",
+    "default_cache",
+    "describe",
+    "load_guest",
+    "make_root_disk",
+    "prepare_guest",
+]
 
 KERNEL_PACKAGES: Final = ("linux-image-cloud-amd64", "linux-image-amd64", "linux-image-virtual")
 """Meta packages that depend on the newest kernel, best first: Debian's cloud kernel is small."""
@@ -223,6 +231,8 @@ def _download(package: str, folder: Path, progress: Progress) -> Path:
     return file
 
 
+ROOT_LABEL: Final = "root"
+"""Names a root disk for ``root=LABEL=root``, whatever Linux calls it."""
 ROOT_INIT: Final = """#!/bin/busybox sh
 /bin/busybox --install -s /bin
 export PATH=/bin:/sbin
@@ -236,7 +246,7 @@ done
 def make_root_disk(
     path: Path, size: int, busybox: bytes, *, files: Mapping[str, bytes] | None = None, init: str = ROOT_INIT
 ) -> None:
-    """Make an ext4 image with a busybox system, without being root.
+    """Make an ext4 image with a busybox system and the label `ROOT_LABEL`, without being root.
 
     Args:
         path: the image; an existing file is not touched.
@@ -264,7 +274,7 @@ def make_root_disk(
             target.write_bytes(data)
             target.chmod(0o755)
         (tree / "bin" / "sh").symlink_to("busybox")
-        options = ("-q", "-t", "ext4", "-E", "root_owner=0:0", "-d", str(tree))
+        options = ("-q", "-t", "ext4", "-L", ROOT_LABEL, "-E", "root_owner=0:0", "-d", str(tree))
         try:
             _run("mke2fs", *options, str(path), f"{size // 1024}k")
         except BootError:
