@@ -104,7 +104,7 @@ def test_what_it_leaves_behind_ends_with_it(child, stay):
     if stay:
         process.kill(30)
     assert process.wait(30) == (-9 if stay else 0)
-    assert stands_still(child, 0)
+    assert eventually(lambda: stands_still(child, 0))
 
 
 @pytest.mark.parametrize("stay", [True, False], ids=["killed", "ends itself"])
@@ -117,7 +117,7 @@ def test_what_it_leaves_behind_is_served_no_more(child, stay):
         if stay:
             process.kill(30)
         assert process.wait(30) == (-9 if stay else 0)
-        assert stands_still(child, 8)
+        assert eventually(lambda: stands_still(child, 8))
         child.destroy()
         assert child.state is PartitionState.DELETED
     finally:
