@@ -442,9 +442,10 @@ class ChildProcess:
 
 
 def printable(output: bytes) -> str:
-    """What a child printed, for a log: no control character of its reaches a terminal."""
-    text = output.decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+    """What a child printed, for a log: no control character of its reaches a terminal, and no line of its looks like
+    one of the log's own."""
+    text = output.decode("utf-8", "backslashreplace").rstrip("\n")
+    return "".join(c if c.isprintable() else "\n  | " if c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 def _done(value: int) -> Reply:
