@@ -88,6 +88,9 @@ def test_what_it_prints_is_kept_and_logged_if_it_fails(child, caplog):
     assert "it failed" in record.getMessage()
     assert "because" in record.getMessage()
     assert all(c.isprintable() or c == "\n" for c in record.getMessage())
+    assert all(line.startswith("  | ") for line in record.getMessage().splitlines()[1:]), (
+        "none passes for ours"
+    )
     assert open_descriptors() == descriptors
 
 

@@ -140,6 +140,6 @@ class ConfinedProcess:
 
 
 def printed(output: bytes) -> str:
-    """What a child printed, line by line, for a log: no control character of its reaches a terminal."""
-    lines = output.decode("utf-8", "backslashreplace").split("\n")
-    return "\n".join(printable(line, limit=1000) for line in lines)
+    """What a child printed, for a log: nothing commands a terminal, and no line looks like one of the log's own."""
+    lines = output.decode("utf-8", "backslashreplace").rstrip("\n").split("\n")
+    return "\n  | ".join(printable(line, limit=1000) for line in lines)
