@@ -137,11 +137,16 @@ def check_after_interruption(
     return interrupted
 
 
+STRIDES = [5, pytest.param(1, marks=pytest.mark.slow)]
+"""Every line where there is time, else some."""
+
+
+@pytest.mark.parametrize("stride", STRIDES)
 @pytest.mark.parametrize("work", [write_batch, read_batch, write_one, read_one])
-def test_no_data_end_elsewhere(world: World, work: Callable[..., None]) -> None:
+def test_no_data_end_elsewhere(world: World, work: Callable[..., None], stride: int) -> None:
     point = 0
     while check_after_interruption(world, work, point):
-        point += 1
+        point += stride
     assert point > 50
     # No page was lost on the way.
     assert len(world.device.read(0, world.client.max_transfer)) == PAGES * BLOCK
@@ -150,15 +155,15 @@ def test_no_data_end_elsewhere(world: World, work: Callable[..., None]) -> None:
 @pytest.mark.parametrize("work", [write_batch, read_batch, write_one, read_one])
 def test_not_between_two_bytecodes_either(world: World, work: Callable[..., None]) -> None:
     rng = random.Random(8)
-    for point in [rng.randrange(3000) for _ in range(60)]:
+    for point in [rng.randrange(3000) for _ in range(25)]:
         check_after_interruption(world, work, point, opcodes=True)
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("stride", [31, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("work", [write_batch, read_batch, write_one, read_one])
 @pytest.mark.parametrize("short_cut", [True, False])
 def test_a_provider_on_the_same_thread_answers_all_the_same(
-    work: Callable[..., None], short_cut: bool
+    work: Callable[..., None], short_cut: bool, stride: int
 ) -> None:
     """Then it is the provider, more often than not, that the exception comes to."""
     world = World(workers=0)
@@ -167,7 +172,7 @@ def test_a_provider_on_the_same_thread_answers_all_the_same(
         world.client.check(0, 0, bytes([0x15, 0x10, 0, 0, 24]), data_out=bytes(4) + page)
     point = 0
     while check_after_interruption(world, work, point, files=STORAGE_CLIENT + STORAGE_PROVIDER):
-        point += 1
+        point += stride
     assert point > 50
     world.provider.shutdown()
 
@@ -200,7 +205,7 @@ def test_a_redirected_batch_waits_for_what_an_interrupted_one_left(world: World)
         assert world.blocks(COUNT, COUNT) == other, point
         for index, found in enumerate(world.blocks(0, COUNT)):
             assert found in (old[index], new[index]), (point, index)
-        point += 7
+        point += 23
     provider.shutdown()
 
 
@@ -231,9 +236,10 @@ def frames_of(rng: random.Random, count: int, size: int) -> list[bytes]:
     return [frame(mac(2), mac(1), rng.randbytes(size)) for _ in range(count)]
 
 
+@pytest.mark.parametrize("stride", STRIDES)
 @pytest.mark.parametrize("compiled", [True, False])
-@pytest.mark.parametrize("size", [100, 1400, pytest.param(9000, marks=pytest.mark.slow)])
-def test_no_frame_carries_the_data_of_another(compiled: bool, size: int) -> None:
+@pytest.mark.parametrize("size", [100, 1400, 9000])
+def test_no_frame_carries_the_data_of_another(compiled: bool, size: int, stride: int) -> None:
     """The largest ones are too long for a section: they stay in guest pages of which there are few."""
     _, one, two = make_pair(GuestConfig(mtu=9200))
     one.nic.use_compiled_path = two.nic.use_compiled_path = compiled
@@ -254,7 +260,7 @@ def test_no_frame_carries_the_data_of_another(compiled: bool, size: int) -> None
         assert got[: -len(second)] == first[: len(got) - len(second)], point
         if not interrupted:
             assert got == first + second
-        point += 1
+        point += stride
     assert point > 20
 
 
