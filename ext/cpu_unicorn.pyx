@@ -259,6 +259,7 @@ cdef class Cpu:
         _check(m.lib, m.lib.mmio_map(m.uc, m.memory_size, MMIO_END - m.memory_size, _on_mmio_read, m, _on_mmio_write, m),
                "mapping device memory")
         self._hook(UC_HOOK_INTR, <void *>_on_interrupt)
+        self._hook(UC_HOOK_INSN_INVALID, <void *>_on_interrupt_6)
         m.block_hook = self._hook(UC_HOOK_BLOCK, <void *>_on_block)
         self._hook(UC_HOOK_EDGE_GENERATED, <void *>_on_translation)
         self._hook(UC_HOOK_INSN, <void *>_on_in, UC_X86_INS_IN)

@@ -157,6 +157,17 @@ cdef void _on_interrupt(void *uc, uint32_t number, void *user) noexcept nogil:
         _switch(m)                                  # this one halted
 
 
+cdef bint _on_interrupt_6(void *uc, void *user) noexcept nogil:
+    """INT 6: the library takes it for an invalid instruction (which is an intercept here) and would end the run."""
+    cdef cpu_t *m = <cpu_t *>user
+    m.lib.context_save(uc, m.context)
+    if not m.icpt.exception_is_int:
+        return False
+    m.live.rip = m.icpt.exception_next_rip          # as it does for every other number
+    _on_interrupt(uc, VECTOR_INVALID_OPCODE, user)
+    return True
+
+
 cdef void _on_syscall(void *uc, void *user) noexcept nogil:
     """SYSCALL (SDM volume 2): the library adds the instruction's length to RIP after this."""
     cdef cpu_t *m = <cpu_t *>user

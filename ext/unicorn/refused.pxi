@@ -1,15 +1,15 @@
 # Instructions that the library must not see
 #
-# Its translator takes an operand of a locked instruction for a memory operand where the architecture knows none: it ends the process for
+# For some locked instructions its translator takes an operand for a memory operand that is none: it ends the process for
 # LOCK BTS with a register, or uses an address that an earlier instruction left behind. A LOCK prefix that is not allowed
 # is #UD on every processor, so the guest gets that before the library has looked. And its RDRAND asks the host for random
 # numbers, with which no run would repeat: it arrives as #UD, too, and is done here.
 #
-# The place for it: before the translator fetches an instruction, it looks for its address among those at which the user wants
-# translation to end, a sorted tree. The tree gets one address, and our function as its order: called for each instruction that
-# is about to be translated, at the very moment, through the same TLB, so that nothing the guest does to its
-# code or its page tables comes between. "Found" ends the block in front of the instruction; when it is the first of a block,
-# #UD is raised and there is no translation at all.
+# The place for it: before the translator fetches an instruction, it looks for its address among those at which the user
+# wants translation to end, a sorted tree. The tree gets one address, and our function as its order. That is called for
+# each instruction that is about to be translated, at the very moment, and fetches through the same TLB, so that nothing the
+# guest does to its code or its page tables comes between. "Found" ends the block in front of the instruction; when it is
+# the first of a block, #UD is raised and there is no translation at all.
 
 
 cdef enum:
@@ -22,7 +22,8 @@ cdef enum:
 cdef bint _refused(const cpu_t *m, uint64_t address) noexcept nogil:
     """Whether the instruction at linear `address` is RDRAND or RDSEED, or has a LOCK prefix that it must not have.
 
-    The rules for LOCK are those of SDM volume 2. Bytes are fetched as far as the answer needs them, never beyond the instruction; a page fault of it is the guest's.
+    The rules for LOCK are those of SDM volume 2. Bytes are fetched as far as the answer needs them, never beyond the
+    instruction; a page fault of it is the guest's.
     """
     cdef bint locked = False, repeated = False, long_mode = m.live.hflags & HF_CS64 != 0
     cdef uint32_t byte, groups = 0

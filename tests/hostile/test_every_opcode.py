@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 
 import pytest
 from reference.engine import need_engine
@@ -68,6 +69,52 @@ def test_every_opcode_with_every_prefix(mode: str, tmp_path: Path) -> None:
             assert (result == INVALID_OPCODE) is not allowed, (encoding.hex(), result)
     # The sweep means something: thousands are executed, and a breakpoint follows those.
     assert results.count(BREAKPOINT) > 30_000
+
+
+@pytest.mark.parametrize("mode", ["user64", "user32", "user16"])
+def test_bytes_at_random(mode: str) -> None:
+    random = Random(mode)
+    tried = []
+    for _ in range(3_000):
+        code = bytearray(random.randbytes(15))
+        if random.random() < 0.5:
+            code[random.randrange(4)] = random.choice(
+                (0x0F, 0x66, 0xC4, 0xC5, 0xCD, 0xD9, 0xDD, 0xF0, 0xF2, 0xF3)
+            )
+        tried.append(bytes(code))
+    results = sweep(tried, mode)
+    assert len(results) == len(tried)
+    assert {INVALID_OPCODE, PAGE_FAULT, BREAKPOINT} < set(results)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_software_interrupt_comes_to_its_handler(mode: str) -> None:
+    assert list(sweep([bytes([0xCD, number]) for number in range(ENDED)], mode)) == list(range(ENDED))
+
+
+def test_a_software_interrupt_that_a_user_may_not_raise() -> None:
+    # The gates of this kernel are its own: INT 6 in user mode is #GP, with RIP at the instruction.
+    source = """
+        mov %cr3, %rdi; mov $0x3000, %ecx
+    1:  testb $1, (%rdi); jz 2f; orb $4, (%rdi)
+    2:  add $8, %rdi; dec %ecx; jnz 1b
+        mov $0x300000, %edi; mov $512, %ecx
+    3:  orb $4, (%rdi); add $8, %rdi; dec %ecx; jnz 3b
+        mov %cr3, %rax; mov %rax, %cr3
+        gate 13, protected
+        load_tss
+        mov $0x1000, %esi; mov $0xb000, %edi; mov $64, %ecx; rep movsb
+        movabs $0x00affa000000ffff, %rax; mov %rax, 0xb040
+        movabs $0x00cff2000000ffff, %rax; mov %rax, 0xb048
+        movw $0x4f, 0xa000; movq $0xb000, 0xa002; lgdt 0xa000
+        push $0x4b; push $0xf000; push $2; push $0x43; lea bad(%rip), %rax; push %rax; iretq
+    bad: int $6
+        print 'x'; power_off
+    protected: lea bad(%rip), %rax; cmp %rax, 8(%rsp); jne 4f
+        mov (%rsp), %al; add $'0', %al; putc
+    4:
+    """
+    assert said(source) == chr(ord("0") + 6 * 8 + 2)
 
 
 def locked(mode: str, before: bytes) -> list[bytes]:

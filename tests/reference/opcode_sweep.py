@@ -165,8 +165,9 @@ REX_PREFIXES = [[0x48], [0x4F], [0xF0, 0x48], [0xF0, 0x41], [0x66, 0xF0, 0x4C], 
 def encodings(mode: str) -> Iterator[bytes]:
     """All opcodes of one to three bytes, with every prefix, every ModRM.reg, with memory and two registers.
 
-    In the constants behind, and in SIB, are breakpoints. VEX and EVEX are among the one-byte opcodes. Kernel mode,
-    where the same is translated but for privileged instructions, has fewer prefixes, because it takes longer.
+    And all software interrupts. In the constants behind, and in SIB, are breakpoints. VEX and EVEX are among the
+    one-byte opcodes. Kernel mode, where the same is translated but for privileged instructions, has fewer prefixes,
+    because it takes longer.
     """
     modrms = [register << 3 | operand for register in range(8) for operand in (0x03, 0x04, 0xC0, 0xC3)]
     prefixes = PREFIXES + REX_PREFIXES if mode == "user64" else PREFIXES
@@ -175,6 +176,7 @@ def encodings(mode: str) -> Iterator[bytes]:
     for prefix, opcode, modrm in itertools.product(prefixes, OPCODES, modrms):
         if not (mode.endswith("64") and len(opcode) == 1 and 0x40 <= opcode[0] < 0x50):
             yield bytes([*prefix, *opcode, modrm])
+    yield from (bytes([0xCD, number]) for number in range(ENDED))  # the others are no results
 
 
 def main() -> None:

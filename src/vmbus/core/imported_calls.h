@@ -1,8 +1,8 @@
 /*
  * Replaces a function that a loaded shared library imports, in this process and for this library only.
  *
- * A library calls what it imports through pointers that the dynamic linker filled in (System V ABI, "Global Offset Table"). They are
- * found by the library's relocation table; their pages may have been made read-only (RELRO) and become that again.
+ * A library calls what it imports through pointers that the dynamic linker filled in (System V ABI, "Global Offset
+ * Table"). They are found by the library's relocation table; their pages may have been made read-only (RELRO).
  */
 #ifndef VMBUS_IMPORTED_CALLS_H
 #define VMBUS_IMPORTED_CALLS_H

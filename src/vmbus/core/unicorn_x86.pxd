@@ -17,12 +17,14 @@ cdef extern from "unicorn_x86.h" nogil:
         VMCB_IOPM, VMCB_MSRPM, VMCB_EXIT_INFO_2
         UC_ARCH_X86, UC_MODE_64, UC_PROT_ALL
         UC_HOOK_INTR, UC_HOOK_INSN, UC_HOOK_BLOCK, UC_HOOK_MEM_FETCH_PROT, UC_HOOK_EDGE_GENERATED
+        UC_HOOK_INSN_INVALID
         UC_X86_INS_IN, UC_X86_INS_OUT, UC_X86_INS_CPUID, UC_X86_INS_RDTSC, UC_X86_INS_SYSCALL
         UC_X86_REG_EFLAGS, UC_X86_REG_RAX, UC_X86_REG_RBX, UC_X86_REG_RCX, UC_X86_REG_RDX, UC_X86_REG_RIP
         UC_X86_REG_RSP, UC_X86_REG_RSI, UC_X86_REG_CR0, UC_X86_REG_CR3, UC_X86_REG_CR4, UC_X86_REG_DR0
         UC_X86_REG_R15, UC_X86_REG_XMM0, UC_X86_REG_IDTR, UC_X86_REG_GDTR, UC_X86_REG_MSR, UC_X86_REG_FS_BASE
         UC_X86_REG_GS_BASE
-        UC_CTL_USE_EXITS, UC_CTL_EXITS, UC_CTL_TB_REMOVE, UC_CTL_TB_FLUSH, UC_CTL_TLB_FLUSH, UC_CTL_TLB_TYPE, UC_CTL_TCG_BUFFER_SIZE
+        UC_CTL_USE_EXITS, UC_CTL_EXITS, UC_CTL_TB_REMOVE, UC_CTL_TB_FLUSH, UC_CTL_TLB_FLUSH, UC_CTL_TLB_TYPE
+        UC_CTL_TCG_BUFFER_SIZE
 
     ctypedef struct x86_segment_t:
         uint32_t selector
@@ -54,6 +56,7 @@ cdef extern from "unicorn_x86.h" nogil:
     ctypedef struct x86_intercept_t:
         int32_t error_code
         int32_t exception_is_int
+        uint64_t exception_next_rip
         uint64_t dr[8]
         int32_t old_exception
         uint64_t vmcb
