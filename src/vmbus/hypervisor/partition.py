@@ -43,10 +43,9 @@ class PartitionEvent(NamedTuple):
     """Something that a partition's parent is told about it.
 
     Attributes:
-        kind: ``"crash"`` (detail: `CrashReport`), ``"reset"`` (the processor's index), ``"identified"`` (the guest OS
-            identity that it has set, not zero), ``"provider-error"`` (the exception that the child's input caused in a
-            provider), ``"stopped"`` (the exit status of the process that it ran in, after ``"reset"``),
-            ``"destroyed"`` (None).
+        kind: ``"crash"`` (detail: `CrashReport`), ``"reset"`` (the processor's index), ``"provider-error"`` (the
+            exception that the child's input caused in a provider), ``"stopped"`` (the exit status of the process
+            that it ran in, after ``"reset"``), ``"destroyed"`` (None).
         partition: whom it is about.
         detail: see kind.
     """
@@ -91,6 +90,7 @@ class Partition:
         on_eoi: called with a vector when the guest ends it (level-triggered interrupt controllers).
         on_apic_enabled: called when the guest has enabled a local APIC (level-triggered interrupt controllers).
         on_tlb_flush: an engine's: called with a mask of processors when the guest flushes by hypercall.
+        on_identity: called with the guest OS identity when a guest sets one: a kernel has started.
         on_suspension: whoever runs the guest elsewhere: called with a processor whose `suspended` has changed.
         ending: it is being finalized, or was: it gets no children any more.
         deleting: it is being torn down, or was.
@@ -145,6 +145,7 @@ class Partition:
         self.on_eoi: Callable[[int], None] | None = None
         self.on_apic_enabled: Callable[[], None] | None = None
         self.on_tlb_flush: Callable[[int], None] | None = None
+        self.on_identity: Callable[[int], None] | None = None
         self.on_suspension: Callable[[VirtualProcessor], None] | None = None
         self.ending = False
         self.deleting = False
@@ -267,8 +268,8 @@ class Partition:
                 self._hypercall_page.remove()
             self.hypercall_msr &= ~1
             self.hypercalls_enabled = False
-        else:
-            self.notify("identified", value)
+        elif self.on_identity is not None:
+            self.on_identity(value)
 
     def set_hypercall_page(self, value: int) -> None:
         """HV_X64_MSR_HYPERCALL: bit 0 enables, bit 1 locks, bits 63:12 are the page number.

@@ -197,6 +197,7 @@ class Machine:
             )
             opened = [limited(disk, self.partition.meter.disk_growth) for disk in opened]
             self.partition.on_event = self._on_event
+            self.partition.on_identity = lambda identity: self._crash.new_kernel()
             self.engine = UnicornEngine(self.partition.vps)
             self._add_devices()
             self.bus: VmbusHost | None = None
@@ -533,8 +534,6 @@ class Machine:
     def _on_event(self, event: PartitionEvent) -> None:
         if event.kind == "crash":
             self._crash.take_report(event.detail)
-        elif event.kind == "identified":
-            self._crash.new_kernel()
         elif event.kind == "reset":
             self._on_reset()
 
