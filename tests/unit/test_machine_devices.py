@@ -155,6 +155,30 @@ def test_clock_keeps_bytes_but_not_a_new_time() -> None:
     assert clock.io_read(0x71, 1) == 0x24
 
 
+def test_a_clock_that_is_set_to_the_last_second_there_is_stands_still() -> None:
+    """A guest may set it to anything; reading it later must not be the host's trouble."""
+    now = [0]
+    clock = RealTimeClock(lambda: now[0])
+
+    def write(index: int, value: int) -> None:
+        clock.io_write(0x70, 1, index)
+        clock.io_write(0x71, 1, value)
+
+    write(11, 0x86)
+    for index, value in ((0, 59), (2, 59), (4, 23), (7, 31), (8, 12), (9, 99), (0x32, 99)):
+        write(index, value)
+    write(11, 0x06)
+    now[0] = 10**18
+    clock.io_write(0x70, 1, 9)
+    assert clock.io_read(0x71, 1) == 99
+    assert clock.time.year == 9999
+    write(11, 0x86)  # it can be set again
+    write(9, 24)
+    write(0x32, 20)
+    write(11, 0x06)
+    assert clock.time.year == 2024
+
+
 @pytest.mark.parametrize("mode", [0x02, 0x06, 0x00, 0x04], ids=["BCD", "binary", "BCD-12", "binary-12"])
 def test_a_clock_that_is_set_goes_on_from_there(mode: int) -> None:
     """As Linux's rtc_cmos does it: stop the registers, write them, let them go on."""

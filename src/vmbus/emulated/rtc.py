@@ -16,6 +16,7 @@ RTC_PORT = 0x70
 """Index port; the data port follows."""
 
 DEFAULT_START = datetime(2024, 1, 1, tzinfo=UTC)
+LATEST = datetime.max.replace(tzinfo=UTC)
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 """The start that belongs to `time.time_ns`."""
 
@@ -69,8 +70,15 @@ class RealTimeClock:
 
     @property
     def time(self) -> datetime:
-        """What it shows (UTC)."""
-        return self._start + timedelta(microseconds=self._now() // 1000)
+        """What it shows (UTC); a guest that sets it to the end of the year 9999 lets it stand still there."""
+        try:
+            return self._start + self._passed
+        except OverflowError:
+            return LATEST
+
+    @property
+    def _passed(self) -> timedelta:
+        return timedelta(microseconds=self._now() // 1000)
 
     def io_read(self, port: int, size: int) -> int:
         """Read the data port (the index port reads as all ones)."""
@@ -142,7 +150,7 @@ class RealTimeClock:
             held = {index: (value >> 4) * 10 + (value & 0x0F) for index, value in held.items()}
         if twelve:
             held[Register.HOURS] = held[Register.HOURS] % 12 + (12 if hours & AFTERNOON else 0)
-        now = self.time
+        passed = self._passed
         with suppress(ValueError, OverflowError):
             shown = datetime(
                 held[Register.CENTURY] * 100 + held[Register.YEAR],
@@ -151,7 +159,7 @@ class RealTimeClock:
                 held[Register.HOURS],
                 held[Register.MINUTES],
                 held[Register.SECONDS],
-                now.microsecond,
+                self.time.microsecond,
                 tzinfo=UTC,
             )
-            self._start += shown - now
+            self._start = shown - passed
