@@ -1,7 +1,9 @@
 """The plain disks: geometry, refusals, holes, and that a flush reaches the host's fsync."""
 
 import errno
+import mmap
 import os
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -190,3 +192,22 @@ def test_a_grown_file_is_seen_after_refresh(tmp_path: Path) -> None:
         os.truncate(tmp_path / "disk", 2 * MIB)
         disk.refresh()
         assert disk.size == 2 * MIB
+
+
+def test_a_large_memory_disk_costs_what_is_used() -> None:
+    """Neither making it nor giving all of it back takes memory in proportion to its size."""
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    before = resident()
+    with MemoryDisk(1 << 38) as disk:
+        disk.write(1 << 30, b"x" * 512)
+        tracemalloc.start()
+        try:
+            disk.unmap(0, disk.size)
+            assert tracemalloc.get_traced_memory()[1] < MIB
+        finally:
+            tracemalloc.stop()
+        assert resident() - before < 16 * MIB
+        assert disk.read(1 << 30, 512) == bytes(512)

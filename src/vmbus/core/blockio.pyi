@@ -1,5 +1,6 @@
 from array import array
 from collections.abc import Callable
+from mmap import mmap
 from typing import Any, final
 
 from numpy.typing import NDArray
@@ -64,7 +65,7 @@ class BlockServer:
         *,
         fd: int = -1,
         mapping: memoryview | None = None,
-        present: bytearray | None = None,
+        present: bytearray | mmap | None = None,
         handler: Callable[[Request], object] | None = None,
         batch: Callable[[Requests], int] | None = None,
         most: int = 0,

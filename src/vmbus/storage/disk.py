@@ -36,6 +36,7 @@ SECTOR_SIZES = (512, 2048, 4096)
 
 _PUNCH_HOLE = 0x02 | 0x01  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE (linux/falloc.h)
 _ZERO_CHUNK = 1 << 20
+_PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE (linux/mman.h)
 _LONGEST_MESSAGE = 1000
 _NO_HOLES = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 _NO_LOCKS = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENOLCK)
@@ -106,7 +107,7 @@ class Disk(ABC):
     read_only: bool
     fd: int = -1
     mapping: memoryview | None = None
-    present: bytearray | None = None
+    present: mmap.mmap | None = None
     identifier: UUID | None = None
     unmap_granularity: int = 0
     serve_batch: "Callable[[Requests], int] | None" = None
@@ -455,16 +456,22 @@ class MemoryDisk(_FileDisk):
             raise
         self._map[: len(content)] = bytes(content)
         self.mapping = memoryview(self._map)
-        self.present = bytearray(
-            -(-size // 4096)
-        )  # one byte for 4 KiB, and itself allocated where it is used only
+        # A byte for 4 KiB, which takes memory itself only where it is set.
+        self.present = mmap.mmap(-1, -(-size // 4096), flags=_PRIVATE)
 
     def unmap(self, offset: int, length: int) -> None:
         """See `Disk.unmap`."""
         super().unmap(offset, length)
         first, end = -(-offset // 4096), (offset + length) // 4096
-        if self.present is not None and end > first:
-            self.present[first:end] = bytes(end - first)
+        marks = self.present
+        if marks is None or end <= first:
+            return
+        low, high = first + -first % mmap.PAGESIZE, end - end % mmap.PAGESIZE
+        if low < high:  # as many as the disk may have: whole pages of marks are given back, not written
+            marks.madvise(mmap.MADV_DONTNEED, low, high - low)
+            marks[first:low], marks[high:end] = bytes(low - first), bytes(end - high)
+        else:
+            marks[first:end] = bytes(end - first)
 
     def flush(self) -> None:
         """Nothing to do: the disk ends with the process."""
