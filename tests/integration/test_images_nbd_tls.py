@@ -129,6 +129,9 @@ def test_certificates_that_cannot_be_read(pki: Path, tmp_path: Path) -> None:
     with tls_nbdkit(tmp_path, pki) as uri:
         with pytest.raises(DiskError, match=r"ca-cert\.pem: No such file"):
             open_disk(f"{uri}&tls-certificates={broken}")
+        (broken / "ca-cert.pem").touch()
+        with pytest.raises(DiskError, match=r"ca-cert\.pem: the file is empty"):
+            open_disk(f"{uri}&tls-certificates={broken}")
         (broken / "ca-cert.pem").write_text("nothing")
         with pytest.raises(DiskError, match="TLS failed"):
             open_disk(f"{uri}&tls-certificates={broken}")

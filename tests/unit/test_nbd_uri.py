@@ -89,6 +89,8 @@ def test_how_they_are_encrypted(uri: str, tls: TlsOptions) -> None:
         ("nbds://host/x?tls-psk-file=keys", "not with pre-shared keys"),
         ("nbds://host/x?tls-type=anon", "or anonymously"),
         ("nbds://host/x?tls-verify-peer=maybe", "tls-verify-peer is 0 or 1"),
+        ("nbds://host/x?tls-hostname=a%00b", "tls-hostname cannot contain NUL"),
+        ("nbds://host/x?tls-certificates=/etc%00", "tls-certificates cannot contain NUL"),
         ("nbds://host/x?tls-priority=NORMAL", "parameter 'tls-priority' is not known"),
     ],
 )

@@ -376,7 +376,11 @@ def _context(options: TlsOptions) -> ssl.SSLContext:
         context.load_default_certs()
         return context
     if options.verify:
-        context.load_verify_locations(cadata=(folder / "ca-cert.pem").read_bytes().decode("ascii", "replace"))
+        authority = folder / "ca-cert.pem"
+        text = authority.read_bytes().decode("ascii", "replace")
+        if not text:  # a bare ValueError of the library's
+            raise OSError(errno.EINVAL, "the file is empty", str(authority))
+        context.load_verify_locations(cadata=text)
     certificate, key = folder / "client-cert.pem", folder / "client-key.pem"
     if certificate.exists():
         key.open("rb").close()  # an error of this names the file

@@ -149,6 +149,8 @@ def _parameters(query: str, refuse: _Refuse) -> dict[str, bytes]:
         if name in found:
             raise refuse(f"the parameter {printable(name, 60)!r} is there twice")
         found[name] = unquote_to_bytes(value)
+        if name.startswith("tls-") and b"\0" in found[name]:
+            raise refuse(f"{printable(name, 60)} cannot contain NUL")
     return found
 
 
