@@ -231,3 +231,15 @@ def test_a_guest_that_leaves_keeps_its_reservation(unit: DiskUnit) -> None:
         assert may(unit, nexus) == (False, False)
         for kind in (WE, EA):
             assert out(unit, nexus, RESERVE, 0, kind=kind) == ScsiStatus.RESERVATION_CONFLICT
+
+
+def test_whoever_is_gone_for_good_is_told_nothing(unit: DiskUnit) -> None:
+    """Its registration stays, and may be preempted; but nobody is left to take a unit attention, which would keep the
+    unit from the compiled path for ever."""
+    register(unit, A, B)
+    assert out(unit, A, RESERVE, KEYS[A], kind=WERO) == ScsiStatus.GOOD
+    unit.detach(B)
+    assert out(unit, A, PREEMPT, KEYS[A], KEYS[B], kind=WERO) == ScsiStatus.GOOD
+    assert out(unit, A, CLEAR, KEYS[A]) == ScsiStatus.GOOD
+    assert not unit.attention_pending()
+    assert unit.plain

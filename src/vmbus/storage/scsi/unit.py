@@ -131,9 +131,9 @@ class LogicalUnit:
         self._retained[nexus] = sense
 
     def attention(self, what: AdditionalSense, nexus: Hashable = None, *, but: Hashable = None) -> None:
-        """Let `nexus`, or every initiator except `but`, get a unit attention."""
+        """Let `nexus`, or every initiator except `but`, get a unit attention; whoever is gone for good gets none."""
         with self._lock:
-            for each in [nexus] if nexus is not None else list(self._nexuses):
+            for each in self._nexuses if nexus is None else self._nexuses & {nexus}:
                 queue = self._attentions.setdefault(each, [])
                 if each != but and what not in queue and len(queue) < _MAX_ATTENTIONS:
                     queue.append(what)
