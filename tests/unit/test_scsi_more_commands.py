@@ -2,6 +2,7 @@
 
 import os
 import struct
+import threading
 from collections.abc import Iterator
 from uuid import UUID
 
@@ -348,6 +349,39 @@ def test_a_wrong_sanitize_changes_nothing(unit: DiskUnit, disk: MemoryDisk, para
     assert refused(unit, struct.pack(">BB5xHx", 0x48, 1, len(parameters)), parameters) == INVALID
     assert disk.read(0, MIB) == before
     assert refused(unit, "48020000000000000400", bytes(4)) == INVALID  # BLOCK ERASE has no parameters
+
+
+@pytest.mark.parametrize("cdb", ["48010000000000000000", "48020000000000000400"])
+def test_a_wrong_sanitize_ends_no_command_of_others(cdb: str) -> None:
+    class Slow(Disk):
+        def __init__(self) -> None:
+            self.sector_size = self.physical_sector_size = 512
+            self.sector_count, self.read_only = 8, False
+            self.answer: object = None
+
+        def read(self, offset: int, length: int) -> bytes:
+            return bytes(length)
+
+        def write(self, offset: int, data: Buffer) -> None:
+            asking = threading.Thread(target=self.ask)
+            asking.start()
+            asking.join(10)
+
+        def ask(self) -> None:
+            self.answer = refused(unit, cdb, b"", "b")
+
+        def flush(self) -> None:
+            pass
+
+        def close(self) -> None:
+            pass
+
+    slow = Slow()
+    unit = DiskUnit(slow, SERIAL)
+    unit.tasks.max_wait = 1.0
+    assert run(unit, "2a000000000000000100", bytes(512))[0] == ScsiStatus.GOOD
+    assert isinstance(slow.answer, tuple)
+    assert slow.answer[0] == SenseKey.ILLEGAL_REQUEST
 
 
 def test_sanitize_block_erase(unit: DiskUnit, disk: MemoryDisk) -> None:

@@ -4,6 +4,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 
 from vmbus.errors import GuestMemoryError
@@ -241,11 +242,18 @@ class BlockAccess:
         self._extent(fields)
         return 0
 
-    def erase(self, task: Task) -> int:
-        """SANITIZE, BLOCK ERASE: all blocks read as zeros, and their space is given back where that can be."""
+    def erase(self, task: Task) -> Callable[[], int]:
+        """SANITIZE, BLOCK ERASE: all blocks read as zeros, and their space is given back where that can be.
+
+        Returns:
+            what does it, now that the command is known to be right.
+        """
         if allocation_length(task.cdb):
             raise invalid_field(7)
         self._writable()
+        return partial(self._erase, task)
+
+    def _erase(self, task: Task) -> int:
         disk = self.disk
         most = max(disk.sector_size, _ERASE_STEP)
         for at in range(0, disk.size, most):
@@ -259,8 +267,12 @@ class BlockAccess:
         self._flush(task)
         return 0
 
-    def overwrite(self, task: Task) -> int:
-        """SANITIZE, OVERWRITE: a pattern in all blocks, the wanted number of times, inverted each time if so wanted."""
+    def overwrite(self, task: Task) -> Callable[[], int]:
+        """SANITIZE, OVERWRITE: a pattern in all blocks, the wanted number of times, inverted each time if so wanted.
+
+        Returns:
+            what does it, now that the command is known to be right.
+        """
         size = self.disk.sector_size
         length = allocation_length(task.cdb)
         if not _PATTERN_HEAD < length <= size + _PATTERN_HEAD:
@@ -273,9 +285,12 @@ class BlockAccess:
         pattern = parameters[_PATTERN_HEAD : _PATTERN_HEAD + pattern_length]
         block = (pattern * (size // pattern_length + 1))[:size]
         inverted = bytes(byte ^ 0xFF for byte in block)
-        invert = bool(parameters[0] & 0x80)
-        for turn in range(count):
-            chunk = (inverted if invert and turn & 1 else block) * max(1, _CHUNK // size)
+        turns = [block, inverted if parameters[0] & 0x80 else block] * count
+        return partial(self._overwrite, task, turns[:count], length)
+
+    def _overwrite(self, task: Task, turns: list[bytes], length: int) -> int:
+        for block in turns:
+            chunk = block * max(1, _CHUNK // self.disk.sector_size)
             for at in range(0, self.disk.size, len(chunk)):
                 if task.aborted:
                     raise TaskAborted("aborted while it ran")

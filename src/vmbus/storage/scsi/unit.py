@@ -583,10 +583,12 @@ class DiskUnit(LogicalUnit):
         action = task.cdb[1] & 0x1F
         if action == Sanitize.EXIT_FAILURE_MODE:
             return 0  # no failed operation leaves a mode behind
+        # First, as a wrong command must not end those of others.
+        carry_out = self.block.overwrite(task) if action == Sanitize.OVERWRITE else self.block.erase(task)
         with self._aborting(lambda _: True, but=task):
             self._sanitizing = True
         try:
-            return self.block.overwrite(task) if action == Sanitize.OVERWRITE else self.block.erase(task)
+            return carry_out()
         finally:
             self._sanitizing = False
             self.changed()
