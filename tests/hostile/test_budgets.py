@@ -5,7 +5,7 @@ import os
 import resource
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from uuid import UUID
 
@@ -23,8 +23,9 @@ from vmbus.hypervisor.hypervisor import PARTITION_COST
 from vmbus.hypervisor.personality import ROOT_PRIVILEGES
 from vmbus.hypervisor.tlfs import PARTITION_ID_SELF, CallCode, MapFlags, PortType, Status
 from vmbus.hypervisor.wire import ConnectPort, CreatePartition, CreatePort, MapGpaPages
-from vmbus.storage.disk import DiskError, MemoryDisk
+from vmbus.storage.disk import Disk, DiskError, MemoryDisk
 from vmbus.storage.growth import LimitedDisk, limited
+from vmbus.storage.images import create_vhd, create_vhdx
 from vmbus.storage.scsi.codes import AdditionalSense, SenseKey
 from vmbus.storage.vsc import CommandError
 
@@ -462,6 +463,28 @@ def test_a_disk_that_may_grow_only_so_far() -> None:
     plain = MemoryDisk(MIB)
     assert limited(plain, Meter(Budget()).disk_growth) is plain, "without a limit there is nothing in between"
     plain.close()
+
+
+@pytest.mark.parametrize("create", [create_vhd, create_vhdx])
+def test_what_a_parent_has_takes_space_when_it_is_overwritten(
+    create: Callable[..., Disk], tmp_path: Path
+) -> None:
+    """The usual case: many guests on one image, each with a child of it."""
+    with create(tmp_path / "parent", 16 * MIB, block_size=MIB) as parent:
+        parent.write(0, b"p" * (16 * MIB))
+    allowance = Meter(Budget(disk_growth=4 * MIB), "small").disk_growth
+    with limited(create(tmp_path / "child", parent=tmp_path / "parent", block_size=MIB), allowance) as disk:
+        for number in range(4):
+            disk.write(number * MIB, b"c" * MIB)
+        assert allowance.used == 4 * MIB
+        with pytest.raises(DiskError, match="small asks its host"):
+            disk.write(8 * MIB, b"c" * MIB)
+        assert disk.read(8 * MIB, 512) == b"p" * 512
+        assert [extent.allocated for extent in disk.extents(0, 16 * MIB)] == [True]
+        disk.unmap(9 * MIB, 4 * MIB)  # of the parent's: nothing of the host's comes back
+        assert allowance.used == 4 * MIB
+        disk.unmap(0, MIB)
+        assert allowance.used == 3 * MIB
 
 
 def test_a_guest_is_told_that_its_disk_cannot_grow(hv: Hypervisor) -> None:

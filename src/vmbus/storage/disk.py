@@ -170,6 +170,10 @@ class Disk(ABC):
         self.check(offset, length)
         yield Extent(offset, length, True)
 
+    def own_extents(self, offset: int, length: int) -> Iterator[Extent]:
+        """As `extents`, with what is only in a parent not allocated: a write there takes new space."""
+        return self.extents(offset, length)
+
     @abstractmethod
     def close(self) -> None:
         """Release the backend without an implied flush. Closing twice is allowed."""

@@ -83,6 +83,10 @@ class LimitedDisk(Disk):
         """See `Disk.extents`."""
         return self.disk.extents(offset, length)
 
+    def own_extents(self, offset: int, length: int) -> Iterator[Extent]:
+        """See `Disk.own_extents`."""
+        return self.disk.own_extents(offset, length)
+
     def close(self) -> None:
         """Close the disk itself."""
         self.disk.close()
@@ -103,7 +107,7 @@ class LimitedDisk(Disk):
 
     def _allocated(self, offset: int, length: int) -> int:
         """Bytes of the units of allocation of a range that take space in the host."""
-        return sum(e.length for e in self.disk.extents(*self._block(offset, length)) if e.allocated)
+        return sum(e.length for e in self.disk.own_extents(*self._block(offset, length)) if e.allocated)
 
 
 class _Growth:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from vmbus.storage.disk import Disk, DiskError, Extent
+from vmbus.storage.disk import Disk, DiskError, Extent, merged
 from vmbus.storage.images.chain import Chain
 from vmbus.storage.images.hostfile import Buffer, HostFile, SharedLock
 from vmbus.storage.images.space import SpaceMap
@@ -75,6 +75,7 @@ class ImageDisk(Disk):
             self.parent.close()
 
 
+_Extents = Callable[[int, int], Iterator[Extent]]
 OpenParent = Callable[[Path, Chain, Account], ImageDisk]
 """Opens the parent of an image read-only: its path, the way to it, the account."""
 
@@ -428,18 +429,15 @@ class BlockImage(ImageDisk):
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         """See `Disk.extents`; holes inside the host file count as not allocated."""
         self.check(offset, length)
-        last: Extent | None = None
-        for part in self._all_extents(offset, length):
-            if last is not None and last.allocated == part.allocated:
-                last = Extent(last.offset, last.length + part.length, last.allocated)
-            else:
-                if last is not None:
-                    yield last
-                last = part
-        if last is not None:
-            yield last
+        return merged(self._all_extents(offset, length, self._parent_extents))
 
-    def _all_extents(self, offset: int, length: int) -> Iterator[Extent]:
+    def own_extents(self, offset: int, length: int) -> Iterator[Extent]:
+        """See `Disk.own_extents`."""
+        self.check(offset, length)
+        return merged(self._all_extents(offset, length, _not_here))
+
+    def _all_extents(self, offset: int, length: int, elsewhere: _Extents) -> Iterator[Extent]:
+        """The extents of a range; `elsewhere` tells those of what is not in this file."""
         end = offset + length
         while offset < end:
             block, start = divmod(offset, self.block_size)
@@ -449,12 +447,15 @@ class BlockImage(ImageDisk):
                 if state in (BlockState.ABSENT, BlockState.ZERO):
                     run = self._run(block, -(-end // self.block_size))
                     part = min(run * self.block_size - start, end - offset)
-                parts = list(self._block_extents(block, start, part, state, base))
+                parts = list(self._block_extents(block, start, part, (state, base), elsewhere))
             yield from parts
             offset += part
 
-    def _block_extents(self, block: int, start: int, length: int, state: int, base: int) -> Iterator[Extent]:
-        offset, sector = block * self.block_size + start, self.sector_size
+    def _block_extents(
+        self, block: int, start: int, length: int, place: tuple[int, int], elsewhere: _Extents
+    ) -> Iterator[Extent]:
+        (state, base), sector = place, self.sector_size
+        offset = block * self.block_size + start
         if state == BlockState.FULL:
             yield from self._host_extents(offset, base + start, length)
         elif state == BlockState.PARTIAL:
@@ -463,9 +464,9 @@ class BlockImage(ImageDisk):
                 if here:
                     yield from self._host_extents(at, base + first * sector, count * sector)
                 else:
-                    yield from self._parent_extents(at, count * sector)
+                    yield from elsewhere(at, count * sector)
         elif state == BlockState.ABSENT:
-            yield from self._parent_extents(offset, length)
+            yield from elsewhere(offset, length)
         else:
             yield Extent(offset, length, False)
 
@@ -531,6 +532,10 @@ class BlockImage(ImageDisk):
 
     def __enter__(self) -> Self:
         return self
+
+
+def _not_here(offset: int, length: int) -> Iterator[Extent]:
+    yield Extent(offset, length, False)
 
 
 class _Change:
