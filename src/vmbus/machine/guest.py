@@ -53,9 +53,9 @@ from vmbus.machine.smbios import load_smbios
 from vmbus.network.switch import Port
 from vmbus.sizes import byte_count
 from vmbus.storage.disk import Disk
-from vmbus.storage.growth import limited
+from vmbus.storage.growth import LimitedDisk, limited
 from vmbus.storage.images import ImageDisk, open_disk
-from vmbus.storage.scsi import CdromUnit, LogicalUnit
+from vmbus.storage.scsi import CdromUnit, DiskUnit, LogicalUnit
 from vmbus.storage.vsp import Address, StorageVsp
 from vmbus.trace.ledger import Ledger
 
@@ -331,15 +331,29 @@ class Machine:
             DeviceError: the image cannot be opened.
         """
         controller = self._controller()
-        controller.add_disk(_address(lun), self._open(disk))
+        known = len(self._opened)
+        try:
+            medium = limited(self._open(disk), self.partition.meter.disk_growth)
+            controller.add_disk(_address(lun), medium)
+        except BaseException:
+            while len(self._opened) > known:  # an image that is in no machine must not stay locked
+                self._opened.pop().close()
+            raise
 
     def remove_disk(self, lun: int) -> None:
-        """Detach a disk while the guest runs.
+        """Detach a disk while the guest runs; one that this machine opened is flushed and closed.
 
         Raises:
             LocalProtocolError: there is none.
+            DeviceError: what the guest wrote could not be made durable; it is detached and closed all the same.
         """
-        self._controller().remove_disk(_address(lun))
+        unit = self._controller().remove_disk(_address(lun))
+        disk = unit.disk if isinstance(unit, DiskUnit) else None
+        if isinstance(disk, LimitedDisk):
+            disk = disk.disk
+        if disk in self._opened:
+            self._opened.remove(disk)
+            _flush_and_close(disk)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -558,11 +572,7 @@ class Machine:
 
     def _close_disks(self) -> None:
         while self._opened:
-            disk = self._opened.pop()
-            try:
-                disk.flush()
-            finally:
-                disk.close()
+            _flush_and_close(self._opened.pop())
 
     def __enter__(self) -> Self:
         return self
@@ -571,6 +581,13 @@ class Machine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _flush_and_close(disk: Disk) -> None:
+    try:
+        disk.flush()
+    finally:
+        disk.close()
 
 
 def _address(lun: int) -> Address:
