@@ -325,7 +325,7 @@ def test_task_management_beneath_task_management_makes_it_busy() -> None:
     unit = DiskUnit(disk, UUID(int=7))
     sanitize = Task(struct.pack(">BB5xHx6x", 0x48, 1, 5), BytesBuffer(b"\1\0\0\1\x55"), "a")
     assert unit.execute(sanitize).status == ScsiStatus.GOOD
-    assert disk.ends == [ScsiStatus.BUSY]
+    assert disk.ends == [ScsiStatus.CHECK_CONDITION], "SANITIZE IN PROGRESS"
     unit.reset()
 
 
@@ -389,3 +389,134 @@ def test_a_reset_unlocks_the_tray() -> None:
         assert run(nexus, 0)[1] == Sense(SenseKey.UNIT_ATTENTION, AdditionalSense.DEVICE_RESET_OCCURRED)
     assert run("b", 0x1B, 0, 0, 0, 2)[0] == ScsiStatus.GOOD
     assert drive.tray_open
+
+
+LONG = {
+    "VERIFY": (struct.pack(">BBQIxx", 0x8F, 0, 0, 1 << 24), b""),
+    "VERIFY with one block": (struct.pack(">BBQIxx", 0x8F, 6, 0, 1 << 24), bytes(SECTOR)),
+    "WRITE SAME": (struct.pack(">BBQIxx", 0x93, 0, 0, 1 << 17), b"s" * SECTOR),
+    "UNMAP": (
+        struct.pack(">B6xHx", 0x42, 8 + 16 * 64),
+        struct.pack(">HH4x", 6 + 16 * 64, 16 * 64)
+        + b"".join(struct.pack(">QI4x", number, 1) for number in range(64)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_a_long_command_of_the_fenced_node_ends_soon(name: str) -> None:
+    """A node that is to be fenced must not keep the other waiting by asking for a lot."""
+
+    class Long(Disk):
+        def __init__(self) -> None:
+            self.sector_size = self.physical_sector_size = SECTOR
+            self.sector_count, self.read_only, self.unmap_granularity = 1 << 30, False, 4096
+            self.steps = 0
+            self.fencing = threading.Thread(target=fence_off)
+
+        def step(self) -> None:
+            self.steps += 1
+            if self.steps == 1:
+                self.fencing.start()
+                eventually(lambda: any(task.aborted for task in unit.tasks))
+
+        def read(self, offset: int, length: int) -> bytes:
+            self.step()
+            return bytes(length)
+
+        def write(self, offset: int, data: Buffer) -> None:
+            self.step()
+
+        def unmap(self, offset: int, length: int) -> None:
+            self.step()
+
+        def flush(self) -> None:
+            pass
+
+        def close(self) -> None:
+            pass
+
+    def run(nexus: str, cdb: bytes, data: bytes) -> int:
+        return unit.execute(Task(cdb.ljust(16, b"\0"), BytesBuffer(data), nexus)).status
+
+    def out(nexus: str, action: int, key: int, new: int) -> int:
+        return run(nexus, struct.pack(">BBBxxIx", 0x5F, action, 5, 24), struct.pack(">QQ8x", key, new))
+
+    def fence_off() -> None:
+        ended.append(out("b", PREEMPT_AND_ABORT, KEY_B, KEY_A))
+
+    ended: list[int] = []
+    disk = Long()
+    unit = DiskUnit(disk, UUID(int=1))
+    for nexus, key in (("a", KEY_A), ("b", KEY_B)):
+        unit.attach(nexus)
+        assert out(nexus, REGISTER, 0, key) == ScsiStatus.GOOD
+    assert run("a", *LONG[name]) == ScsiStatus.TASK_ABORTED
+    disk.fencing.join(30)
+    assert ended == [ScsiStatus.GOOD]
+    assert disk.steps == 1
+
+
+def test_who_comes_during_a_sanitize_need_not_wait_for_it() -> None:
+    """It cannot be aborted and may take hours: NOT READY, SANITIZE IN PROGRESS, as for all others (SBC-4 4.11.3)."""
+    with MemoryDisk(1 << 20) as memory:
+        held = Held(memory)
+        unit = DiskUnit(held, UUID(int=1))
+        statuses: list[Sense] = []
+
+        def run(nexus: str, cdb: bytes, data: bytes) -> None:
+            outcome = unit.execute(Task(cdb.ljust(16, b"\0"), BytesBuffer(data), nexus))
+            if outcome.sense:
+                statuses.append(Sense.unpack(outcome.sense))
+
+        overwriting = threading.Thread(
+            target=run, args=("a", struct.pack(">BB5xHx", 0x48, 1, 5), b"\1\0\0\1A"), daemon=True
+        )
+        overwriting.start()
+        assert held.entered.wait(30)
+        run("b", struct.pack(">BBBxxIx", 0x5F, REGISTER, 0, 24), struct.pack(">QQ8x", 0, KEY_B))
+        run("b", struct.pack(">BB8x", 0x48, 2), b"")
+        held.gate.set()
+        overwriting.join(30)
+        assert [(sense.key, sense.additional) for sense in statuses] == [
+            (SenseKey.NOT_READY, AdditionalSense.NOT_READY_SANITIZE_IN_PROGRESS)
+        ] * 2
+        assert memory.read(0, 1 << 20) == b"A" * (1 << 20)
+
+
+@pytest.mark.parametrize("opcode", [0x9C, 0x8A])
+def test_an_atomic_write_that_is_aborted_is_all_there_or_not_at_all(opcode: int) -> None:
+    class Parts(Disk):
+        def __init__(self) -> None:
+            self.sector_size = self.physical_sector_size = 4096
+            self.sector_count, self.read_only = 1 << 10, False
+            self.written = 0
+            self.fencing = threading.Thread(target=lambda: ended.append(unit.reset()))
+
+        def read(self, offset: int, length: int) -> bytes:
+            return bytes(length)
+
+        def write(self, offset: int, data: Buffer) -> None:
+            self.written += len(data)
+            if not self.fencing.ident:
+                self.fencing.start()
+                eventually(lambda: any(task.aborted for task in unit.tasks))
+
+        def flush(self) -> None:
+            pass
+
+        def close(self) -> None:
+            pass
+
+    ended: list[None] = []
+    disk = Parts()
+    unit = DiskUnit(disk, UUID(int=1))
+    size = 4 << 20
+    count = struct.pack(
+        ">xxHxx" if opcode == 0x9C else ">Ixx", size // 4096
+    )  # of WRITE ATOMIC (16), of WRITE (16)
+    outcome = unit.execute(Task(bytes([opcode]) + bytes(9) + count, BytesBuffer(b"x" * size), "a"))
+    assert outcome.status == ScsiStatus.TASK_ABORTED
+    disk.fencing.join(30)
+    assert ended == [None]
+    assert disk.written == (size if opcode == 0x9C else 1 << 20)

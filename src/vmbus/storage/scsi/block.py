@@ -66,6 +66,16 @@ class _WriteGate:
                 self._condition.notify_all()
 
 
+def _go_on(task: Task) -> None:
+    """Between two steps of a command that may take long: task management waits for it.
+
+    Raises:
+        TaskAborted: what is left of it need not be done.
+    """
+    if task.aborted:
+        raise TaskAborted("aborted while it ran")
+
+
 class BlockAccess:
     """Executes the block commands of one disk. Every method takes the task and returns the bytes moved.
 
@@ -125,14 +135,16 @@ class BlockAccess:
             self._write(task, offset, length, through=fields.fua or not self.write_cache)
         return length
 
-    def _write(self, task: Task, offset: int, length: int, *, through: bool, skip: int = 0) -> None:
-        """Write `length` bytes of the data buffer after its first `skip`."""
+    def _write(
+        self, task: Task, offset: int, length: int, *, through: bool, skip: int = 0, whole: bool = False
+    ) -> None:
+        """Write `length` bytes of the data buffer after its first `skip`; if `whole`, all of them once it began."""
         disk = self.disk
         done = 0
         try:
             while done < length:
-                if task.aborted:
-                    raise TaskAborted("aborted while it ran")
+                if not (whole and done):
+                    _go_on(task)
                 if disk.fd >= 0 and not through:
                     moved = task.data.write_file(disk.fd, offset + done, skip + done, length - done)
                     if not moved:
@@ -167,6 +179,7 @@ class BlockAccess:
         else:
             one = task.data.fetch(0, wanted)
             for at in range(0, length, size):
+                _go_on(task)
                 self._match(one, self._read_disk(task, offset + at, size), 0)
         return wanted
 
@@ -193,7 +206,8 @@ class BlockAccess:
         self._fits(task, 2 * length, fields, exactly=True)
         with self._alone():
             self._compare(task, offset, length, 0)
-            self._write(task, offset, length, through=fields.fua or not self.write_cache, skip=length)
+            through = fields.fua or not self.write_cache
+            self._write(task, offset, length, through=through, skip=length, whole=True)
         return 2 * length
 
     @contextmanager
@@ -233,7 +247,7 @@ class BlockAccess:
         offset, length = self._extent(fields, writing=True)
         self._fits(task, length, fields)
         with self._alone():
-            self._write(task, offset, length, through=fields.fua or not self.write_cache)
+            self._write(task, offset, length, through=fields.fua or not self.write_cache, whole=True)
         return length
 
     def prefetch(self, task: Task) -> int:
@@ -257,8 +271,7 @@ class BlockAccess:
         disk = self.disk
         most = max(disk.sector_size, _ERASE_STEP)
         for at in range(0, disk.size, most):
-            if task.aborted:
-                raise TaskAborted("aborted while it ran")
+            _go_on(task)
             try:
                 (disk.unmap if disk.unmap_granularity else disk.write_zeros)(at, min(most, disk.size - at))
                 task.account.backend_calls += 1
@@ -292,8 +305,7 @@ class BlockAccess:
         for block in turns:
             chunk = block * max(1, _CHUNK // self.disk.sector_size)
             for at in range(0, self.disk.size, len(chunk)):
-                if task.aborted:
-                    raise TaskAborted("aborted while it ran")
+                _go_on(task)
                 self._put(task, at, memoryview(chunk)[: self.disk.size - at], through=False)
             self._flush(task)
         return length
@@ -336,6 +348,7 @@ class BlockAccess:
                 if any(pattern):
                     repeated = pattern * (min(length, _CHUNK) // size)
                     for at in range(0, length, _CHUNK):
+                        _go_on(task)
                         disk.write(offset + at, memoryview(repeated)[: min(_CHUNK, length - at)])
                         task.account.backend_calls += 1
                         task.account.bytes_copied += min(_CHUNK, length - at)
@@ -369,6 +382,7 @@ class BlockAccess:
                 ranges.append(self._extent(BlockFields(lba, count, 0, 8 + index * _DESCRIPTOR), writing=True))
         with self.gate.shared():
             for offset, size in ranges:
+                _go_on(task)
                 try:
                     self.disk.unmap(offset, size)
                     task.account.backend_calls += 1
@@ -443,6 +457,7 @@ class BlockAccess:
     def _compare(self, task: Task, offset: int, length: int, skip: int | None) -> None:
         """Read the blocks; unless `skip` is None compare them with the data buffer from there on."""
         for at in range(0, length, _CHUNK):
+            _go_on(task)
             size = min(_CHUNK, length - at)
             data = self._read_disk(task, offset + at, size)
             if skip is not None:

@@ -60,6 +60,7 @@ _NEED_MEDIUM = (Opcode.TEST_UNIT_READY, Opcode.READ_CAPACITY_10, Opcode.SERVICE_
 
 _WHILE_SANITIZING = (Opcode.INQUIRY, Opcode.REQUEST_SENSE, Opcode.REPORT_LUNS, Opcode.SANITIZE)
 
+_SANITIZING = CheckCondition.of(SenseKey.NOT_READY, AdditionalSense.NOT_READY_SANITIZE_IN_PROGRESS)
 _INTERNAL = CheckCondition.of(SenseKey.HARDWARE_ERROR, AdditionalSense.INTERNAL_TARGET_FAILURE).sense
 
 
@@ -428,6 +429,12 @@ class DiskUnit(LogicalUnit):
             self._table = commands.without_unmap(self._table)
         self.changed()
 
+    def execute(self, task: Task) -> Outcome:
+        """See `LogicalUnit.execute`; what would wait for a SANITIZE to end is told of it at once."""
+        if self._sanitizing and task.cdb[0] in self._managers:
+            return self._check(_SANITIZING.sense)
+        return super().execute(task)
+
     def plain_access(self, nexus: Hashable) -> PlainAccess:
         """What carries out the reads and writes of an initiator that compiled code has taken apart already."""
         return PlainAccess(self.block, self.tasks, nexus)
@@ -475,8 +482,7 @@ class DiskUnit(LogicalUnit):
         if self.reservations.active:
             self.reservations.check(task)
         if self._sanitizing and opcode not in _WHILE_SANITIZING:
-            additional = AdditionalSense.NOT_READY_SANITIZE_IN_PROGRESS
-            raise CheckCondition.of(SenseKey.NOT_READY, additional)
+            raise _SANITIZING
         if self.ejected and (opcode in self._media or opcode in _NEED_MEDIUM):
             raise CheckCondition.of(SenseKey.NOT_READY, AdditionalSense.MEDIUM_NOT_PRESENT)
         if self._stopped and (opcode in self._media or opcode == Opcode.TEST_UNIT_READY):
