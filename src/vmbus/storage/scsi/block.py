@@ -167,7 +167,7 @@ class BlockAccess:
         if mode == _BYTCHK_ALL:
             self._short_enough(fields)
         if mode == _BYTCHK_NONE:
-            self._compare(task, offset, length, None)
+            self._read_what_is_there(task, offset, length)
             return 0
         if mode not in (_BYTCHK_ALL, _BYTCHK_ONE):
             raise invalid_field(1, 2)
@@ -453,6 +453,16 @@ class BlockAccess:
     @staticmethod
     def _out_of_range() -> CheckCondition:
         return CheckCondition.of(SenseKey.ILLEGAL_REQUEST, AdditionalSense.LBA_OUT_OF_RANGE)
+
+    def _read_what_is_there(self, task: Task, offset: int, length: int) -> None:
+        """Holes have nothing that could not be read: one command may name 2^32 blocks of them."""
+        try:
+            for extent in self.disk.extents(offset, length):
+                _go_on(task)
+                if extent.allocated:
+                    self._compare(task, extent.offset, extent.length, None)
+        except DiskError as error:
+            raise self._failure(error, offset, writing=False) from error
 
     def _compare(self, task: Task, offset: int, length: int, skip: int | None) -> None:
         """Read the blocks; unless `skip` is None compare them with the data buffer from there on."""
