@@ -1,5 +1,6 @@
 """What ends a run and what does not: crash reports, crash kernels, restarts from inside and from outside."""
 
+import math
 import os
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ from reference.tiny_guest import tiny_guest
 from vmbus.errors import LocalProtocolError
 from vmbus.hypervisor.tlfs import Privilege
 from vmbus.machine.guest import Machine, Outcome
+from vmbus.machine.linux import BootError
 from vmbus.storage.disk import MemoryDisk
 
 need_engine()
@@ -64,6 +66,12 @@ def test_without_a_crash_kernel_a_time_ends_the_run() -> None:
         assert 0.05 <= machine.virtual_seconds < 0.06
         machine, outcome = run(f"_start: {IDENTIFY} {REPORT} {wait}", panic_seconds=None, seconds=0.2)
         assert outcome in (Outcome.VIRTUAL_TIME, Outcome.IDLE)
+
+
+def test_limits_that_are_never_reached() -> None:
+    machine, outcome = run(f"_start: {IDENTIFY} {REPORT} cli; hlt", panic_seconds=math.inf, seconds=math.inf)
+    assert outcome is Outcome.PANIC
+    assert machine.crash is not None
 
 
 def test_a_crash_kernel_has_all_the_time_that_it_needs() -> None:
@@ -187,3 +195,19 @@ def test_restarts_do_not_pile_up() -> None:
         more_pages, more_descriptors = used()
     assert more_descriptors == descriptors
     assert (more_pages - pages) * 4096 < 24 << 20
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"memory": 0},
+        {"memory": 4095},
+        {"memory": 1 << 46},
+        {"panic_seconds": -1.0},
+        {"panic_seconds": math.nan},
+    ],
+    ids=str,
+)
+def test_what_no_machine_can_have(wrong: dict[str, float]) -> None:
+    with pytest.raises(BootError):
+        Machine(tiny_guest("_start: hlt"), **({"memory": MEMORY} | wrong))  # type: ignore[arg-type]

@@ -1,7 +1,7 @@
 """A machine's time: the date that its guest finds, the pace of an idle one, and waits that nothing can end."""
 
 import socket
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
 from reference.engine import need_engine
@@ -157,3 +157,9 @@ def test_a_guest_that_nothing_can_wake_is_idle_also_with_a_network(uplink, enlig
         assert result.wall_seconds < 30
         result = machine.run(wall_seconds=60, virtual_seconds=50)
         assert result.outcome is Outcome.IDLE
+
+
+def test_a_date_that_is_none_in_utc() -> None:
+    early = datetime(1, 1, 1, tzinfo=timezone(timedelta(hours=14)))
+    with pytest.raises(BootError, match="in UTC this is no date"):
+        Machine(tiny_guest("_start: hlt"), memory=MEMORY, clock=early)

@@ -5,6 +5,7 @@ kernel (kdump), restart the machine (``panic=SECONDS``), or wait for ever. Only 
 known by the line that Linux prints then, or by a time without any new kernel.
 """
 
+import math
 from collections.abc import Callable
 from typing import Final
 
@@ -37,7 +38,7 @@ class CrashWatch:
     def __init__(self, clock: VirtualClock, seconds: float | None, on_panic: Callable[[], None]) -> None:
         self.report: CrashReport | None = None
         self._clock = clock
-        self._seconds = seconds
+        self._seconds = None if seconds == math.inf else seconds
         self._on_panic = on_panic
         self._deadline: Timer | None = None
         self._tail = b""

@@ -11,6 +11,7 @@ is executed by the engine in `vmbus.engine.unicorn` on a virtual clock: the same
 """
 
 import logging
+import math
 import mmap
 import os
 import time
@@ -39,6 +40,7 @@ from vmbus.machine.crash import PANIC_SECONDS, CrashWatch
 from vmbus.machine.kernel_payload import unpack_kernel
 from vmbus.machine.linux import (
     ACPI_ADDRESS,
+    MOST_MEMORY,
     BootError,
     Kernel,
     KernelError,
@@ -123,7 +125,7 @@ class Machine:
         budget: what the guest may make the host spend; `Budget`'s defaults if None.
 
     Raises:
-        BootError: the kernel or the sizes do not fit together.
+        BootError: the kernel or the sizes do not fit together, or a number or a time is none that a machine can have.
         DeviceError: a disk or a network cannot be opened.
         EngineError: there is no engine to run it.
         OSError: a file cannot be read.
@@ -167,14 +169,20 @@ class Machine:
             if isinstance(given, str | bytes | os.PathLike):
                 raise TypeError(f"{what} is a list, also of one: {what}=[{given!r}]")
         memory = byte_count(memory, "memory")
+        if memory % 4096 or memory <= 0:
+            raise BootError(f"{memory} bytes of memory are not whole pages")
+        if memory > MOST_MEMORY:
+            raise SizeError(
+                f"{memory >> 20} MiB of memory are too much: up to {MOST_MEMORY >> 20} MiB are supported"
+            )
+        if panic_seconds is not None and not panic_seconds >= 0:
+            raise BootError(f"{panic_seconds} s after a crash report: must be 0 or more")
         image = _parse(kernel, unpack, memory)
         # Kept for restarts as it is in the file: unpacked it is several times as large.
         self._kernel = _contents(kernel, max(memory, MOST_KERNEL_FILE))
         self._unpack = unpack
         self._initrd = b"" if initrd is None else _contents(initrd, max(memory, 0))
         self._command_line = append
-        if memory % 4096 or memory <= 0:
-            raise BootError(f"{memory} bytes of memory are not whole pages")
         if not 0 < processors <= MOST_PROCESSORS:
             raise BootError(f"a machine has 1 to {MOST_PROCESSORS} processors, not {processors}")
         if cdroms and not enlightenments:
@@ -432,7 +440,9 @@ class Machine:
             if self.console.search():
                 self.console.forget()
                 return self._result(Outcome.MATCHED, wall, cpu)
-        limit = None if virtual_seconds is None else self.engine.cpu.ticks + int(virtual_seconds * SECOND)
+        limit = None
+        if virtual_seconds is not None and virtual_seconds < math.inf:
+            limit = self.engine.cpu.ticks + int(virtual_seconds * SECOND)
         deadline = None if wall_seconds is None else wall + wall_seconds
         reboots = 0
         self._running = True
@@ -601,7 +611,10 @@ def _real_time_clock(wanted: str | datetime, clock: VirtualClock) -> RealTimeClo
         return RealTimeClock(clock.now)
     if isinstance(wanted, str):
         raise BootError(f"a clock is 'fixed', 'host' or a date and time, not {wanted!r}")
-    return RealTimeClock(clock.now, wanted if wanted.tzinfo else wanted.replace(tzinfo=UTC))
+    try:
+        return RealTimeClock(clock.now, wanted if wanted.tzinfo else wanted.replace(tzinfo=UTC))
+    except OverflowError as error:
+        raise BootError(f"{wanted}: in UTC this is no date") from error
 
 
 def _contents(source: str | os.PathLike[str] | bytes, most: int) -> bytes:
