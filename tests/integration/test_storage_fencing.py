@@ -418,7 +418,7 @@ def test_a_long_command_of_the_fenced_node_ends_soon(name: str) -> None:
             self.steps += 1
             if self.steps == 1:
                 self.fencing.start()
-                eventually(lambda: any(task.aborted for task in unit.tasks))
+                assert eventually(lambda: any(task.aborted for task in unit.tasks))
 
         def read(self, offset: int, length: int) -> bytes:
             self.step()
@@ -500,7 +500,7 @@ def test_an_atomic_write_that_is_aborted_is_all_there_or_not_at_all(opcode: int)
             self.written += len(data)
             if not self.fencing.ident:
                 self.fencing.start()
-                eventually(lambda: any(task.aborted for task in unit.tasks))
+                assert eventually(lambda: any(task.aborted for task in unit.tasks))
 
         def flush(self) -> None:
             pass

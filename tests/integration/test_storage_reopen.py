@@ -1,18 +1,23 @@
 """What belongs to a controller and its disks outlives a guest's connection; what belongs to the connection does not."""
 
 import struct
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
+from functools import partial
 from typing import Any
 from uuid import UUID
 
 import pytest
+from reference.eventually import eventually
 
 from vmbus.bus import Threads, VmbusGuest, VmbusHost
 from vmbus.bus.channel import loopback
 from vmbus.bus.offer import Offer
 from vmbus.core.memory import GuestMemory
+from vmbus.errors import DeviceError
 from vmbus.hypervisor import Hypervisor
-from vmbus.storage.disk import MemoryDisk
+from vmbus.storage.disk import Buffer, Disk, MemoryDisk
 from vmbus.storage.scsi import CdromUnit, DiskUnit
 from vmbus.storage.scsi.codes import AdditionalSense, ScsiStatus, SenseKey
 from vmbus.storage.vsc import StorageVsc
@@ -165,3 +170,59 @@ def test_a_guest_that_is_back_at_once_is_offered_its_sub_channels_anew(
     provider.shutdown()
     hosting.close()
     child.destroy()
+
+
+@pytest.mark.parametrize("end", ["close", "remove"])
+def test_who_goes_away_does_not_wait_for_a_long_command(end: str) -> None:
+    """One VERIFY may read 2 TiB; a guest that asks for it and goes must not hold its host up."""
+
+    class Long(Disk):
+        def __init__(self) -> None:
+            self.sector_size = self.physical_sector_size = 512
+            self.sector_count, self.read_only = 1 << 32, False
+            self.reads = 0
+            self.begun, self.go_on = threading.Event(), threading.Event()
+
+        def read(self, offset: int, length: int) -> bytes:
+            self.reads += 1
+            self.begun.set()
+            assert self.go_on.wait(30)
+            return bytes(length)
+
+        def write(self, offset: int, data: Buffer) -> None:
+            pass
+
+        def flush(self) -> None:
+            pass
+
+        def close(self) -> None:
+            pass
+
+    disk = Long()
+    guest, host = loopback(GuestMemory(8 << 20), 16, 16)
+    provider = StorageVsp({(0, 0): disk}, workers=1)
+    provider.open(host)
+    client = StorageVsc(guest, range(1, 100), timeout=1.0)
+    client.connect()
+    unit = provider.units[0, 0]
+
+    def verify() -> None:
+        with suppress(DeviceError):
+            client.execute(0, 0, struct.pack(">BBQIxx", 0x8F, 0, 0, 0xFFFF_FFFF))
+
+    asking = threading.Thread(target=verify, daemon=True)
+    asking.start()
+    assert disk.begun.wait(30)
+    going = threading.Thread(
+        target=partial(provider.close, host) if end == "close" else partial(provider.remove_disk, (0, 0)),
+        daemon=True,
+    )
+    going.start()
+    assert eventually(lambda: any(task.aborted for task in unit.tasks))
+    disk.go_on.set()
+    going.join(30)
+    assert not going.is_alive()
+    assert disk.reads == 1
+    client.close()
+    asking.join(30)
+    provider.shutdown()

@@ -11,7 +11,7 @@ from vmbus.bus.channel import Channel
 from vmbus.core.blockio import BlockServer
 from vmbus.core.ring import COMPLETION, COMPLETION_REQUESTED, IN_BAND, Packet
 from vmbus.errors import RingFull
-from vmbus.storage.scsi.task import Outcome
+from vmbus.storage.scsi.task import Outcome, Task
 from vmbus.storage.wire import MAX_REQUEST_SIZE, NtStatus, Operation, PacketHeader
 from vmbus.trace.guest_log import GuestLog
 
@@ -42,7 +42,7 @@ class ChannelServer:
         packet_size: bytes of the guest's last packet that was no SCSI request. Notices get the same size: Windows
             guests take packets of the version's size only, OpenBSD and NetBSD those of 64 bytes in any version.
         violations: packets of the guest that broke the protocol. Only the first is logged.
-        running: what worker threads have to do, with the target and the logical unit of a request.
+        running: what worker threads have to do, with the target, the logical unit and the command of a request.
     """
 
     def __init__(self, channel: Channel, path: int | None) -> None:
@@ -60,7 +60,7 @@ class ChannelServer:
         self.notices: set[Operation] = set()
         self.packet_size = PacketHeader.SIZE + MAX_REQUEST_SIZE
         self.violations = 0
-        self.running: dict[_Work, tuple[int, int] | None] = {}
+        self.running: dict[_Work, tuple[tuple[int, int], Task] | None] = {}
         self._idle = threading.Condition()
         self._lock = threading.Lock()
         self._runner = 0
@@ -100,10 +100,10 @@ class ChannelServer:
             with self._lock:
                 pass
 
-    def begun(self, future: _Work, address: tuple[int, int] | None) -> None:
-        """A request, or a reset (`address` is None), waits for a worker thread, or runs on one."""
+    def begun(self, future: _Work, request: tuple[tuple[int, int], Task] | None) -> None:
+        """A request, or a reset (`request` is None), waits for a worker thread, or runs on one."""
         with self._idle:
-            self.running[future] = address
+            self.running[future] = request
 
     def finished(self, future: _Work) -> None:
         """It does not any more."""
@@ -116,11 +116,18 @@ class ChannelServer:
         with self._idle:
             waiting = [
                 future
-                for future, wanted in self.running.items()
-                if wanted is not None and address in (None, wanted)
+                for future, request in self.running.items()
+                if request is not None and address in (None, request[0])
             ]
         for future in waiting:
             future.cancel()
+
+    def abort(self, address: tuple[int, int] | None = None) -> None:
+        """Let the requests that run end soon, for one unit or for all: nobody waits for what they do any more."""
+        with self._idle:
+            for request in self.running.values():
+                if request is not None and address in (None, request[0]):
+                    request[1].aborted = True
 
     def wait_idle(self) -> None:
         """Wait until no request runs on a worker thread."""

@@ -219,6 +219,7 @@ class StorageVsp:
         watcher()
         for server in list(self._servers.values()):
             server.settle()
+            server.abort(address)
             server.wait_idle()
         unit.detach(self.offer.instance_id)
         # Not REMOVE_DEVICE: the BSDs do nothing about it, and Linux looks for the same changes on both.
@@ -243,6 +244,7 @@ class StorageVsp:
         channel.on_signal = None
         server.settle()
         server.cancel()
+        server.abort()  # a loss of the connection ends its commands (SAM-5 6.3.4)
         server.wait_idle()
         server.completions.clear()
         if server.index == 0:
@@ -533,7 +535,7 @@ class StorageVsp:
             unit.tasks.admit(task)
         future = self._pool.submit(self._carry_out, scsi, task)
         task.on_abort = future.cancel
-        server.begun(future, (scsi.target_id, scsi.lun))
+        server.begun(future, ((scsi.target_id, scsi.lun), task))
 
         def finished(future: Future[Outcome]) -> None:
             if unit is not None:
