@@ -469,13 +469,17 @@ class StorageVsc:
         for channel in self.channels:
             if not channel.is_open:
                 continue
-            most = channel.incoming.available_bytes // _LEAST_PACKET + 1
-            while most > 0 and (count := take_packets(channel.incoming.recv_packets, _BATCH, self._arrived)):
+            incoming = channel.incoming
+            most = incoming.available_bytes // _LEAST_PACKET + 1
+            while most > 0 and incoming.available_bytes:
+                count = take_packets(incoming.recv_packets, _BATCH, self._arrived)
+                if not count:
+                    break
                 most -= count
                 taken += count
                 channel.account.packets_received += count
                 self._look()
-                channel.notify(channel.incoming.take_signal())
+                channel.notify(incoming.take_signal())
         return taken
 
     def _look(self) -> None:
