@@ -79,6 +79,7 @@ FILES = {
     "etc/network/interfaces": "auto lo\niface lo inet loopback\nallow-hotplug eth0\niface eth0 inet dhcp\n",
     f"etc/sudoers.d/{USER}": f"{USER} ALL=(ALL) NOPASSWD:ALL\n",
     "etc/ssh/sshd_config.d/lisa.conf": "UseDNS no\nMaxStartups 100\nMaxSessions 100\n",
+    "etc/environment": 'PATH="/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"\n',  # LISA asks for kexec
     "etc/default/kexec": "LOAD_KEXEC=false\n",
     "etc/sysctl.d/lisa.conf": "kernel.panic = 10\n",
 }
