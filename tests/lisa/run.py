@@ -14,6 +14,7 @@ docs/lisa.md has the results.
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 HERE = Path(__file__).parent
-MIRROR = "http://deb.debian.org/debian"
+SOURCES = Path("/etc/apt")
 SUITE = "bookworm"
 PACKAGES = (
     *(
@@ -52,6 +53,18 @@ PACKAGES = (
     *("linux-image-cloud-amd64", "initramfs-tools", "kexec-tools", "makedumpfile", "kdump-tools"),
     *("pciutils", "dmidecode", "python3-minimal", "hyperv-daemons", "bc", "gawk", "file", "psmisc"),
 )
+
+
+def mirror() -> str:
+    """Where this machine has its own Debian packages from."""
+    for file in (SOURCES / "sources.list", *sorted((SOURCES / "sources.list.d").glob("*"))):
+        if file.is_file() and (
+            found := re.search(r"^(?:deb .*?|URIs: *)(https?://\S+)", file.read_text(), re.M)
+        ):
+            return found[1]
+    raise SystemExit("apt knows no package mirror on this machine")
+
+
 CASES = (
     *("verify_cpu_count", "verify_l3_cache", "verify_vmbus_interrupts", "verify_cpu_hot_plug"),
     *("validate_netvsc_reload", "verify_reload_hyperv_modules"),
@@ -79,6 +92,7 @@ FILES = {
     "etc/network/interfaces": "auto lo\niface lo inet loopback\nallow-hotplug eth0\niface eth0 inet dhcp\n",
     f"etc/sudoers.d/{USER}": f"{USER} ALL=(ALL) NOPASSWD:ALL\n",
     "etc/ssh/sshd_config.d/lisa.conf": "UseDNS no\nMaxStartups 100\nMaxSessions 100\n",
+    "etc/environment": 'PATH="/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"\n',  # LISA asks for kexec
     "etc/default/kexec": "LOAD_KEXEC=false\n",
     "etc/sysctl.d/lisa.conf": "kernel.panic = 10\n",
 }
@@ -130,7 +144,7 @@ class Debian:
                     include,
                     SUITE,
                     self.tree,
-                    MIRROR,
+                    mirror(),
                     stdout=log,
                     stderr=log,
                 )

@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from itertools import count
 from typing import TYPE_CHECKING, Final
 
+from vmbus.bus.progress import Progress
 from vmbus.core.dispatch import Doorbell
 from vmbus.hypervisor import VirtualClock
 from vmbus.trace.guest_log import GuestLog, new_scope
@@ -336,9 +337,7 @@ class Threads(Hosting):
     def __init__(self, workers: int = 2, spin: float = DEFAULT_SPIN) -> None:
         if workers < 1:
             raise ValueError("at least one worker")
-        self._progress = threading.Condition()
-        self._waiting = 0
-        self._turns = 0
+        self._progress = Progress()
         self._workers = [_Worker(f"vmbus-{n}", spin, self.progressed) for n in range(workers)]
         self._homes = count()
         self._closed = False
@@ -386,10 +385,7 @@ class Threads(Hosting):
 
     def progressed(self) -> None:
         """Have waiters look at their conditions again."""
-        if self._waiting:
-            with self._progress:
-                self._turns += 1
-                self._progress.notify_all()
+        self._progress.notify()
 
     def wait_for(self, condition: Callable[[], bool], timeout: float = 10.0) -> bool:
         """Wait until `condition` holds; a worker that waits serves its other tasks meanwhile."""
@@ -402,23 +398,7 @@ class Threads(Hosting):
                 if not me.serve_one():
                     me.doorbell.wait(0.01)
             return True
-        end = time.monotonic() + timeout
-        with self._progress:
-            self._waiting += 1
-        try:
-            while True:
-                # The condition is evaluated without our lock: it may do work that a worker has to finish first.
-                seen = self._turns
-                if condition():
-                    return True
-                with self._progress:
-                    while self._turns == seen:
-                        left = end - time.monotonic()
-                        if left <= 0 or not self._progress.wait(left):
-                            return condition()
-        finally:
-            with self._progress:
-                self._waiting -= 1
+        return self._progress.wait_for(condition, timeout)
 
     @property
     def is_closed(self) -> bool:

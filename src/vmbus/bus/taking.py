@@ -7,6 +7,8 @@ from vmbus.core.ring import Packet
 
 __all__ = ["take_packets"]
 
+_flatten = chain.from_iterable
+
 
 def take_packets(receive: Callable[[int], list[Packet]], limit: int, into: list[Packet]) -> int:
     """Append up to `limit` packets to a list that outlives the caller; returns how many.
@@ -23,5 +25,5 @@ def take_packets(receive: Callable[[int], list[Packet]], limit: int, into: list[
         RingCorrupt: the peer broke the ring.
     """
     before = len(into)
-    into.extend(chain.from_iterable(map(receive, (limit,))))
+    into.extend(_flatten(map(receive, (limit,))))
     return len(into) - before

@@ -29,6 +29,9 @@ POLL_TICKS = 20_000_000
 """How often, in virtual ns, the host's own business is looked at: tens of milliseconds of host time."""
 POLL_EXITS = 2000
 """The same in exits: a guest that polls a device takes far more host time than its own."""
+LONGEST_WITHOUT_POLL = 0.25
+"""The same in seconds of host time, for a guest whose code takes far more of it than of its own. More often would bring
+a slow guest more frames from its networks than it has room for."""
 SLICE = 100_000
 """Ticks that a processor executes while others could, too."""
 TSC_FREQUENCY = 1_000_000_000
@@ -113,6 +116,7 @@ class UnicornEngine:
         self._stopping = False
         self._limit = FOREVER
         self._next_poll = 0
+        self._polled = 0.0
         self._due = 0
         self._revision = -1
         self._exits = 0
@@ -270,6 +274,7 @@ class UnicornEngine:
         self._clock.advance_to(ticks)
         if ticks >= self._next_poll:
             self._next_poll = ticks + POLL_TICKS
+            self._polled = time.monotonic()
             if self.poll is not None:
                 self.poll()
             if time.monotonic() >= self._wall_limit:
@@ -283,8 +288,10 @@ class UnicornEngine:
 
     def _look(self, ticks: int) -> None:
         """The host's time has moved on, however little the guest's has."""
-        self._next_poll = ticks
-        self._event(ticks)
+        now = time.monotonic()
+        if now >= self._wall_limit or now - self._polled >= LONGEST_WITHOUT_POLL:
+            self._next_poll = ticks
+            self._event(ticks)
 
     def _halt(self, ticks: int, interruptible: bool) -> None:
         self.vp.account.exits["halt"] += 1

@@ -61,7 +61,10 @@ class ChannelServer:
         self.packet_size = PacketHeader.SIZE + MAX_REQUEST_SIZE
         self.violations = 0
         self.running: dict[_Work, tuple[tuple[int, int], Task] | None] = {}
-        self._idle = threading.Condition()
+        self._running = (
+            threading.RLock()
+        )  # taken by itself: what `Condition.__enter__` took, a signal could lose
+        self._idle = threading.Condition(self._running)
         self._lock = threading.Lock()
         self._runner = 0
         self._again = False
@@ -102,18 +105,18 @@ class ChannelServer:
 
     def begun(self, future: _Work, request: tuple[tuple[int, int], Task] | None) -> None:
         """A request, or a reset (`request` is None), waits for a worker thread, or runs on one."""
-        with self._idle:
+        with self._running:
             self.running[future] = request
 
     def finished(self, future: _Work) -> None:
         """It does not any more."""
-        with self._idle:
+        with self._running:
             self.running.pop(future, None)
             self._idle.notify_all()
 
     def cancel(self, address: tuple[int, int] | None = None) -> None:
         """Complete as aborted the requests that wait for a worker thread, for one unit or for all."""
-        with self._idle:
+        with self._running:
             waiting = [
                 future
                 for future, request in self.running.items()
@@ -124,14 +127,14 @@ class ChannelServer:
 
     def abort(self, address: tuple[int, int] | None = None) -> None:
         """Let the requests that run end soon, for one unit or for all: nobody waits for what they do any more."""
-        with self._idle:
+        with self._running:
             for request in self.running.values():
                 if request is not None and address in (None, request[0]):
                     request[1].aborted = True
 
     def wait_idle(self) -> None:
         """Wait until no request runs on a worker thread."""
-        with self._idle:
+        with self._running:
             self._idle.wait_for(lambda: not self.running)
 
     def complete(self, packet: Packet, size: int, status: int, body: bytes) -> None:

@@ -4,8 +4,8 @@ Whoever sends requests borrows pages in a `Loan`. It ends when its owner is done
 timeout of the caller's) takes the owner away at any point. Pages of requests that the host has not completed then
 stay lent until it has: handed out again, they would carry other data to the old place on the disk.
 
-An exception may come between any two steps, so pages move from list to list inside of single calls of the runtime:
-each page is in exactly one list at any time.
+An exception may come between any two steps, so pages move from list to list inside of single calls of the runtime, or
+lists change places in one assignment: each page is in exactly one list at any time.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -27,7 +27,7 @@ class PagePool:
     """
 
     def __init__(self, pages: Sequence[int]) -> None:
-        self._free = list(reversed(pages))
+        self._free = list(pages)
         self.waiting: list[Loan] = []
 
     def __len__(self) -> int:
@@ -43,7 +43,10 @@ class PagePool:
         if count > len(self._free):
             raise DeviceError(f"{count} pages of data exceed the {len(self._free)} free buffer pages")
         loan = Loan(self)
-        _move(self._free, loan.pages, count)
+        if count == len(self._free):
+            self._free, loan.pages = loan.pages, self._free
+        else:
+            _move(self._free, loan.pages, count)
         return loan
 
     def completed(self, request: int) -> bool:
@@ -62,7 +65,10 @@ class PagePool:
             if not waits:
                 self.waiting.append(loan)
             return
-        _move(loan.pages, self._free, len(loan.pages))
+        if self._free:
+            _move(loan.pages, self._free, len(loan.pages))
+        else:
+            self._free, loan.pages = loan.pages, self._free
         if waits:
             self.waiting.remove(loan)
 
@@ -103,5 +109,5 @@ class Loan:
 
 
 def _move(source: list[int], target: list[int], count: int) -> None:
-    """Move the last `count` items, the last one first; an exception from outside finds none of them moved, or all."""
-    target.extend(map(list.pop, repeat(source, count)))
+    """Move the first `count` items; an exception from outside finds none of them moved, or all."""
+    target.extend(map(list.pop, repeat(source, count), repeat(0, count)))

@@ -15,6 +15,7 @@ from typing import Self
 from weakref import ReferenceType, ref
 
 from vmbus.bus.channel import Channel
+from vmbus.bus.progress import Progress
 from vmbus.bus.taking import take_packets
 from vmbus.core.blockio import DONE, PROGRESS, RING, STRAY, BlockClient
 from vmbus.core.memory import PAGE_SIZE, GpaRanges
@@ -102,9 +103,10 @@ class StorageVsc:
         self._batch: ReferenceType[_Running] | None = None
         self._interrupted = False
         self._failed = ""
-        self._rang = threading.Event()
+        self._rang = False
+        self._progress = Progress()
         self._lock = threading.RLock()
-        channel.on_signal = self._rang.set
+        channel.on_signal = self._on_signal
 
     def __repr__(self) -> str:
         state = self._failed or ("connected" if self.negotiation.done else "not connected")
@@ -132,7 +134,7 @@ class StorageVsc:
 
     def add_channel(self, channel: Channel) -> None:
         """Use an open sub-channel for requests, too."""
-        channel.on_signal = self._rang.set
+        channel.on_signal = self._on_signal
         with self._lock:
             self.channels.append(channel)
 
@@ -353,7 +355,7 @@ class StorageVsc:
                 elif state & (STRAY | RING):
                     deadline = self._patience(deadline)
                 else:
-                    self._rang.clear()
+                    self._rang = False
                     more = incoming.unmask()
                     deadline = self._patience(deadline) if more else self._sleep(channel, deadline)
                     incoming.mask()
@@ -372,9 +374,16 @@ class StorageVsc:
         """
         deadline = self._patience(deadline)
         # On one thread the first wait ends when nobody has anything to do; other threads may, so wait for those.
-        if not channel.wait(self._rang.is_set, max(0.0, deadline - time.monotonic())):
-            self._rang.wait(max(0.0, deadline - time.monotonic()))
+        if not channel.wait(self._has_rung, max(0.0, deadline - time.monotonic())):
+            self._progress.wait_for(self._has_rung, max(0.0, deadline - time.monotonic()))
         return deadline
+
+    def _on_signal(self) -> None:
+        self._rang = True
+        self._progress.notify()
+
+    def _has_rung(self) -> bool:
+        return self._rang
 
     def _patience(self, deadline: float) -> float:
         """The time at which to give up; what comes meanwhile and completes nothing does not put it off.
@@ -456,7 +465,7 @@ class StorageVsc:
         while not done():
             if taken:  # from a host that sends, but not what is waited for
                 deadline = self._patience(deadline)
-            self._rang.clear()
+            self._rang = False
             taken = self._collect()
             if not taken:
                 deadline = self._sleep(self.channels[0], deadline)
@@ -469,13 +478,17 @@ class StorageVsc:
         for channel in self.channels:
             if not channel.is_open:
                 continue
-            most = channel.incoming.available_bytes // _LEAST_PACKET + 1
-            while most > 0 and (count := take_packets(channel.incoming.recv_packets, _BATCH, self._arrived)):
+            incoming = channel.incoming
+            most = incoming.available_bytes // _LEAST_PACKET + 1
+            while most > 0 and incoming.available_bytes:
+                count = take_packets(incoming.recv_packets, _BATCH, self._arrived)
+                if not count:
+                    break
                 most -= count
                 taken += count
                 channel.account.packets_received += count
                 self._look()
-                channel.notify(channel.incoming.take_signal())
+                channel.notify(incoming.take_signal())
         return taken
 
     def _look(self) -> None:

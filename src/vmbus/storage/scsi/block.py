@@ -36,32 +36,35 @@ class _WriteGate:
     """Lets writes overlap each other, but none overlap a COMPARE AND WRITE, which has to be atomic."""
 
     def __init__(self) -> None:
-        self._condition = threading.Condition()
+        self._lock = (
+            threading.RLock()
+        )  # taken by itself: what `Condition.__enter__` took, a signal handler could lose
+        self._condition = threading.Condition(self._lock)
         self._writers = 0
         self._exclusive = False
 
     @contextmanager
     def shared(self) -> Iterator[None]:
-        with self._condition:
+        with self._lock:
             self._condition.wait_for(lambda: not self._exclusive)
             self._writers += 1
         try:
             yield
         finally:
-            with self._condition:
+            with self._lock:
                 self._writers -= 1
                 self._condition.notify_all()
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        with self._condition:
+        with self._lock:
             self._condition.wait_for(lambda: not self._exclusive)
             self._exclusive = True
             self._condition.wait_for(lambda: not self._writers)
         try:
             yield
         finally:
-            with self._condition:
+            with self._lock:
                 self._exclusive = False
                 self._condition.notify_all()
 

@@ -40,7 +40,10 @@ class TaskSet:
 
     def __init__(self) -> None:
         self.max_wait = MAX_WAIT
-        self._condition = threading.Condition(threading.Lock())
+        self._lock = (
+            threading.Lock()
+        )  # taken by itself: what `Condition.__enter__` took, a signal handler could lose
+        self._condition = threading.Condition(self._lock)
         self._tasks: dict[Task, int] = {}  # to the thread that carries it out, 0: dormant
         self._barred: Callable[[Hashable], bool] | None = None
 
@@ -70,7 +73,7 @@ class TaskSet:
         """A command has ended, or will not be begun any more; again is harmless."""
         self._tasks.pop(task, None)
         if self._barred is not None:
-            with self._condition:
+            with self._lock:
                 self._condition.notify_all()
 
     @contextmanager
@@ -109,7 +112,7 @@ class TaskSet:
                 raise TaskSetBusy("a command that has to end is carried out by this thread")
             for task, _ in chosen:
                 task.aborted = True
-            with self._condition:
+            with self._lock:
                 ended = self._condition.wait_for(
                     lambda: not any(self._tasks.get(task) for task, _ in chosen), self.max_wait
                 )
