@@ -94,29 +94,34 @@ class NetworkAdapter:
     @property
     def is_listening(self) -> bool:
         """Whether the guest takes frames: its driver has opened the adapter and set a packet filter."""
-        return self.link_up and self.vsp is not None and self.vsp.protocol.can_receive
+        vsp = self.vsp  # once: another thread may be closing its channel
+        return self.link_up and vsp is not None and vsp.protocol.can_receive
 
     def set_link(self, up: bool) -> None:
         """Connect or disconnect the cable."""
-        if self.vsp is not None:
-            self.vsp.set_link(up)
+        vsp = self.vsp
+        if vsp is not None:
+            vsp.set_link(up)
         self.state.link_up = up
 
     def set_link_speed(self, bits_per_second: int) -> None:
         """Change the reported speed."""
-        if self.vsp is not None:
-            self.vsp.set_link_speed(bits_per_second)
+        vsp = self.vsp
+        if vsp is not None:
+            vsp.set_link_speed(bits_per_second)
         self.state.link_speed = bits_per_second
 
     def network_changed(self) -> None:
         """Make the guest renew its addresses."""
-        if self.vsp is not None:
-            self.vsp.network_changed()
+        vsp = self.vsp
+        if vsp is not None:
+            vsp.network_changed()
 
     def associate_vf(self, serial: int | None) -> None:
         """Announce a virtual function, or with None its removal."""
-        if self.vsp is not None:
-            self.vsp.associate_vf(serial)
+        vsp = self.vsp
+        if vsp is not None:
+            vsp.associate_vf(serial)
         self.state.vf_serial = serial
 
     def remove(self) -> None:
