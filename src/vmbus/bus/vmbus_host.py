@@ -403,12 +403,13 @@ class VmbusHost:
         return bool(self.machine.version) and (vp, sint) == self.machine.message_target
 
     def _interrupt_again(self) -> None:
-        """Ring the channels whose guest could not be interrupted before."""
-        while self._unrung:
-            channel = self._unrung.pop()
+        """Ring the channels whose guest could not be interrupted before; several processors may make room at once.
+
+        One that is refused again waits for the next time. The others may be another processor's.
+        """
+        for channel in list(self._unrung):
+            self._unrung.discard(channel)
             self.ring(channel)
-            if channel in self._unrung:
-                break  # refused again: it waits for the next time
 
     def _warn(self, message: str, *args: object) -> None:
         guest_log.warning(self.child.name, message, *args, scope=self.hypervisor.log_scope)
