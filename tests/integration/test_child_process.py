@@ -154,7 +154,7 @@ def test_a_killed_child_is_noticed_and_nobody_else_is_disturbed(hv, hosting):
     doomed.on_event = lambda event: (events.append(event.kind), previous(event))
     other = ChildProcess(survivor, "reference.process_guests:echo", {"rounds": 200})
     assert run(doomed, "echo", rounds=1000, crash_after=50) == -9
-    assert events == ["identified", "reset", "stopped"]
+    assert events == ["reset", "stopped"]
     assert closed["doomed"] == opened["doomed"]
     assert len(closed["doomed"]) == 1
     assert not opened["doomed"][0].is_open
