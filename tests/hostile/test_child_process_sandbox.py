@@ -96,6 +96,20 @@ def test_it_starts_nothing_where_system_calls_are_filtered(child):
 
 
 @namespaces
+@pytest.mark.skipif(not FILTERED, reason="needs the sandbox extra")
+def test_it_gets_no_memory_that_no_limit_counts_and_reaches_nobody(child):
+    assert reported(child, "takes_what_no_limit_counts", sandbox=Sandbox()) == {
+        "anonymous": "PermissionError",
+        "System V": -1,
+        "a device": "FileNotFoundError",
+        "tkill": -1,
+        "owner": "PermissionError",
+        "limits": "PermissionError",
+        "own limits": 0,
+    }
+
+
+@namespaces
 @pytest.mark.parametrize("stay", [True, False], ids=["killed", "ends itself"])
 def test_what_it_leaves_behind_ends_with_it(child, stay):
     sandbox = Sandbox(filter_calls=False)
