@@ -68,8 +68,7 @@ class Outbox:
         if self._waiting or not self._post(message):
             self._child.meter.backlog.charge()
             self._waiting.append(message)
-            if len(self._waiting) == 1:
-                self.watch(message.vp)
+            self.watch(message.vp)  # those before it may be for another processor
             self._flush()  # all may have been read in between
 
     def clear(self, keep: frozenset[int] = frozenset()) -> None:
