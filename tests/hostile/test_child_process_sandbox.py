@@ -86,6 +86,8 @@ def test_it_reaches_nothing_beyond_its_partition(child, tmp_path, monkeypatch):
     assert set(found["capabilities"]) == {"0" * 16}
     assert found["privileges to gain"] == "1"
     assert found["user namespace"] == -1
+    assert found["traces process 1"] == -1
+    assert found["its own state"] is True or found["processes"] == []
     assert found["core size"] == 0
 
 

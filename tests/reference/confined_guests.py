@@ -56,6 +56,8 @@ def reaches(partition, files):
         "capabilities": [status[name].strip() for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")],
         "privileges to gain": status["NoNewPrivs"].strip(),
         "user namespace": ctypes.CDLL(None).unshare(0x1000_0000),
+        "traces process 1": ctypes.CDLL(None).ptrace(0x4206, 1, None, None),  # PTRACE_SEIZE
+        "its own state": outcome(lambda: bytes_of("/proc/self/maps") > 0),
         "core size": resource.getrlimit(resource.RLIMIT_CORE)[1],
     }
     report(partition, found)

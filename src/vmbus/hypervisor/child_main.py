@@ -261,7 +261,6 @@ def stand_in_for(first: int, end: int) -> NoReturn:
 
 def reap(guest: int, end: int) -> NoReturn:
     """As process 1: wait for the guest, report how it ended, and take everything that it left behind along."""
-    prctl(PR_SET_DUMPABLE, 0)  # the guest has the same user: it must not trace this process
     while True:
         process, status = os.wait()
         if process == guest:
@@ -317,12 +316,16 @@ def confine(task: dict[str, Any]) -> list[str]:
         except OSError:
             if task["required"]:
                 raise
+        prctl(
+            PR_SET_DUMPABLE, 0
+        )  # the guest has the same user: it must not trace process 1, from the first moment on
         guest = os.fork()
         if guest:
             forget(here)
             drop_privileges()
             end_with_parent()
             reap(guest, here)
+        prctl(PR_SET_DUMPABLE, 1)
         os.close(here)
     elif task["required"]:
         raise PermissionError("this kernel, or its settings, do not give a process namespaces of its own")
