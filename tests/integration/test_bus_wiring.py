@@ -550,3 +550,19 @@ def test_a_trace_tells_an_unload_from_other_ends() -> None:
     world.host.close()
     assert ends() == ["disconnect"]
     world.close()
+
+
+@pytest.mark.parametrize("named", [None, "threads"])
+def test_a_bus_after_the_hosting_was_closed(named: str | None) -> None:
+    """What is closed runs nothing any more: a bus that is made later has another one."""
+    with Hypervisor() as hv:
+        root = hv.create_root()
+        first, second = (hv.create_child(root, name, memory_size=8 << 20) for name in ("a", "b"))
+        hosting = Threads(workers=1)
+        VmbusHost(hv, first, hosting=hosting)
+        hosting.close()
+        host = VmbusHost(hv, second, hosting=named)
+        host.offer(an_offer(), echo)
+        guest = VmbusGuest(second.vps[0])
+        guest.connect()
+        assert ask(guest.open(guest.offers[0]), b"question") == b"noitseuq"
