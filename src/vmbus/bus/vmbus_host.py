@@ -244,7 +244,7 @@ class VmbusHost:
             self._perform(self.machine.reset())
             for offer_id in list(self.offered):
                 self._perform(self.machine.rescind(offer_id))
-            self._outbox.clear()
+            self._outbox.close()
             for connection_id in (wire.MESSAGE_CONNECTION_ID, wire.MESSAGE_CONNECTION_ID_V5):
                 with suppress(HypercallError):  # gone with the child
                     self.hypervisor.delete_port(self.child, connection_id)
