@@ -415,7 +415,10 @@ cdef class Doorbell:
             # A ring for something else, or left over from a packet that was polled: wait on.
 
     def close(self) -> None:
-        """Close the descriptor, if it is the doorbell's own. A wait under way in another thread ends as if rung."""
+        """Close the descriptor, if it is the doorbell's own.
+
+        A wait under way in another thread ends as if rung; one for a packet of a ring, with OSError.
+        """
         if self.owned and self.fd >= 0:
             self.closing = self.fd
         self.fd = -1

@@ -257,6 +257,12 @@ cdef class GuestMemory:
             if source.c.pages[(source_gpa >> 12) + page].fd < 0:
                 raise GuestMemoryError(f"the source has no page at {source_gpa + (page << 12):#x}")
         page = 0
+        if source is not self:
+            # The descriptors behind our pages must stay open as long as windows may be made of them, also when the
+            # source is closed: the number would soon be another file's.
+            if source.backs is not None:
+                self.sources.add(source.backs)
+            self.sources.update(source.sources)
         self.breaks -= _breaks(&self.c, gpa >> 12, pages)
         try:
             while page < pages:
@@ -276,12 +282,6 @@ cdef class GuestMemory:
         finally:
             self.breaks += _breaks(&self.c, gpa >> 12, pages)
             self._settle()
-        if source is not self:
-            # The descriptors behind our pages must stay open as long as windows may be made of them, also when the
-            # source is closed: the number would soon be another file's.
-            if source.backs is not None:
-                self.sources.add(source.backs)
-            self.sources.update(source.sources)
 
     def unmap(self, uint64_t gpa, uint64_t length) -> None:
         """Take pages out of the space; their contents stay with whoever else has them mapped.
@@ -366,8 +366,6 @@ cdef class GuestMemory:
         """
         if self.exports:
             raise BufferError("views of this guest memory still exist")
-        self.breaks = 0
-        self._settle()
         if self.c.base != NULL:
             _give_back(self.c.base, self.c.size)
             self.c.base = NULL
@@ -377,3 +375,5 @@ cdef class GuestMemory:
         self.fd = -1
         self.backs = None
         self.sources.clear()
+        self.breaks = 0
+        self._settle()      # last: while the allowance's lock is waited for, other threads run

@@ -17,6 +17,7 @@ from vmbus.bus import actions as act
 from vmbus.core.memory import PAGE_SIZE
 from vmbus.errors import ProtocolError, VmbusError
 from vmbus.hypervisor import Hypervisor, VirtualClock
+from vmbus.trace.events import EventTrace
 
 KIND = UUID("ba6163d9-04a1-4d29-b605-72e2ffb1dc7f")
 ACTIONS = sorted(typing.get_args(act.HostAction), key=lambda action: action.__name__)
@@ -282,6 +283,55 @@ def test_a_provider_that_finds_no_memory(world: World, where: str, error: Except
     assert answers(other)
     assert world.neighbour_works()
     world.host.machine.check()
+
+
+class FailingTrace(EventTrace):
+    """A trace that finds no memory for one kind of event, once."""
+
+    failing = ""
+
+    def record(self, time: int, source: str, target: str, kind: str, **particulars: object) -> None:
+        if kind == self.failing:
+            self.failing = ""
+            raise MemoryError
+        super().record(time, source, target, kind, **particulars)
+
+
+@pytest.mark.parametrize("kind", ["open", "close", "doorbell", "connect", "unload", "message"])
+def test_a_trace_that_finds_no_memory(world: World, kind: str) -> None:
+    """An event is not in the trace, and the guest does not notice."""
+    trace, closed = FailingTrace(), []
+    child = world.hv.create_child(world.hv.root, "traced", memory_size=8 << 20)
+    VmbusHost(world.hv, child, trace=trace).offer(Offer(KIND, UUID(int=1)), echo, closed.append)
+    trace.failing = kind
+    for life in (1, 2):
+        guest = VmbusGuest(child.vps[0])
+        guest.connect()
+        channel = guest.open(guest.offers[0])
+        assert answers(channel)
+        channel.close()
+        guest.close()
+        assert len(closed) == life
+        assert not trace.failing
+    assert {event.kind for event in trace} >= {"open", "close", "doorbell", "connect", "unload", "message"}
+    assert world.neighbour_works()
+
+
+def test_a_port_that_could_not_be_deleted_at_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    delete, lacking = Hypervisor.delete_port, [1]
+
+    def sometimes(self: Hypervisor, *arguments: typing.Any) -> None:
+        if lacking[0]:
+            lacking[0] -= 1
+            raise MemoryError
+        delete(self, *arguments)
+
+    world.guest.connect()
+    channel = world.guest.open(world.guest.offers[0])
+    monkeypatch.setattr(Hypervisor, "delete_port", sometimes)
+    channel.close()
+    assert not lacking[0]
+    assert answers(world.guest.open(world.guest.offers[0]))
 
 
 def test_a_connection_that_cannot_be_set_up_is_refused_in_every_version(

@@ -86,6 +86,8 @@ def test_it_reaches_nothing_beyond_its_partition(child, tmp_path, monkeypatch):
     assert set(found["capabilities"]) == {"0" * 16}
     assert found["privileges to gain"] == "1"
     assert found["user namespace"] == -1
+    assert found["traces process 1"] == -1
+    assert found["its own state"] is True or found["processes"] == []
     assert found["core size"] == 0
 
 
@@ -93,6 +95,20 @@ def test_it_reaches_nothing_beyond_its_partition(child, tmp_path, monkeypatch):
 def test_it_starts_nothing_where_system_calls_are_filtered(child):
     found = reported(child, "starts_something", sandbox=Sandbox())
     assert found == ["PermissionError", "PermissionError", "PermissionError", None]
+
+
+@namespaces
+@pytest.mark.skipif(not FILTERED, reason="needs the sandbox extra")
+def test_it_gets_no_memory_that_no_limit_counts_and_reaches_nobody(child):
+    assert reported(child, "takes_what_no_limit_counts", sandbox=Sandbox()) == {
+        "anonymous": "PermissionError",
+        "System V": -1,
+        "a device": "FileNotFoundError",
+        "tkill": -1,
+        "owner": "PermissionError",
+        "limits": "PermissionError",
+        "own limits": 0,
+    }
 
 
 @namespaces

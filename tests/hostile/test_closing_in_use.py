@@ -29,6 +29,52 @@ def test_a_guest_memory_is_not_closed_under_a_copy(how: str) -> None:
     assert busy, "no round in which the memory was in use"
 
 
+ALLOWANCE = """
+from vmbus.core.memory import READ, WRITE, GuestMemory
+class Allowance:
+    act = None
+    def adjust(self, count):  # where the real one waits for its lock, other threads run
+        act, self.act = self.act, None
+        if act is not None:
+            act()
+memory, other = GuestMemory(1 << 20), GuestMemory(1 << 20)
+memory.map_allowance = allowance = Allowance()
+memory.unmap(0x4000, 0x1000)
+"""
+AT_CLOSING = """
+views = []
+def look():
+    try:
+        views.append(memoryview(memory))
+    except Exception as error:
+        print(type(error).__name__)
+allowance.act = look
+memory.close()
+print([view[0x8000] for view in views])
+"""
+AT_MAPPING = """
+other.write(0x2000, b"there")
+allowance.act = other.close
+memory.map(0x9000, other, 0x2000, 0x1000, READ | WRITE)
+assert other.size == 0
+strangers = [GuestMemory(1 << 20) for _ in range(8)]  # one of them gets the number of the descriptor
+with memory.window([9], mirrored=False).view() as view:
+    print(bytes(view[:5]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "printed"),
+    [(AT_CLOSING, "GuestMemoryError\n[]\n"), (AT_MAPPING, "b'there'\n")],
+    ids=["closing", "mapping"],
+)
+def test_what_other_threads_do_while_a_memory_settles_its_account(code: str, printed: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", ALLOWANCE + code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, printed), done.stderr
+
+
 @pytest.mark.parametrize("what", ["a doorbell", "a ring's doorbell", "a dispatcher"])
 def test_a_doorbell_that_is_closed_under_those_who_wait(what: str) -> None:
     """They wake up, and its descriptor is not given away before: they would read from whatever file gets it."""

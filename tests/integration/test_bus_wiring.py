@@ -487,6 +487,29 @@ def test_an_interrupt_waits_while_the_guest_has_its_event_flags_page_disabled(re
     world.close()
 
 
+def test_interrupts_that_wait_for_one_processor_do_not_wait_for_another() -> None:
+    world = World(vps=2)
+    ends: list[Channel] = []
+    for number in range(1, 9):
+        world.host.offer(an_offer(number), ends.append)
+    guest = world.guest()
+    guest.connect()
+    got: list[int] = []
+    for number, offer in enumerate(guest.offers):
+        channel = guest.open(offer, 2, 2, target_vp=number % 2)
+        channel.serve(lambda packets, number=number: got.append(number))
+    enabled = [vp.rdmsr(Msr.SIEFP) for vp in world.child.vps]
+    for vp, page in zip(world.child.vps, enabled, strict=True):
+        vp.wrmsr(Msr.SIEFP, page & ~1)
+    for end in ends:
+        end.send(b"for later")
+    world.child.vps[1].wrmsr(Msr.SIEFP, enabled[1])
+    assert world.hosting.wait_for(lambda: sorted(got) == [1, 3, 5, 7])
+    world.child.vps[0].wrmsr(Msr.SIEFP, enabled[0])
+    assert world.hosting.wait_for(lambda: sorted(got) == [0, 1, 2, 3, 4, 5, 6, 7])
+    world.close()
+
+
 def test_a_guest_that_is_gone_leaves_its_messages_to_nobody() -> None:
     """A kernel that started anew, without UNLOAD, is not told what was for the one before it."""
     world = World()
@@ -527,3 +550,19 @@ def test_a_trace_tells_an_unload_from_other_ends() -> None:
     world.host.close()
     assert ends() == ["disconnect"]
     world.close()
+
+
+@pytest.mark.parametrize("named", [None, "threads"])
+def test_a_bus_after_the_hosting_was_closed(named: str | None) -> None:
+    """What is closed runs nothing any more: a bus that is made later has another one."""
+    with Hypervisor() as hv:
+        root = hv.create_root()
+        first, second = (hv.create_child(root, name, memory_size=8 << 20) for name in ("a", "b"))
+        hosting = Threads(workers=1)
+        VmbusHost(hv, first, hosting=hosting)
+        hosting.close()
+        host = VmbusHost(hv, second, hosting=named)
+        host.offer(an_offer(), echo)
+        guest = VmbusGuest(second.vps[0])
+        guest.connect()
+        assert ask(guest.open(guest.offers[0]), b"question") == b"noitseuq"

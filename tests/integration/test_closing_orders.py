@@ -12,9 +12,10 @@ import pytest
 from reference.netpair import frame, mac
 
 from vmbus import MemoryDisk, ModelMachine
-from vmbus.bus import Inline, Threads, VmbusGuest, VmbusHost
+from vmbus.bus import Inline, Offer, Threads, VmbusGuest, VmbusHost
 from vmbus.errors import VmbusError
 from vmbus.hypervisor import Hypervisor, VirtualClock
+from vmbus.hypervisor.tlfs import Msr
 from vmbus.network.adapter import NetworkAdapter
 from vmbus.network.switch import Switch
 from vmbus.network.vsc import NetworkVsc, default_page_count
@@ -133,3 +134,28 @@ def test_model_machines() -> None:
     gone = [use() for _ in range(3)]
     assert left_behind() == before
     assert [ref() for ref in gone] == [None] * 3
+
+
+def test_a_bus_that_is_closed_while_its_partition_lives_on() -> None:
+    """Processors are told to call it when their guest makes room: they forget it again."""
+    closed = []
+    with Hypervisor(clock=VirtualClock()) as hv:
+        child = hv.create_child(hv.create_root(), "c", memory_size=8 << 20)
+        vp = child.vps[0]
+        told = vp.synic.slot_free
+        for _ in range(3):
+            host = VmbusHost(hv, child)
+            closed.append(weakref.ref(host))
+            guest = VmbusGuest(vp)
+            guest.connect()
+            page = vp.rdmsr(Msr.SIMP)
+            vp.wrmsr(Msr.SIMP, page & ~1)
+            host.offer(Offer(UUID(int=1), UUID(int=2)))
+            vp.wrmsr(Msr.SIMP, page)
+            assert len(guest.offers) == 1
+            guest.close()
+            host.close()
+            del host, guest
+        gc.collect()
+        assert [host() for host in closed] == [None] * 3
+        assert vp.synic.slot_free == told

@@ -45,6 +45,17 @@ class World:
         self.second.send(b"neighbour")
         return self.hosting.wait_for(lambda: bool(got))
 
+    def third(self) -> Offer:
+        """The offer of a device that came later."""
+        found: list[Offer] = []
+
+        def look() -> bool:
+            found[:] = [offer for offer in self.guest.offers if offer.instance_id.int == 3]
+            return bool(found)
+
+        assert self.hosting.wait_for(look)
+        return found[0]
+
     def close(self) -> None:
         self.hosting.close()
         self.root.destroy()
@@ -84,6 +95,52 @@ def test_a_driver_that_fails(world: World, caplog: pytest.LogCaptureFixture) -> 
     world.child.vps[0].request_interrupt(0xF3)  # callbacks are made after the next interrupt, at the latest
     assert world.hosting.wait_for(lambda: not world.first.is_open)
     assert f"channel {number} is closed: its driver failed: KeyError('a defect')" in caplog.text
+    assert world.second_works()
+
+
+@pytest.mark.parametrize("fault", [KeyError("a defect"), KeyboardInterrupt()], ids=repr)
+def test_a_provider_that_fails_to_open(world: World, fault: BaseException) -> None:
+    """The guest is refused, and may try again; whoever called the provider hears of the defect."""
+    opened: list[Channel] = []
+    faults = [fault]
+
+    def on_open(end: Channel) -> None:
+        if faults:
+            raise faults.pop()
+        opened.append(end)
+
+    device = world.host.offer(Offer(KIND, UUID(int=3)), on_open, name="device 3")
+    with pytest.raises(type(fault)):
+        world.guest.open(world.third(), 2, 2)
+    assert device.channel is None
+    world.host.machine.check()
+    assert world.second_works()
+    world.guest = VmbusGuest(
+        world.child.vps[0]
+    )  # the wait of the driver's was cut short: another one takes over
+    world.guest.connect()
+    assert world.guest.open(world.third(), 2, 2).is_open
+    assert opened == [device.channel]
+
+
+@pytest.mark.parametrize("fault", [KeyError("a defect"), MemoryError(), KeyboardInterrupt()], ids=repr)
+def test_a_channel_callback_that_fails_leaves_the_devices_own(world: World, fault: BaseException) -> None:
+    closed: list[Channel] = []
+
+    def on_open(end: Channel) -> None:
+        end.on_closed = on_closed
+
+    def on_closed() -> None:
+        raise fault
+
+    device = world.host.offer(Offer(KIND, UUID(int=3)), on_open, closed.append, name="device 3")
+    channel = world.guest.open(world.third(), 2, 2)
+    end = device.channel
+    with contextlib.suppress(type(fault)):
+        channel.close()
+    assert closed == [end]
+    assert device.channel is None
+    world.host.machine.check()
     assert world.second_works()
 
 

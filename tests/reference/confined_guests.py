@@ -1,7 +1,9 @@
 """Guests that try what their sandbox should not let them: each a function of its partition, run in its process."""
 
 import ctypes
+import fcntl
 import json
+import mmap
 import os
 import resource
 import signal
@@ -54,6 +56,8 @@ def reaches(partition, files):
         "capabilities": [status[name].strip() for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")],
         "privileges to gain": status["NoNewPrivs"].strip(),
         "user namespace": ctypes.CDLL(None).unshare(0x1000_0000),
+        "traces process 1": ctypes.CDLL(None).ptrace(0x4206, 1, None, None),  # PTRACE_SEIZE
+        "its own state": outcome(lambda: bytes_of("/proc/self/maps") > 0),
         "core size": resource.getrlimit(resource.RLIMIT_CORE)[1],
     }
     report(partition, found)
@@ -69,6 +73,26 @@ def starts_something(partition):
             outcome(lambda: socket.socket().fileno()),
             outcome(lambda: os.kill(os.getpid(), 0)),
         ],
+    )
+
+
+def takes_what_no_limit_counts(partition):
+    """Whether it gets memory that is not private, and reaches others (here: process 1) by ways beside kill()."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    own = mmap.mmap(-1, 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    own[:] = bytes(4096)
+    reading, _ = os.pipe()
+    report(
+        partition,
+        {
+            "anonymous": outcome(lambda: len(mmap.mmap(-1, 4096))),
+            "System V": libc.shmget(0, 4096, 0o1600),
+            "a device": outcome(lambda: os.close(os.open("/dev/zero", os.O_RDWR))),
+            "tkill": libc.syscall(200, 1, 0),
+            "owner": outcome(lambda: fcntl.fcntl(reading, fcntl.F_SETOWN, 1)),
+            "limits": outcome(lambda: resource.prlimit(1, resource.RLIMIT_CPU)),
+            "own limits": resource.getrlimit(resource.RLIMIT_CORE)[1],
+        },
     )
 
 

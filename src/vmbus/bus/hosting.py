@@ -445,6 +445,7 @@ def hosting_of(hypervisor: "Hypervisor", hosting: "Hosting | str | None" = None)
     Args:
         hypervisor: all buses of one instance share one hosting.
         hosting: ``"inline"``, ``"threads"``, ``"processes"``, a `Hosting`, or None for what is there already.
+            One that was closed, which runs nothing any more, is not there.
 
     Raises:
         ValueError: no such hosting, or the instance has another one.
@@ -455,10 +456,10 @@ def hosting_of(hypervisor: "Hypervisor", hosting: "Hosting | str | None" = None)
 
 def _hosting_of(hypervisor: "Hypervisor", hosting: "Hosting | str | None") -> Hosting:
     known = hypervisor.hosting
-    present = known if isinstance(known, Hosting) else None
+    present = known if isinstance(known, Hosting) and not known.is_closed else None
     made = False
     if isinstance(hosting, str):
-        if present is not None and present.kind == hosting and not present.is_closed:
+        if present is not None and present.kind == hosting:
             return present
         kinds: dict[str, Callable[[], Hosting]] = {
             "inline": Inline,
@@ -467,12 +468,12 @@ def _hosting_of(hypervisor: "Hypervisor", hosting: "Hosting | str | None") -> Ho
         }
         if hosting not in kinds:
             raise ValueError(f"no hosting {hosting!r}; there are {', '.join(kinds)}")
-        if present is not None and not present.is_closed:
+        if present is not None:
             raise ValueError(f"the hypervisor's buses are hosted {present.kind} already")
         hosting, made = kinds[hosting](), True
     if hosting is None:
         hosting = present or Inline()
-    if present is not None and present is not hosting and not present.is_closed:
+    if present is not None and present is not hosting:
         raise ValueError(f"the hypervisor's buses are hosted {present.kind} already")
     if isinstance(hosting, Inline):
         hosting.clock = hypervisor.clock

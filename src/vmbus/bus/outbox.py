@@ -4,8 +4,8 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Final
-from weakref import WeakSet
+from typing import Final, TypeAlias
+from weakref import WeakKeyDictionary
 
 from vmbus.bus.actions import Send
 from vmbus.bus.codec import message_number
@@ -22,6 +22,8 @@ __all__ = ["Outbox"]
 
 log = logging.getLogger(__name__)
 guest_log = GuestLog(log)
+
+_Told: TypeAlias = Callable[[int], None]
 
 RETRY: Final = 1_000_000
 """Nanoseconds after which a message is tried again that the host had no memory for."""
@@ -57,7 +59,8 @@ class Outbox:
         self._is_read = is_read
         self._on_room = on_room
         self._waiting: deque[Send] = deque()
-        self._watched: WeakSet[Synic] = WeakSet()
+        self._watched: WeakKeyDictionary[Synic, tuple[_Told, _Told | None]] = WeakKeyDictionary()
+        """What tells us of room, and who was told before us and has to be told as well."""
 
     def send(self, message: Send) -> None:
         """Post a message, or keep it until there is room.
@@ -68,8 +71,7 @@ class Outbox:
         if self._waiting or not self._post(message):
             self._child.meter.backlog.charge()
             self._waiting.append(message)
-            if len(self._waiting) == 1:
-                self.watch(message.vp)
+            self.watch(message.vp)  # those before it may be for another processor
             self._flush()  # all may have been read in between
 
     def clear(self, keep: frozenset[int] = frozenset()) -> None:
@@ -113,7 +115,6 @@ class Outbox:
             return  # deleted just now: `_post` drops what was meant for it
         if synic in self._watched:
             return
-        self._watched.add(synic)
         previous = synic.slot_free
 
         def freed(sint: int) -> None:
@@ -124,7 +125,16 @@ class Outbox:
                     self._flush()
             self._on_room()
 
+        self._watched[synic] = freed, previous
         synic.slot_free = freed
+
+    def close(self) -> None:
+        """Drop what waits, and let go of the processors: they live longer than their guest's bus may."""
+        self.clear()
+        for synic, (freed, previous) in list(self._watched.items()):
+            if synic.slot_free is freed:
+                synic.slot_free = previous
+        self._watched.clear()
 
     def _try_again(self) -> None:
         with self._lock:

@@ -244,7 +244,7 @@ class VmbusHost:
             self._perform(self.machine.reset())
             for offer_id in list(self.offered):
                 self._perform(self.machine.rescind(offer_id))
-            self._outbox.clear()
+            self._outbox.close()
             for connection_id in (wire.MESSAGE_CONNECTION_ID, wire.MESSAGE_CONNECTION_ID_V5):
                 with suppress(HypercallError):  # gone with the child
                     self.hypervisor.delete_port(self.child, connection_id)
@@ -309,6 +309,7 @@ class VmbusHost:
         self._todo += actions
         if self._performing:
             return
+        defect: BaseException | None = None
         with self.hosting.held():
             self._performing = True
             try:
@@ -320,8 +321,15 @@ class VmbusHost:
                         # One thing that fails (a provider's, or pages that are gone) must not stop the others.
                         self._warn("%s: %s", type(action).__name__, error)
                         self._failed(action)
+                    except BaseException as error:
+                        # A defect of the provider, or Ctrl-C in it: that is for our caller, when all is done. The
+                        # guest gets its answer in any case.
+                        defect = defect or error
+                        self._failed(action)
             finally:
                 self._performing = False
+        if defect is not None:
+            raise defect
 
     def _failed(self, action: act.HostAction) -> None:
         """An action could not be carried out: whoever waits for it is refused, and a channel that needs it ends."""
@@ -331,6 +339,8 @@ class VmbusHost:
                 self._todo += machine.complete_gpadl(action.serial, False)
             case act.OpenDevice():
                 self._todo += machine.complete_open(action.serial, False)
+                with suppress(*FAILURES):
+                    self._close(self.offered[action.offer_id])
             case act.Retarget():
                 self._todo += machine.rescind(action.offer_id)
             case act.Established():
@@ -403,12 +413,13 @@ class VmbusHost:
         return bool(self.machine.version) and (vp, sint) == self.machine.message_target
 
     def _interrupt_again(self) -> None:
-        """Ring the channels whose guest could not be interrupted before."""
-        while self._unrung:
-            channel = self._unrung.pop()
+        """Ring the channels whose guest could not be interrupted before; several processors may make room at once.
+
+        One that is refused again waits for the next time. The others may be another processor's.
+        """
+        for channel in list(self._unrung):
+            self._unrung.discard(channel)
             self.ring(channel)
-            if channel in self._unrung:
-                break  # refused again: it waits for the next time
 
     def _warn(self, message: str, *args: object) -> None:
         guest_log.warning(self.child.name, message, *args, scope=self.hypervisor.log_scope)
@@ -416,13 +427,14 @@ class VmbusHost:
     def _record_message(self, source: str, target: str, payload: bytes) -> None:
         assert self._trace is not None
         kind = message_name(int.from_bytes(payload[:4], "little"))
-        self._trace.record(
-            self.hypervisor.clock.now(), source, target, "message", type=kind, bytes=payload[8:].hex() or "-"
-        )
+        self._record("message", source, target, type=kind, bytes=payload[8:].hex() or "-")
 
     def _record(self, kind: str, source: str, target: str, **particulars: object) -> None:
         if self._trace is not None:
-            self._trace.record(self.hypervisor.clock.now(), source, target, kind, **particulars)
+            with suppress(
+                OSError, MemoryError
+            ):  # then it is not in the trace; what it tells of happens all the same
+                self._trace.record(self.hypervisor.clock.now(), source, target, kind, **particulars)
 
     # -- the connection ------------------------------------------------------------------------------------
 
@@ -457,9 +469,9 @@ class VmbusHost:
 
     def _delete_event_port(self, connection_id: int) -> None:
         if connection_id in self._event_ports:
-            self._event_ports.discard(connection_id)
             with suppress(HypercallError):  # gone with the child
                 self.hypervisor.delete_port(self.child, connection_id)
+            self._event_ports.discard(connection_id)
 
     # -- channels ------------------------------------------------------------------------------------------
 
@@ -568,17 +580,19 @@ class VmbusHost:
             "close", self._parent_name, self.child.name, device=offered.name, channel=channel.channel_id
         )
         log.info("%s: channel %d to %s is closed", self.child.name, channel.channel_id, offered.name)
-        try:
+        told, offered.told = offered.told, False
+        windows, offered.windows = offered.windows, ()
+        try:  # whatever of it fails, the rest is done
             channel.ended()
-            told, offered.told = offered.told, False
-            if offered.on_close is not None and told:
-                offered.on_close(channel)
         finally:
-            self._held.let_go(offered.ring_serial)
-            windows, offered.windows = offered.windows, ()
-            for window in windows:
-                with suppress(BufferError):  # its rings are still referred to; it goes with them
-                    window.close()
+            try:
+                if offered.on_close is not None and told:
+                    offered.on_close(channel)
+            finally:
+                self._held.let_go(offered.ring_serial)
+                for window in windows:
+                    with suppress(BufferError):  # its rings are still referred to; it goes with them
+                        window.close()
 
     def _serve(self, offered: Offered, channel: Channel) -> None:
         """A channel was rung: its provider reads it. What the guest gets wrong there costs this channel only."""

@@ -35,6 +35,7 @@ SYS_MOUNT_SETATTR = 442  # on every processor, as all calls since Linux 5.1
 AT_FDCWD, AT_RECURSIVE = -100, 0x8000
 CAPABILITY_VERSION_3 = 0x2008_0522
 LAST_CAPABILITY = 63
+F_SETOWN, F_SETOWN_EX = 8, 15
 
 INSIDE_ID = 1000
 """The user and group that the process sees itself as. It is nobody's outside: it stands for its parent's user."""
@@ -96,8 +97,13 @@ DENIED = (
         "iopl",
         "ioperm",
     ),
+    # memory that no limit counts
+    *("shmget", "shmat", "memfd_secret"),
 )
 """System calls that fail with EPERM where libseccomp is at hand: no guest needs them."""
+
+SHARED_MEMORY = 0x21
+"""MAP_SHARED and MAP_ANONYMOUS of mmap: memory that RLIMIT_DATA does not count."""
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -218,8 +224,12 @@ def load_filter(seccomp: ModuleType) -> None:
     calls.add_rule(
         seccomp.ERRNO(errno.ENOSYS), "clone3"
     )  # its flags lie in memory; libraries then take clone
-    for name in ("kill", "tgkill"):
+    for name in ("kill", "tgkill", "tkill"):
         calls.add_rule(refused, name, seccomp.Arg(0, seccomp.NE, os.getpid()))
+    calls.add_rule(refused, "prlimit64", seccomp.Arg(0, seccomp.NE, 0))
+    for command in (F_SETOWN, F_SETOWN_EX):  # with F_SETSIG, any signal to any process of the same user
+        calls.add_rule(refused, "fcntl", seccomp.Arg(1, seccomp.EQ, command))
+    calls.add_rule(refused, "mmap", seccomp.Arg(3, seccomp.MASKED_EQ, SHARED_MEMORY, SHARED_MEMORY))
     calls.load()
 
 
@@ -251,7 +261,6 @@ def stand_in_for(first: int, end: int) -> NoReturn:
 
 def reap(guest: int, end: int) -> NoReturn:
     """As process 1: wait for the guest, report how it ended, and take everything that it left behind along."""
-    prctl(PR_SET_DUMPABLE, 0)  # the guest has the same user: it must not trace this process
     while True:
         process, status = os.wait()
         if process == guest:
@@ -307,12 +316,16 @@ def confine(task: dict[str, Any]) -> list[str]:
         except OSError:
             if task["required"]:
                 raise
+        prctl(
+            PR_SET_DUMPABLE, 0
+        )  # the guest has the same user: it must not trace process 1, from the first moment on
         guest = os.fork()
         if guest:
             forget(here)
             drop_privileges()
             end_with_parent()
             reap(guest, here)
+        prctl(PR_SET_DUMPABLE, 1)
         os.close(here)
     elif task["required"]:
         raise PermissionError("this kernel, or its settings, do not give a process namespaces of its own")

@@ -134,9 +134,11 @@ class ConfinedProcess:
         self._control.close()
         assert self._process.stdout is not None
         self._process.stdout.close()
-        if self.pidfd >= 0:
-            os.close(self.pidfd)
-            self.pidfd = -1
+        pidfd, self.pidfd = self.pidfd, -1
+        if (
+            pidfd >= 0
+        ):  # nobody signals by this number any more: it is another file's soon, another child's perhaps
+            os.close(pidfd)
 
 
 def printed(output: bytes) -> str:

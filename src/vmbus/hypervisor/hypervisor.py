@@ -325,7 +325,7 @@ class Hypervisor:
         finally:
             partition.state = PartitionState.DELETED
             partition.on_event = partition.on_eoi = partition.on_tlb_flush = None
-            partition.on_apic_enabled = None
+            partition.on_apic_enabled = partition.on_identity = None
             with self.map_lock:
                 partition.pool.release()
                 partition.loans.end()

@@ -24,7 +24,7 @@ _SYSTEM_FILES: Final = (
         "/etc/ld-musl-x86_64.path",
         "/etc/localtime",
     ),
-    *("/dev/null", "/dev/zero", "/dev/urandom", "/sys/devices/system/cpu"),
+    *("/dev/null", "/dev/urandom", "/sys/devices/system/cpu"),
 )
 """What a process needs to load libraries and to run; each as far as the machine has it."""
 
@@ -43,11 +43,12 @@ class Sandbox:
         required: refuse to start the process where it cannot have namespaces of its own.
         readable: more files and folders that it can read.
         environment: variables that it gets, beside those that its libraries need.
-        data: bytes of private memory that it may have, beside the partition's.
+        data: bytes of private memory that it may have, beside the partition's. Memory that it shares with what it
+            starts is not counted; with `filter_calls` it gets none.
         descriptors: files that it may have open; each connection that it signals takes one.
         threads: processes and threads that its user may have on the machine. Not counted for root.
-        filter_calls: refuse system calls that no guest needs, among them those that start processes and open
-            sockets, where pyseccomp and libseccomp are installed (the ``sandbox`` extra).
+        filter_calls: refuse system calls that no guest needs, among them those that start processes, open sockets and
+            share memory, where pyseccomp and libseccomp are installed (the ``sandbox`` extra).
 
     Raises:
         ValueError: a bound is not positive.
