@@ -3,16 +3,14 @@
 Seeded; ``VMBUS_SEED`` repeats a run.
 """
 
-import os
-import random
-
 import pytest
 from reference.descriptors import open_descriptors
+from reference.seeds import chosen_seed
 
 from vmbus.hypervisor import ChildProcess, HostClock, Hypervisor
 from vmbus.hypervisor.tlfs import PartitionState
 
-SEED = int(os.environ.get("VMBUS_SEED", "0")) or random.SystemRandom().randrange(1, 1 << 32)
+SEED = chosen_seed()
 
 
 @pytest.mark.parametrize("round_number", range(4))

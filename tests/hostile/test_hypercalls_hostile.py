@@ -4,11 +4,11 @@ Seeded; a failure prints the seed to repeat it with ``VMBUS_SEED=… pytest …`
 """
 
 import contextlib
-import os
 import random
 
 import pytest
 from reference.raw_guest import RawGuest
+from reference.seeds import chosen_seed
 
 from vmbus.core.memory import GuestMemory
 from vmbus.errors import HypercallError, RemoteProtocolError
@@ -26,7 +26,7 @@ from vmbus.hypervisor.personality import ROOT_PRIVILEGES
 from vmbus.hypervisor.synic import MESSAGE_QUEUE_LIMIT
 from vmbus.hypervisor.tlfs import PARTITION_ID_SELF, Msr, Status
 
-SEED = int(os.environ.get("VMBUS_SEED", "0")) or random.SystemRandom().randrange(1, 1 << 32)
+SEED = chosen_seed()
 STATUSES = set(map(int, Status))
 SIZE = 1 << 18
 

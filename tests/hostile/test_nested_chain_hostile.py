@@ -12,6 +12,7 @@ import struct
 
 import pytest
 from reference.partition_oracle import Entry, Node
+from reference.seeds import chosen_seed
 
 from vmbus.core.memory import EXECUTE, READ, WRITE
 from vmbus.errors import GuestMemoryError
@@ -37,7 +38,7 @@ from vmbus.hypervisor.tlfs import (
 )
 from vmbus.hypervisor.wire import ConnectPort, CreatePartition, CreatePort, CreateVp, MapGpaPages, VpReference
 
-SEED = int(os.environ.get("VMBUS_SEED", "0")) or random.SystemRandom().randrange(1, 1 << 32)
+SEED = chosen_seed()
 ROUNDS = int(os.environ.get("VMBUS_ROUNDS", "6"))
 STEPS = 600
 STATUSES = set(map(int, Status))

@@ -6,7 +6,6 @@ the same switch and on disks beside. Worth the most under the sanitizers. Seeded
 """
 
 import contextlib
-import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from uuid import UUID
 import pytest
 from reference.flipper import Flipper
 from reference.netpair import frame, mac
+from reference.seeds import chosen_seed
 
 from vmbus.bus import Channel, Offer, VmbusGuest, VmbusHost
 from vmbus.bus.pages import PageAllocator
@@ -28,7 +28,7 @@ from vmbus.storage.disk import Buffer, Disk, MemoryDisk, RawDisk
 from vmbus.storage.vsc import StorageVsc
 from vmbus.storage.vsp import StorageVsp
 
-SEED = int(os.environ.get("VMBUS_SEED", "0")) or random.SystemRandom().randrange(1, 1 << 32)
+SEED = chosen_seed()
 ROUNDS = pytest.mark.parametrize("rounds", [5, pytest.param(60, marks=pytest.mark.slow)])
 MIB = 1 << 20
 CONTENT = random.Random(1).randbytes(MIB)

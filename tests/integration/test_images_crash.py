@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from reference.disk_model import fast_folder, qemu_img
 from reference.sector_history import PARENT, History, perform, steps
+from reference.seeds import chosen_seed
 from reference.vhd_writer import write_vhd
 
 from vmbus.storage.images import create_vhd, create_vhdx, open_disk
@@ -172,7 +173,7 @@ def replay(image: Path, calls: list[tuple[str, int, Any]]) -> None:
 def test_a_power_cut_loses_nothing_that_was_flushed(
     kind: str, cuts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seed = int(os.environ.get("VMBUS_SEED", random.SystemRandom().randrange(1 << 32)))
+    seed = chosen_seed()
     rnd = random.Random(seed)
     print(f"seed {seed}")
     image = make(kind, tmp_path)

@@ -3,7 +3,6 @@
 Rerun a failure with ``python -c "from reference.x86_lockstep import run; run(SEED, BITS, 10**5)"`` in tests/.
 """
 
-import os
 import random
 
 import pytest
@@ -12,6 +11,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("unicorn", reason="the differential tests compare with Unicorn (extra `guest`)")
 
+from reference.seeds import chosen_seed
 from reference.x86_lockstep import Lockstep, run
 from reference.x86_programs import Programs
 
@@ -27,7 +27,7 @@ def test_random_instructions_act_as_in_unicorn(seed: int, bits: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", [64, 32])
 def test_many_random_instructions_act_as_in_unicorn(bits: int) -> None:
-    seed = int(os.environ.get("VMBUS_SEED", "0")) or random.SystemRandom().getrandbits(32)
+    seed = chosen_seed()
     print(f"seed {seed}")
     pair = run(seed, bits, 20_000)
     assert pair.executed > 17_000

@@ -1,8 +1,8 @@
 """How the fuzz targets are driven: random cases, each from a seed of its own, until the time is over.
 
 A target is one test. `VMBUS_FUZZ_SECONDS` says how long each runs (1 s unless it says otherwise, so that the quick
-tests try all of them), `VMBUS_FUZZ_SEED` makes a run the same again, and with `VMBUS_FUZZ_CASE` only that one of its
-cases. Every failure names both numbers.
+tests try all of them), `VMBUS_FUZZ_SEED` where it starts (``random``: somewhere else each time), and
+`VMBUS_FUZZ_CASE` has only that one of its cases run. Every failure names both numbers.
 """
 
 import gc
@@ -13,8 +13,10 @@ import threading
 import time
 from collections.abc import Callable
 
+from reference.seeds import chosen_seed
+
 SECONDS = float(os.environ.get("VMBUS_FUZZ_SECONDS", "1"))
-SEED = int(os.environ.get("VMBUS_FUZZ_SEED", "0"))
+SEED = chosen_seed("VMBUS_FUZZ_SEED")
 CASE = int(os.environ.get("VMBUS_FUZZ_CASE", "0"))
 
 CASE_SECONDS = 60
@@ -36,7 +38,7 @@ class Fuzz:
     """Runs cases, and judges what they leave behind: threads, descriptors, memory."""
 
     def __init__(self) -> None:
-        self.seed = SEED or random.SystemRandom().getrandbits(32)
+        self.seed = SEED
         self.cases = 0
 
     def run(self, case: Callable[[random.Random], None], *, least: int = 3) -> None:
