@@ -345,7 +345,10 @@ def withdraw(chain, actor):
     _, done, out = chain.call(actor, CallCode.WITHDRAW_MEMORY, q(target, 0), reps=2)
     for number in range(done):
         page = int.from_bytes(out[8 * number :][:8], "little")
-        chain.node(actor.partition.id).withdraw(self_or(chain, actor, target), page * PAGE)
+        me = chain.node(actor.partition.id)
+        me.withdraw(self_or(chain, actor, target), page * PAGE)
+        if me.access(page * PAGE):  # what the hypervisor had comes back empty
+            chain.written.add(me.holds(page * PAGE).backing)
 
 
 def give_privileges(chain, actor, target=None, value=None):
