@@ -118,6 +118,13 @@ class ConfinedProcess:
             self.signal(signal.SIGKILL)
         else:
             self._process.kill()
+        if (
+            self.pid == self._process.pid
+        ):  # no namespace ends what it started: its group does, as far as that stayed in
+            with contextlib.suppress(OSError):
+                os.killpg(
+                    self.pid, signal.SIGKILL
+                )  # before its end is taken note of: then the number is free
         try:
             status = self._process.wait(_LAST_WORDS)
         except (
@@ -125,8 +132,6 @@ class ConfinedProcess:
         ):  # process 1 of its namespace does not report the end: all of that goes
             self._process.kill()
             status = self._process.wait()
-        with contextlib.suppress(OSError):  # nobody is left of its group
-            os.killpg(self._process.pid, signal.SIGKILL)
         return status
 
     def close(self) -> None:
