@@ -29,7 +29,8 @@ def problems_of_wheel(names: set[str], modules: set[str]) -> list[str]:
 
 def problems_of_sdist(names: set[str]) -> list[str]:
     """What a source archive with these files (top folder removed) lacks, or has without need."""
-    wanted = {"LICENSE", "README.md", "CHANGELOG.md", "pyproject.toml", "setup.py"}
+    wanted = {"LICENSE", "README.md", "CHANGELOG.md", "SECURITY.md", "pyproject.toml", "setup.py"}
+    wanted |= {path.relative_to(TOP).as_posix() for path in (TOP / "tests").rglob("*.c")}
     for folder in ("ext", "src", "tests", "benchmarks"):
         wanted |= {
             path.relative_to(TOP).as_posix() for path in (TOP / folder).rglob("*.p[yx]*") if path.is_file()
@@ -37,7 +38,9 @@ def problems_of_sdist(names: set[str]) -> list[str]:
     wanted = {name for name in wanted if not name.endswith((".pyc", ".pyo"))}
     found = [f"missing: {name}" for name in sorted(wanted - names)]
     return found + [
-        f"does not belong there: {name}" for name in sorted(names) if name.endswith((".so", ".c"))
+        f"does not belong there: {name}"
+        for name in sorted(names)
+        if name.endswith(".so") or (name.endswith(".c") and not name.startswith("tests/"))
     ]
 
 

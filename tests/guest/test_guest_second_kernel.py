@@ -65,10 +65,12 @@ def test_the_root_disk_is_found_by_label_and_by_uuid(boot, shell, root: Path, im
     uuid = re.search(r"Filesystem UUID:\s+(\S+)", said)
     assert uuid
     for name in ("LABEL=system", f"UUID={uuid[1]}"):
-        run = shell(boot(disks=[image, root], append=f"{PLAIN} root={name}"))
+        machine = boot(disks=[image, root], append=f"{PLAIN} root={name}")
+        run = shell(machine)
         run("grep -E '^/dev/sd[ab] / ext4 rw' /proc/mounts")
         run("test -s /boot/vmlinuz")
         run.power_off()
+        machine.close()  # the next one has the same disks
 
 
 def test_a_label_that_nobody_has_ends_at_a_shell(boot, shell) -> None:
