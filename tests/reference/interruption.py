@@ -1,14 +1,11 @@
 """Exceptions from outside, as Ctrl-C brings them, at any point of given source files."""
 
 import linecache
-import opcode
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
-
-_LOAD_CONST = opcode.opmap["LOAD_CONST"]
 
 
 class Interrupted(BaseException):
@@ -32,7 +29,7 @@ def interrupted_at(point: int, *files: str, opcodes: bool = False) -> Iterator[N
         if not frame.f_code.co_filename.endswith(files) or _finalizes(frame):
             return None
         frame.f_trace_opcodes = opcodes
-        if event == ("opcode" if opcodes else "line") and not _leaves_with(frame):
+        if event == ("opcode" if opcodes else "line") and not _no_signal_comes(frame):
             left -= 1
             if left < 0:
                 sys.settrace(None)
@@ -47,11 +44,21 @@ def interrupted_at(point: int, *files: str, opcodes: bool = False) -> Iterator[N
         sys.settrace(before)
 
 
-def _leaves_with(frame: FrameType) -> bool:
-    """Whether a `with` block is about to be left: there Python looks for signals only when its context has ended."""
-    code = frame.f_code
-    line = linecache.getline(code.co_filename, frame.f_lineno or 0).lstrip()
-    return line.startswith("with ") and code.co_code[frame.f_lasti] == _LOAD_CONST
+def _no_signal_comes(frame: FrameType) -> bool:
+    """Whether Python does not look for signals there.
+
+    Neither at a bare ``try``, which executes nothing, nor where a `with` block is about to be left, before its context
+    has ended.
+    """
+    code, number = frame.f_code, frame.f_lineno or 0
+    text = linecache.getline(code.co_filename, number).strip()
+    if not text.startswith("with "):
+        return text == "try:"
+    entered = -1  # where the instructions end that enter it; whatever is of that line behind them leaves it
+    for start, end, line in code.co_lines():
+        if line == number and entered in (-1, start):
+            entered = end
+    return frame.f_lasti >= entered
 
 
 def _finalizes(frame: FrameType | None) -> bool:
