@@ -11,8 +11,10 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from uuid import UUID
 
 import pytest
+from reference.eventually import eventually
 from reference.seeds import chosen_seed
 from reference.storage_attacker import (
     COMPLETION,
@@ -31,12 +33,15 @@ from reference.storage_attacker import (
 )
 
 from vmbus.storage.disk import Disk, MemoryDisk, RawDisk
+from vmbus.storage.scsi import DiskUnit
+from vmbus.storage.scsi.codes import AdditionalSense
 from vmbus.storage.vsp import MAX_OUTSTANDING, StorageVsp
 
 MIB = 1 << 20
 SECONDS = float(os.environ.get("VMBUS_FUZZ_SECONDS", "2"))
 
 INVALID_REQUEST, INVALID_LUN, SUCCESS = 0x06, 0x20, 0x01
+RESET_LUN = 4
 
 
 @pytest.fixture(params=["file", "memory"])
@@ -310,6 +315,58 @@ def test_a_channel_closed_in_the_middle_of_requests() -> None:
     room.attacker.guest.close()
     room.close()
     disk.fd = file
+    disk.close()
+
+
+class ResetsLate(DiskUnit):
+    """A unit whose resets wait for `gate`."""
+
+    def __init__(self, disk: Disk) -> None:
+        super().__init__(disk, UUID(int=1))
+        self.resetting, self.gate = threading.Event(), threading.Event()
+
+    def reset(self, what: AdditionalSense = AdditionalSense.DEVICE_RESET_OCCURRED) -> None:
+        self.resetting.set()
+        assert self.gate.wait(10)
+        super().reset(what)
+
+
+@pytest.mark.parametrize("behind", ["another reset", "a write that it aborts"])
+def test_a_ring_that_breaks_during_a_reset_closes_the_channel(behind: str) -> None:
+    """The channel's end waits for the reset, so the reset's thread must not be the one that ends the channel."""
+    reading, gate = threading.Event(), threading.Event()
+
+    class ReadsLate(MemoryDisk):
+        def read(self, offset: int, length: int) -> bytes:
+            reading.set()
+            assert gate.wait(10)
+            return super().read(offset, length)
+
+    disk = ReadsLate(MIB, content=CONTENT)
+    disk.fd = -1  # no short cut past `read`
+    unit = ResetsLate(disk)
+    provider = StorageVsp({(0, 0): unit}, workers=1)
+    attacker = Attacker()
+    provider.open(attacker.host)
+    attacker.negotiate()
+    reset = control(RESET_LUN, bytes(52))
+    attacker.send(IN_BAND, reset)
+    assert unit.resetting.wait(10)
+    if behind == "another reset":
+        attacker.send(IN_BAND, reset)
+    else:
+        attacker.send(GPA_DIRECT, srb(read10(0, 1), 512), gpa_header([(512, 0, [3])]))
+        assert reading.wait(10)  # the only worker thread is busy
+        attacker.send(GPA_DIRECT, srb(write10(0, 1), 512), gpa_header([(512, 0, [3])]))
+        assert len(unit.tasks) == 2
+    attacker.ring.set_word(0, 5)  # and no signal: whoever looks next finds it
+    unit.gate.set()
+    if behind != "another reset":
+        assert eventually(lambda: len(unit.tasks) == 1), "the reset aborts the write, and spares the read"
+    gate.set()
+    assert eventually(lambda: not attacker.guest.is_open)
+    provider.shutdown()
+    assert len(unit.tasks) == 0
     disk.close()
 
 

@@ -8,6 +8,7 @@ which the backend finishes them.
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from typing import NamedTuple, Self, TypeAlias
 from uuid import UUID, uuid4, uuid5
@@ -125,6 +126,9 @@ class StorageVsp:
         self._pool = ThreadPoolExecutor(workers, "storvsp") if workers else None
         # A reset waits for commands of other controllers; meanwhile the channel goes on.
         self._management = ThreadPoolExecutor(1, "storvsp-management") if workers else None
+        # Moving packets may end in closing the channel, which waits for its requests and resets. So a thread in the
+        # middle of one, or that others wait for, leaves it to this one.
+        self._pump = ThreadPoolExecutor(1, "storvsp-pump") if workers else None
         for address, disk in (disks or {}).items():
             self.add_disk(address, disk)
 
@@ -302,7 +306,7 @@ class StorageVsp:
         """Close all channels' service and end the worker threads. The disks stay open."""
         for server in list(self._servers.values()):
             self.close(server.channel)
-        for pool in (self._pool, self._management):
+        for pool in (self._management, self._pool, self._pump):
             if pool is not None:
                 pool.shutdown()
 
@@ -371,6 +375,12 @@ class StorageVsp:
             if channel.is_open:
                 raise
             # Closed between two of our steps; `close` comes, or has come.
+
+    def _kick_elsewhere(self, server: ChannelServer) -> None:
+        """Have packets moved by a thread that has nothing else to do."""
+        assert self._pump is not None
+        with suppress(RuntimeError):  # shut down: the channel is closed, too
+            self._pump.submit(server.kick, self._run)
 
     def _serve_fast(self, server: ChannelServer) -> bool:
         """Let compiled code serve plain reads and writes; True to come round again, False if a packet is left."""
@@ -477,7 +487,7 @@ class StorageVsp:
             status = NtStatus.CANCELLED if future.cancelled() else future.result()
             server.complete(packet, size, status, b"")
             server.finished(future)
-            server.kick(self._run)
+            self._kick_elsewhere(server)
 
         server.begun(future, None)
         future.add_done_callback(finished)
@@ -543,7 +553,12 @@ class StorageVsp:
             outcome = _ABORTED if future.cancelled() else future.result()
             self._respond(server, request, outcome)
             server.finished(future)
-            server.kick(self._run)
+            if (
+                future.cancelled()
+            ):  # by a command or a reset, perhaps of another controller, that is under way
+                self._kick_elsewhere(server)
+            else:
+                server.kick(self._run)
 
         future.add_done_callback(finished)
 
