@@ -7,6 +7,7 @@ import os
 import random
 import threading
 import time
+from operator import le
 
 import pytest
 from reference.bus_soak import Provider
@@ -317,7 +318,8 @@ def generations_without_leaks(hosting: Threads, generations: int, children: int,
         live_and_die(hv, hosting, rng, children)
     gc.collect()
     after = open_descriptors(), threading.active_count(), guest_mappings(), len(gc.get_objects())
-    assert after[:3] == before[:3], "file descriptors, threads, mappings of guest memory"
+    # Fewer is fine: somebody may have been about to end.
+    assert all(map(le, after[:3], before[:3])), ("descriptors, threads, mappings of guests", before, after)
     assert after[3] <= before[3] + generations * children * 60, "objects"
     assert set(hv.partitions) == {hv.root.id}  # type: ignore[union-attr]
     with pytest.raises(ChildProcessError):  # neither living children nor dead ones that nobody waited for
