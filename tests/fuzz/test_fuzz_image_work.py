@@ -83,7 +83,7 @@ def test_vhdx(fuzz: Fuzz, tmp_path: Path) -> None:
         image.write_bytes(build_vhdx(rng, parent, UUID(int=2)))
         judge(rng, image)
 
-    fuzz.run(case)
+    fuzz.run(case, cases=600)
 
 
 def test_vhd(fuzz: Fuzz, tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_vhd(fuzz: Fuzz, tmp_path: Path) -> None:
         image.write_bytes(build_vhd(rng, parent, UUID(int=5)))
         judge(rng, image)
 
-    fuzz.run(case)
+    fuzz.run(case, cases=1500)
 
 
 @pytest.mark.parametrize("build", [build_vhd, build_vhdx])

@@ -139,7 +139,7 @@ def test_vhd(fuzz: Fuzz, tmp_path: Path) -> None:
                 vhd_sum(raw, 512, 1024, 36)
         judge(rng, victim, raw, "vhd")
 
-    fuzz.run(case)
+    fuzz.run(case, cases=7000)
 
 
 def with_a_log(path: Path) -> tuple[bytes, Areas]:
@@ -182,4 +182,4 @@ def test_vhdx(fuzz: Fuzz, tmp_path: Path) -> None:
                 vhdx_sum(raw, MIB, 2 * 4096)
         judge(rng, victim, raw, "vhdx")
 
-    fuzz.run(case)
+    fuzz.run(case, cases=5000)

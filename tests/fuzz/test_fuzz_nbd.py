@@ -176,4 +176,4 @@ def test_nbd_client(fuzz: Fuzz, tmp_path: Path) -> None:
         else:
             against_the_protocol(rng)
 
-    fuzz.run(case)
+    fuzz.run(case, cases=80_000)

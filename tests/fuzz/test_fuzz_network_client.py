@@ -85,4 +85,4 @@ def a_host_that_may_send_anything(rng: random.Random) -> None:
 
 
 def test_network_client(fuzz: Fuzz) -> None:
-    fuzz.run(a_host_that_may_send_anything)
+    fuzz.run(a_host_that_may_send_anything, cases=4500)

@@ -139,4 +139,4 @@ def a_guest_that_may_send_anything(rng: random.Random) -> None:
 
 
 def test_network_provider(fuzz: Fuzz) -> None:
-    fuzz.run(a_guest_that_may_send_anything)
+    fuzz.run(a_guest_that_may_send_anything, cases=9000)

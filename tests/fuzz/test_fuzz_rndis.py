@@ -102,4 +102,4 @@ def parsers(rng: random.Random) -> None:
 
 
 def test_rndis(fuzz: Fuzz) -> None:
-    fuzz.run(parsers)
+    fuzz.run(parsers, cases=45_000)

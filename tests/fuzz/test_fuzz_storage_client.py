@@ -93,4 +93,4 @@ def a_host_that_may_answer_anything(rng: random.Random) -> None:
 
 
 def test_storage_client(fuzz: Fuzz) -> None:
-    fuzz.run(a_host_that_may_answer_anything)
+    fuzz.run(a_host_that_may_answer_anything, cases=12_000)

@@ -158,4 +158,4 @@ def a_guest_that_may_send_anything(rng: random.Random, disk: Disk, workers: int)
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_storage_provider(fuzz: Fuzz, disks: list[Disk], workers: int) -> None:
-    fuzz.run(lambda rng: a_guest_that_may_send_anything(rng, rng.choice(disks), workers))
+    fuzz.run(lambda rng: a_guest_that_may_send_anything(rng, rng.choice(disks), workers), cases=7000)

@@ -284,5 +284,5 @@ def test_a_host_that_never_stops_talking_does_not_keep_the_client(noise: str) ->
     with pytest.raises(DeviceError, match="did not answer"):
         nic.keepalive()
     assert nic.send_batch([frame(mac(2), mac(1))] * 10) == 10
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 60
     guest.guest_end.incoming = ring

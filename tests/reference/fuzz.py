@@ -1,8 +1,10 @@
-"""How the fuzz targets are driven: random cases, each from a seed of its own, until the time is over.
+"""How the fuzz targets are driven: random cases, each from a seed of its own, as many as the target says.
 
-A target is one test. `VMBUS_FUZZ_SECONDS` says how long each runs (1 s unless it says otherwise, so that the quick
-tests try all of them), `VMBUS_FUZZ_SEED` where it starts (``random``: somewhere else each time), and
-`VMBUS_FUZZ_CASE` has only that one of its cases run. Every failure names both numbers.
+A target is one test. Without settings it runs the same cases each time, however busy the machine is.
+`VMBUS_FUZZ_SCALE` multiplies their number (1/50 unless it is said, so that the quick tests try all of them),
+`VMBUS_FUZZ_SECONDS` has each target run for a time instead,
+`VMBUS_FUZZ_SEED` says where it starts (``random``: somewhere else each time), and `VMBUS_FUZZ_CASE` has only that one
+of its cases run. Every failure names both numbers.
 """
 
 import gc
@@ -15,7 +17,10 @@ from collections.abc import Callable
 
 from reference.seeds import chosen_seed
 
-SECONDS = float(os.environ.get("VMBUS_FUZZ_SECONDS", "1"))
+SECONDS = float(os.environ.get("VMBUS_FUZZ_SECONDS", "0"))
+"""Real time that each target runs for; 0: as many cases as it says."""
+SCALE = float(os.environ.get("VMBUS_FUZZ_SCALE", "0.02"))
+MIN_CASES = 3
 SEED = chosen_seed("VMBUS_FUZZ_SEED")
 CASE = int(os.environ.get("VMBUS_FUZZ_CASE", "0"))
 
@@ -41,15 +46,21 @@ class Fuzz:
         self.seed = SEED
         self.cases = 0
 
-    def run(self, case: Callable[[random.Random], None], *, least: int = 3) -> None:
-        """Call `case` with fresh random numbers until the time is over, at least `least` times."""
+    def run(self, case: Callable[[random.Random], None], *, cases: int) -> None:
+        """Call `case` with fresh random numbers.
+
+        Args:
+            case: one case.
+            cases: how many of them are about half a minute's work.
+        """
         if CASE:
             self._one(case, CASE)
             return
         self._one(case, 1)
         warm = self._leavings()
+        wanted = MIN_CASES if SECONDS else max(round(cases * SCALE), MIN_CASES)
         ends = time.monotonic() + SECONDS
-        while time.monotonic() < ends or self.cases < least:
+        while self.cases < wanted or (SECONDS and time.monotonic() < ends):
             self._one(case, self.cases + 1)
         threads, descriptors, memory = self._leavings()
         assert threads <= warm[0], "cases leave threads behind"
