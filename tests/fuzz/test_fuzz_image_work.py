@@ -10,40 +10,16 @@ from uuid import UUID
 
 import pytest
 from reference.disk_model import fast_folder
+from reference.disk_user import use
 from reference.fuzz import Fuzz
 from reference.image_builder import build_vhd, build_vhdx
 from reference.work import bounded
 
-from vmbus.storage.disk import Disk, DiskError
+from vmbus.storage.disk import DiskError
 from vmbus.storage.images import open_disk
 
 MIB = 1 << 20
 tmp_path = pytest.fixture(fast_folder, name="tmp_path")
-
-
-def ask(rng: random.Random, disk: Disk) -> None:
-    """A few requests as a guest makes them, and the whole map."""
-    sector = disk.sector_size
-    for _ in range(6):
-        at = rng.randrange(disk.sector_count) * sector
-        length = min(rng.choice([sector, 8 * sector, MIB]), disk.size - at)
-        what = rng.randrange(5)
-        with suppress(
-            DiskError
-        ):  # a disk may be full, or its file's end torn off: that is one request's business
-            if what == 0:
-                assert len(disk.read(at, length)) == length
-            elif what == 1 and not disk.read_only:
-                disk.write(at, b"w" * length)
-                assert disk.read(at, length) == b"w" * length
-            elif what == 2 and not disk.read_only:
-                disk.unmap(at, length)
-                assert not any(disk.read(at, length))
-            elif what == 3:
-                disk.flush()
-            else:
-                assert sum(extent.length for extent in disk.extents(at, length)) == length
-    assert sum(extent.length for extent in disk.extents(0, disk.size)) == disk.size
 
 
 def judge(rng: random.Random, image: Path) -> None:
@@ -64,7 +40,8 @@ def judge(rng: random.Random, image: Path) -> None:
             continue
         with disk, bounded(lines=400_000 + total, read=3 * total + 64 * MIB):
             # A request makes work in proportion to itself; a disk of 64 TiB may have as many runs as its table.
-            ask(rng, disk)
+            use(rng, disk, 6, may_raise=(DiskError,))
+            assert sum(extent.length for extent in disk.extents(0, disk.size)) == disk.size
         if read_only:
             assert image.read_bytes() == before
 

@@ -10,12 +10,13 @@ from uuid import UUID
 
 import pytest
 from reference.disk_model import fast_folder
+from reference.disk_user import use
 from reference.fuzz import Fuzz
 from reference.mutation import WORDS
 from reference.vhd_writer import scattered, write_vhd
 
 from vmbus.core.crc32c import crc32c
-from vmbus.storage.disk import Disk, DiskError
+from vmbus.storage.disk import DiskError
 from vmbus.storage.images import Format, create_vhd, create_vhdx, open_disk
 from vmbus.storage.images.hostfile import HostFile
 from vmbus.storage.images.vhdx_log import LogWriter
@@ -56,28 +57,6 @@ def damage(rng: random.Random, raw: bytearray, areas: Areas, order: str) -> None
         del raw[rng.randrange(len(raw)) :]
 
 
-def use(rng: random.Random, disk: Disk) -> None:
-    """Whatever a guest may ask of it."""
-    size = disk.sector_size
-    for _ in range(10):
-        at = rng.randrange(disk.sector_count) * size
-        length = min(rng.choice([size, 8 * size, MIB]), disk.size - at)
-        what = rng.randrange(5)
-        if what == 0:
-            assert len(disk.read(at, length)) == length
-        elif what == 1 and not disk.read_only:
-            data = rng.randbytes(length)
-            disk.write(at, data)
-            assert disk.read(at, length) == data
-        elif what == 2 and not disk.read_only:
-            disk.unmap(at, length)
-            assert not any(disk.read(at, length))
-        elif what == 3:
-            disk.flush()
-        else:
-            assert sum(extent.length for extent in disk.extents(at, length)) == length
-
-
 def judge(rng: random.Random, victim: Path, raw: bytearray, image_format: Format) -> None:
     """One clear sentence and an untouched file, or a disk that works; never another exception."""
     victim.write_bytes(raw)
@@ -93,7 +72,7 @@ def judge(rng: random.Random, victim: Path, raw: bytearray, image_format: Format
         assert victim.read_bytes() == raw
         return
     with disk:
-        use(rng, disk)
+        use(rng, disk, 10)
     assert victim.read_bytes() == raw
     try:
         disk = open_disk(victim, format=image_format)
@@ -104,7 +83,7 @@ def judge(rng: random.Random, victim: Path, raw: bytearray, image_format: Format
         assert victim.read_bytes() == raw
         return
     with disk, suppress(DiskError):  # a full host disk, for instance
-        use(rng, disk)
+        use(rng, disk, 10)
 
 
 def test_vhd(fuzz: Fuzz, tmp_path: Path) -> None:
