@@ -17,8 +17,9 @@ from reference.disk_model import qemu_img
 from reference.nbd_servers import qemu_nbd
 
 from vmbus import cli
-from vmbus.errors import DeviceError
+from vmbus.errors import DeviceError, LocalProtocolError
 from vmbus.machine.comparison import PATHS, compare
+from vmbus.machine.model import ModelMachine
 from vmbus.storage.disk import MemoryDisk
 from vmbus.storage.images import create_vhd, create_vhdx, open_disk
 
@@ -374,3 +375,29 @@ def test_interrupted_it_says_so_and_leaves_nothing(tmp_path: Path) -> None:
         out, err = process.communicate(timeout=120)
     assert (process.returncode, out, err) == (130, b"", b"vmbus: interrupted\n")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("depth", "doorbells"), [(16, 16), (64, 4), (256, 1)])
+def test_the_depth_that_is_told_was_in_force(depth: int, doorbells: int) -> None:
+    """256 reads, a signal for each queue full of them."""
+    result = compare(size=1 << 20, depth=depth)
+    reads = result.phases["reads"]["enlightened"]
+    assert (result.depth, reads.operations) == (depth, 256)
+    assert reads.counts.doorbells_sent == doorbells  # the guest polls for its completions
+    assert reads.counts.packets_sent == 2 * 256
+
+
+def test_a_depth_that_cannot_be_in_force_is_refused() -> None:
+    with pytest.raises(DeviceError, match="at most 1024 MiB"):
+        compare(size=1 << 20, depth=1 << 19)
+    with ModelMachine() as machine, MemoryDisk(1 << 20) as disk:
+        with pytest.raises(LocalProtocolError, match="half of the guest's memory"):
+            machine.add_enlightened_disk(disk, depth=4096, request_size=64 << 10)
+        with pytest.raises(LocalProtocolError, match="at least one"):
+            machine.add_enlightened_disk(disk, depth=0)
+
+
+def test_large_blocks_may_be_deep_too() -> None:
+    result = compare(size=32 << 20, block=256 << 10, depth=128)
+    assert result.correct
+    assert result.phases["reads"]["enlightened"].counts.doorbells_sent == 1

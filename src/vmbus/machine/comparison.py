@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vmbus.core.memory import PAGE_SIZE
 from vmbus.errors import DeviceError
 from vmbus.machine.block import BlockDevice
 from vmbus.machine.model import ModelMachine
@@ -29,6 +30,10 @@ __all__ = ["PATHS", "Comparison", "Phase", "compare"]
 PATHS = ("enlightened", "emulated")
 """The two ways of a request: storage VSC → VMBus → storage VSP, and ATA driver → intercepts → IDE controller."""
 
+MAX_UNDER_WAY = 1 << 30
+"""Bytes of all requests that may be under way at once."""
+MIN_MEMORY = 64 << 20
+"""Bytes of the guests' memory, at least."""
 _PART = 1 << 20
 """Bytes that the host's own reads and writes move at once."""
 
@@ -154,6 +159,10 @@ def compare(
         raise DeviceError(f"blocks of {block} bytes: must be a positive multiple of 512")
     if depth < 1:
         raise DeviceError(f"a queue depth of {depth}: must be at least 1")
+    if depth * block > MAX_UNDER_WAY:
+        raise DeviceError(
+            f"{depth} requests of {block} bytes under way: at most {MAX_UNDER_WAY >> 20} MiB of the guest's memory"
+        )
     if size <= 0 or size % 512:
         raise DeviceError(f"an image of {size} bytes: must be a positive multiple of 512")
     with ExitStack() as stack:
@@ -213,10 +222,12 @@ def _operations(length: int, block: int, depth: int) -> Iterator[tuple[list[int]
 class _Path:
     """One machine, its guest's disk, and the phase that it is in."""
 
-    def __init__(self, kind: str, disk: Disk, depth: int) -> None:
-        self.machine = ModelMachine()
+    def __init__(self, kind: str, disk: Disk, block: int, depth: int) -> None:
+        # Half of the guest's memory may be data pages; the depth that is reported has to be in force.
+        memory = max(MIN_MEMORY, 4 * -(-depth * block // PAGE_SIZE) * PAGE_SIZE)
+        self.machine = ModelMachine(memory_size=memory)
         self.device: BlockDevice = (
-            self.machine.add_enlightened_disk(disk, depth=depth)
+            self.machine.add_enlightened_disk(disk, depth=depth, request_size=block)
             if kind == "enlightened"
             else self.machine.add_emulated_disk(disk)
         )
@@ -233,7 +244,7 @@ class _Path:
 
 
 def _reads(disk: Disk, block: int, depth: int, progress: Progress | None) -> tuple[dict[str, Phase], str]:
-    paths = {kind: _Path(kind, disk, depth) for kind in PATHS}
+    paths = {kind: _Path(kind, disk, block, depth) for kind in PATHS}
     hashes = {kind: hashlib.sha256() for kind in PATHS}
     total = -(-disk.size // block)
     done = 0
@@ -267,7 +278,7 @@ def _writes(
     whole = range(0, length - length % block, block)
     offsets = sorted(choice.sample(whole, max(1, len(whole) // 4))) if whole else []
     expected = hashlib.sha256()
-    paths = {kind: _Path(kind, disk, depth) for kind, disk in disks.items()}
+    paths = {kind: _Path(kind, disk, block, depth) for kind, disk in disks.items()}
     for start in range(0, len(offsets), depth):
         batch = offsets[start : start + depth]
         data = [noise.randbytes(block) for _ in batch]

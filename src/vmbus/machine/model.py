@@ -31,12 +31,13 @@ from vmbus.trace.ledger import Ledger
 __all__ = ["ModelMachine"]
 
 RING_PAGES = 16
-"""Data pages of each ring of a storage channel: 64 KiB, room for some hundred requests."""
-DATA_PAGES = 512
-"""Guest pages that a storage client may use for data: 2 MiB, 64 requests of 32 KiB."""
-LEAST_MEMORY = 8 << 20
+"""Data pages of a channel's rings: 64 KiB; those of a deep queue get more."""
+REQUEST_SIZE = 32 << 10
+"""Bytes of the requests of which a disk's queue holds as many as its depth says."""
+MIN_DATA_PAGES = 512
+MIN_MEMORY = 8 << 20
 """Bytes that the child has at least."""
-MOST_MEMORY = 1 << 46
+MAX_MEMORY = 1 << 46
 """And less than these."""
 EMULATED_MEMORY = 2 << 20
 """Bytes at the end of the child's memory for the drivers of emulated hardware; VMBus drivers have the rest."""
@@ -79,9 +80,9 @@ class ModelMachine:
         budget: Budget | None = None,
     ) -> None:
         memory_size = byte_count(memory_size, "memory")
-        if not LEAST_MEMORY <= memory_size < MOST_MEMORY or memory_size % PAGE_SIZE:
+        if not MIN_MEMORY <= memory_size < MAX_MEMORY or memory_size % PAGE_SIZE:
             raise LocalProtocolError(
-                f"{memory_size} bytes of memory: the drivers need {LEAST_MEMORY >> 20} MiB or more, whole pages"
+                f"{memory_size} bytes of memory: the drivers need {MIN_MEMORY >> 20} MiB or more, whole pages"
             )
         if isinstance(personality, str):
             personality = _named(personality)
@@ -137,31 +138,47 @@ class ModelMachine:
             return self.add_enlightened_disk(disk, depth=depth)
         return self.add_emulated_disk(disk)
 
-    def add_enlightened_disk(self, disk: Disk, *, depth: int = 32) -> StorageDisk:
+    def add_enlightened_disk(
+        self, disk: Disk, *, depth: int = 32, request_size: int = REQUEST_SIZE
+    ) -> StorageDisk:
         """Attach a disk to a storage controller of its own: VSC → VMBus → VSP.
 
         Args:
             disk: what the parent has; the caller closes it.
-            depth: how many requests the guest keeps under way in a batch.
+            depth: how many requests the guest keeps under way in a batch. Ring and data pages are made for it.
+            request_size: bytes of the largest requests for which that holds.
 
         Raises:
-            LocalProtocolError: the machine is closed, or the personality has no VMBus driver.
+            LocalProtocolError: the machine is closed, the personality has no VMBus driver, or the guest has no memory
+                for a queue of that depth.
         """
         self._check()
+        if depth < 1:
+            raise LocalProtocolError(f"a queue of {depth} requests: there must be at least one")
+        each = -(-byte_count(request_size, "a request") // PAGE_SIZE)
+        pages = max(MIN_DATA_PAGES, depth * each)
+        ring_pages = max(RING_PAGES, -(-depth * (128 + 8 * each) // PAGE_SIZE))
+        if pages + 2 * ring_pages > self.child.memory.size // PAGE_SIZE // 2:
+            raise LocalProtocolError(
+                f"a queue of {depth} requests of {request_size} bytes: needs {pages // 256} MiB of data pages, "
+                "which may be half of the guest's memory"
+            )
         vsp = StorageVsp({(0, 0): limited(disk, self.child.meter.disk_growth)})
         self.host.offer(vsp.offer, on_open=vsp.open, on_close=vsp.close, name="storage")
         self._providers.append(vsp)
         guest = self.guest
         offer = next(o for o in guest.offers if o.instance_id == vsp.offer.instance_id)
         channel = guest.open(
-            offer, RING_PAGES, RING_PAGES, account=self.ledger.account(self.child.name, "storage")
+            offer, ring_pages, ring_pages, account=self.ledger.account(self.child.name, "storage")
         )
         newest = self.child.personality.storage_version or max(StorageVersion)
         versions = sorted((v for v in StorageVersion if v <= newest), reverse=True)
-        vsc = StorageVsc(channel, guest.pages.allocate(DATA_PAGES), versions=versions)
+        vsc = StorageVsc(channel, guest.pages.allocate(pages), versions=versions)
         vsc.connect()
         self._clients.append(vsc)
-        return vsc.disk()
+        seen = vsc.disk()
+        seen.queue_depth = depth
+        return seen
 
     def add_emulated_disk(self, disk: Disk) -> IdeDisk:
         """Attach a disk to an emulated IDE controller, driven by machine code through intercepts.
