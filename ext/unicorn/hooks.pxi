@@ -136,6 +136,9 @@ cdef void _on_interrupt(void *uc, uint32_t number, void *user) noexcept nogil:
         elif vector == VECTOR_INVALID_OPCODE and _read_random(m):
             m.icpt.old_exception = -1
             m.ticks += EXCEPTION_TICKS
+        elif vector == VECTOR_INVALID_OPCODE and _taken_for_sse(m):
+            m.icpt.old_exception = -1
+            m.head.hflags |= HF_OSFXSR              # the instruction comes again, and is translated then
         else:
             if vector == VECTOR_PAGE_FAULT:
                 m.head.cr[2] = (<uint64_t *>(m.control + VMCB_EXIT_INFO_2))[0]

@@ -155,3 +155,22 @@ cdef int _watch_translation(cpu_t *m) except -1:
 cdef bint _ended_before(const cpu_t *m) noexcept nogil:
     """Whether this HLT is none, but the end of a block in front of a refused instruction: the block does not contain it."""
     return m.block_size and m.block_address + m.block_size == m.head.rip + m.head.segs[CS].base
+
+
+cdef bint _taken_for_sse(const cpu_t *m) noexcept nogil:
+    """Whether the library refused an instruction on integers because CR4.OSFXSR is clear, which those do not need.
+
+    It takes what has an operand-size prefix and one of the opcode maps of SSE for an SSE instruction: SHLX, and MOVBE of 16
+    bits. Linux 6.12 unpacks itself with SHLX before it sets OSFXSR.
+    """
+    cdef uint8_t code[5]
+    cdef int index = 1
+    if m.head.hflags & HF_OSFXSR or not _peek(m, m.head.rip, code, 5):
+        return False
+    if code[0] == 0xC4:                             # VEX: map 0F38, prefix 66
+        return code[1] & 0x1F == 2 and code[2] & 3 == 1 and code[3] == 0xF7
+    if code[0] != 0x66:
+        return False
+    if code[1] & 0xF0 == 0x40 and m.head.hflags & HF_CS64:      # REX
+        index = 2
+    return code[index] == 0x0F and code[index + 1] == 0x38 and code[index + 2] & 0xFE == 0xF0

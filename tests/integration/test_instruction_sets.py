@@ -294,6 +294,26 @@ def test_each_instruction_set_gives_right_results(check: Callable[[], None]) -> 
     check()
 
 
+WITHOUT_OSFXSR = "mov %cr4, %rcx; and $0xfffffffffffff9ff, %rcx; mov %rcx, %cr4; "
+
+
+def test_integers_need_no_sse() -> None:
+    """Linux 6.12 unpacks itself with SHLX while CR4.OSFXSR is clear."""
+    source = """
+        mov $7, %edx; shlx %rdx, %rax, %rcx; mov %rcx, 0x9000
+        mov $1, %r8d; shlx %edx, %r8d, %r8d; mov %r8, 0x9008
+        movbe %ax, 0x9010; movbe 0x9010, %r9w; movzwl %r9w, %r9d; mov %r9, 0x9018
+    """
+    shifted, one, swapped, back = words(WITHOUT_OSFXSR + source, 4)
+    assert (shifted, one, back) == (A << 7 & MASK, 1 << 7, A & 0xFFFF)
+    assert swapped & 0xFFFF == int.from_bytes((A & 0xFFFF).to_bytes(2, "big"), "little")
+
+
+def test_sse_needs_osfxsr() -> None:
+    with pytest.raises(AssertionError, match="#UD"):
+        words(WITHOUT_OSFXSR + "movdqu %xmm0, 0x9000")
+
+
 @pytest.mark.parametrize("instruction", ["rdseed %rax", "rdrand (%rax)", "adcx %rax, %rbx", "rdpid %rax"])
 def test_what_is_not_shown_is_an_invalid_opcode(instruction: str) -> None:
     source = instruction if "(" not in instruction else ".byte 0x0f, 0xc7, 0x30"

@@ -101,6 +101,7 @@ enum {                          /* bits of hflags */
     HF_LMA = 1 << 14,           /* long mode is active */
     HF_CS64 = 1 << 15,
     HF_GUEST = 1 << 21,         /* intercepts are active */
+    HF_OSFXSR = 1 << 22,        /* SSE instructions are allowed (CR4.OSFXSR) */
 };
 
 enum { HF2_NMI = 1 << 2 };      /* of hflags2: an NMI is being handled; IRET ends that */
