@@ -8,7 +8,7 @@ from uuid import UUID
 
 import pytest
 
-from vmbus.storage.disk import RawDisk
+from vmbus.storage.disk import MemoryDisk, RawDisk
 from vmbus.storage.vsp import StorageVsp
 
 pytestmark = [pytest.mark.guest, pytest.mark.slow]
@@ -65,3 +65,14 @@ def test_linux_gives_up_a_rescinded_disk_and_takes_it_again(boot, shell, tmp_pat
         assert not offered.is_present, "Linux released the channel id"
     assert machine.bus.violations == 0
     machine.bus.machine.check()
+
+
+def test_what_a_guest_uses_of_its_budget_is_what_the_page_says(boot, shell) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "budgets.md").read_text()
+    machine = boot(processors=2, networks=["none", "none"], disks=[MemoryDisk(64 << 20)])
+    run = shell(machine)
+    run("ip link set eth0 up; ip link set eth1 up; sleep 1")
+    meter = machine.partition.meter
+    assert f"a disk and two adapters, {meter.mappings.used} in all" in page
+    assert f"the guest above has {meter.gpadls.used} |" in page
+    assert f"the guest above has {meter.gpadl_pages.used:,} |" in page

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from reference.disk_model import library
 from reference.engine import need_engine
 from reference.tiny_guest import elf, tiny_guest
 
@@ -112,13 +113,16 @@ class TestTerminalSafety:
             ("guest", "prepare", "--cache"),
         ],
     )
-    def test_names_of_files(self, arguments: tuple[str, ...], kernel: Path, capsys) -> None:
+    def test_names_of_files(self, arguments: tuple[str, ...], kernel: Path, tmp_path: Path, capsys) -> None:
         if "--plot" in arguments:
-            pytest.importorskip("matplotlib")
+            library("matplotlib")
+        # Where nothing can be made: below a file.
+        nowhere = tmp_path / "file"
+        nowhere.touch()
         more = ["--kernel", kernel] if arguments[0] == "boot" and "--kernel" not in arguments else []
         more += ["--net", "none"] if "--pcap" in arguments else []
         more += ["--package", "no-such-package"] if "prepare" in arguments else []
-        status = main([*arguments, f"/nowhere/{EVIL}", *map(str, more)])
+        status = main([*arguments, f"{nowhere}/{EVIL}", *map(str, more)])
         assert status != 0
         said = capsys.readouterr()
         self.check(subprocess.CompletedProcess((), status, said.out, said.err), "vmbus: ")
@@ -176,13 +180,17 @@ class TestResultsOnStandardOutput:
 
     @pytest.mark.parametrize(
         "arguments",
-        [("boot", "--net", "none", "--pcap", "-"), ("compare", "--size", "64K", "--plot", "-.png")],
+        [
+            ("boot", "--net", "none", "--pcap", "-"),
+            ("boot", "--net", "none,pcap=-"),
+            ("compare", "--size", "64K", "--plot", "-.png"),
+        ],
     )
     def test_what_is_no_text_goes_to_files(
         self, arguments: tuple[str, ...], kernel: Path, tmp_path: Path
     ) -> None:
         if "--plot" in arguments:
-            pytest.importorskip("matplotlib")
+            library("matplotlib")
             arguments = (*arguments[:-1], "-")
         more = ["--kernel", kernel] if arguments[0] == "boot" else []
         done = run(*arguments, *more, folder=tmp_path)
@@ -195,7 +203,7 @@ class TestResultsOnStandardOutput:
 def test_a_picture_that_cannot_be_drawn_is_said_before_the_work(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("matplotlib")
+    library("matplotlib")
     monkeypatch.setattr("vmbus.cli.compare.compare", lambda *_, **__: pytest.fail("the work has begun"))
     assert main(["compare", "--plot", str(tmp_path / name)]) == 2
     assert "names no picture format; there are" in capsys.readouterr().err

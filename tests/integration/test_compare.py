@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from reference.disk_model import qemu_img
+from reference.disk_model import library, qemu_img
 from reference.nbd_servers import qemu_nbd
 
 from vmbus import cli
@@ -197,7 +197,7 @@ def test_a_disk_of_an_nbd_server(image: Path, tmp_path: Path, capsys: pytest.Cap
 def test_command_prints_a_table_and_writes_json_and_a_picture(
     image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("matplotlib")
+    library("matplotlib")
     figures, picture = tmp_path / "out.json", tmp_path / "out.png"
     assert cli.main(["compare", "--disk", str(image), "--json", str(figures), "--plot", str(picture)]) == 0
     shown = capsys.readouterr().out
@@ -298,7 +298,7 @@ def test_a_result_that_cannot_be_written_is_said_before_the_work(
     option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if option == "--plot":
-        pytest.importorskip("matplotlib")
+        library("matplotlib")
     monkeypatch.setattr("vmbus.cli.compare.compare", lambda *_, **__: pytest.fail("it has begun"))
     for place in (tmp_path, tmp_path / "nowhere" / "out.png"):
         assert cli.main(["compare", option, str(place)]) == 2

@@ -83,7 +83,9 @@ def test_a_crash_kernel_has_all_the_time_that_it_needs() -> None:
 
 
 def test_the_last_line_of_a_panic_ends_the_run_at_once() -> None:
-    machine, outcome = run(saying("---[ end Kernel panic - not syncing: x ]---", "jmp ."))
+    machine, outcome = run(
+        saying("Kernel panic - not syncing: x\\n---[ end Kernel panic - not syncing: x ]---", "jmp .")
+    )
     assert outcome is Outcome.PANIC
     assert machine.virtual_seconds < 0.1
 
@@ -93,6 +95,23 @@ def test_a_kernel_that_restarts_because_it_panicked_has_panicked(enlightenments:
     source = saying("[ 1.0] Kernel panic - not syncing: why", RESET)
     assert run(source, enlightenments=enlightenments)[1] is Outcome.PANIC
     assert run(saying("Restarting system", RESET), enlightenments=enlightenments)[1] is Outcome.REBOOT
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "---[ end Kernel panic - not syncing: x ]---",  # of an earlier boot, as a log has it
+        "grep 'Kernel panic - not syncing' log",
+        "log: [ 1.0] Kernel panic - not syncing: why\\n> ---[ end Kernel panic - not syncing: why ]---",
+    ],
+)
+def test_somebody_who_reads_of_a_panic_has_none(text: str) -> None:
+    assert run(saying(text, RESET))[1] is Outcome.REBOOT
+
+
+def test_a_panic_by_threads_and_processors() -> None:
+    source = saying("[    1.234567][   T1][    C0] Kernel panic - not syncing: why", RESET)
+    assert run(source)[1] is Outcome.PANIC
 
 
 # Restarts

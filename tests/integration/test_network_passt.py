@@ -1,6 +1,5 @@
 """The user-mode network: what it lets a guest reach, at which addresses, and through how large a socket."""
 
-import shutil
 import socket
 import struct
 import sys
@@ -11,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from reference.disk_model import tool
 
 from vmbus.errors import DeviceError
 from vmbus.machine.network import parse_network
@@ -21,7 +21,14 @@ from vmbus.trace.ledger import Account
 
 MINE = bytes.fromhex("00155d000001")
 SECRET = b"of a service that listens on the host's loopback only\n"
-needs_passt = pytest.mark.skipif(shutil.which("passt") is None, reason="no passt")
+
+
+@pytest.fixture
+def installed_passt() -> str:
+    return tool("passt")
+
+
+needs_passt = pytest.mark.usefixtures("installed_passt")
 
 
 class RawGuest:

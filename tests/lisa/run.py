@@ -208,7 +208,14 @@ class Guest:
         line = f"root=LABEL=debian rw crashkernel={arguments.crashkernel} resume=LABEL=sleep printk.time=1"
         self._command = [
             *(sys.executable, "-m", "vmbus", "boot", "--kernel", debian.kernel, "--initrd", debian.initrd),
-            *("--disk", debian.disk, "--disk", debian.swap, "--memory", arguments.memory),
+            *(
+                "--disk",
+                f"{debian.disk},format=raw",
+                "--disk",
+                f"{debian.swap},format=raw",
+                "--memory",
+                arguments.memory,
+            ),
             *("--processors", processors, "--net", f"passt,tcp={self.port}:22{arguments.net}"),
             *("--append", line, *arguments.boot),
         ]
@@ -350,7 +357,7 @@ def run_lisa(guest: Guest, cases: Sequence[str]) -> list[Row]:
 def hibernate(debian: Debian, arguments: argparse.Namespace) -> Row:
     """A guest hibernates and ends; a new process resumes it."""
     began = time.monotonic()
-    look = "cat /proc/sys/kernel/random/boot_id /dev/shm/memory; ip -br link | grep -c eth"
+    look = "cat /proc/sys/kernel/random/boot_id /dev/shm/memory; cat /sys/class/net/eth*/address"
     try:
         with booted(debian, arguments, arguments.processors) as guest:
             guest.ssh("echo kept-$RANDOM >/dev/shm/memory; sudo swapon -L sleep 2>/dev/null; true")
@@ -391,6 +398,10 @@ def main() -> int:
     parser.add_argument("boot", nargs=argparse.REMAINDER, help="after --: more for vmbus boot")
     arguments = parser.parse_args()
     arguments.boot = [word for word in arguments.boot if word != "--"]
+    if unknown := set(arguments.cases) - {*CASES, *SINGLE_CASES}:
+        parser.error(f"no case {', '.join(sorted(unknown))}: there are {', '.join((*CASES, *SINGLE_CASES))}")
+    if not arguments.cases and arguments.no_hibernation:
+        parser.error("there is nothing to do")
     arguments.work.mkdir(parents=True, exist_ok=True)
     debian = Debian(arguments.work.resolve())
     debian.make(arguments.disk_size, arguments.memory)

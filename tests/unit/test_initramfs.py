@@ -3,12 +3,12 @@
 import hashlib
 import json
 import lzma
-import shutil
 import struct
 import subprocess
 from pathlib import Path
 
 import pytest
+from reference.disk_model import tool
 
 from vmbus.machine import packages
 from vmbus.machine.initramfs import build_initramfs, cpio, module_info, resolve_modules
@@ -52,8 +52,8 @@ def test_what_is_no_module(data: bytes) -> None:
         module_info(data)
 
 
-@pytest.mark.skipif(shutil.which("cpio") is None, reason="cpio is not installed")
 def test_the_archive_unpacks(tmp_path: Path) -> None:
+    tool("cpio")
     archive = build_initramfs(b"\x7fELFbusybox", {"a": b"module"}, files={"etc/deep/hello": b"hi"})
     subprocess.run(
         ["cpio", "-id", "--quiet", "--no-preserve-owner"], input=archive, cwd=tmp_path, check=False
@@ -146,8 +146,8 @@ def test_root_disk_needs_its_tool_and_spares_existing_files(
         make_root_disk(tmp_path / "other.img", 1 << 20, b"\x7fELF")
 
 
-@pytest.mark.skipif(shutil.which("mke2fs") is None, reason="e2fsprogs is not installed")
 def test_root_disk_that_is_too_small_leaves_nothing(tmp_path: Path) -> None:
+    tool("mke2fs")
     with pytest.raises(BootError, match="mke2fs"):
         make_root_disk(tmp_path / "small.img", 64 << 10, b"\x7fELF" + bytes(1 << 20))
     assert not (tmp_path / "small.img").exists()

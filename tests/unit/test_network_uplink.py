@@ -3,7 +3,6 @@
 import io
 import os
 import select
-import shutil
 import socket
 import struct
 import subprocess
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from reference.disk_model import tool
 
 from vmbus.errors import DeviceError
 from vmbus.network.pcapng import Capture, PcapngReader, PcapngWriter
@@ -202,8 +202,8 @@ def test_pcapng_as_mirror_destination() -> None:
     assert [c.frame for c in PcapngReader(file)] == [FRAME[:20]]
 
 
-@pytest.mark.skipif(shutil.which("tcpdump") is None, reason="no tcpdump to read the file with")
 def test_tcpdump_reads_what_we_write(tmp_path: Path) -> None:
+    tool("tcpdump")
     path = tmp_path / "c.pcapng"
     with PcapngWriter(path) as writer:
         writer([FRAME])
@@ -272,9 +272,9 @@ def test_damaged_captures_are_errors_not_crashes(noise: bytes, at: int) -> None:
             continue
 
 
-@pytest.mark.skipif(shutil.which("passt") is None, reason="no passt")
 def test_passt_answers_over_the_stream_socket(tmp_path: Path) -> None:
     """ARP for the gateway that passt pretends to be: an unprivileged network without any setup."""
+    tool("passt")
     path = tmp_path / "passt.socket"
     process = subprocess.Popen(
         ["passt", "--foreground", "--quiet", "--socket", str(path), "--address", "10.9.0.2",

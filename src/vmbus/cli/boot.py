@@ -209,6 +209,8 @@ def _boot(args: argparse.Namespace, started: list[Machine], disks: ExitStack) ->
         raise BootError("--pcap needs --net")
     check_output(args.json)
     check_file(args.pcap, "--pcap")
+    for description in args.net:
+        check_file(parse_network(description).capture, "pcap=")
     _note(args, f"loading {kernel}")
     command_line = f"console=ttyS0 {args.append}".strip()
     with Machine(

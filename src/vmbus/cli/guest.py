@@ -66,6 +66,6 @@ def run(args: argparse.Namespace) -> int:
     else:
         command = ["vmbus", "boot", "--kernel", str(guest.kernel), "--initrd", str(guest.initramfs)]
         if args.root_disk is not None:
-            command += ["--disk", str(args.root_disk), "--append", f"root=LABEL={ROOT_LABEL}"]
+            command += ["--disk", f"{args.root_disk},format=raw", "--append", f"root=LABEL={ROOT_LABEL}"]
         print(shlex.join(command))
     return 0

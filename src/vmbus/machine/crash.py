@@ -6,6 +6,7 @@ known by the line that Linux prints then, or by a time without any new kernel.
 """
 
 import math
+import re
 from collections.abc import Callable
 from typing import Final
 
@@ -16,11 +17,13 @@ __all__ = ["PANIC_SECONDS", "CrashWatch"]
 
 PANIC_SECONDS: Final = 60.0
 """Seconds of the guest's time that it has after a crash report to start a crash kernel or to restart."""
-PANIC_BEGINS: Final = b"Kernel panic - not syncing"
-PANIC_ENDS: Final = b"---[ end Kernel panic"
+_LINE: Final = rb"[\r\n](?:\[[ .\d]{1,20}\](?:\[[ A-Z\d]{1,12}\]){0,2} )?"
+"""The beginning of a line of the kernel's: a time, and a processor or a thread, unless it is told not to print them."""
+PANIC_BEGINS: Final = re.compile(_LINE + rb"Kernel panic - not syncing")
+PANIC_ENDS: Final = re.compile(_LINE + re.escape(b"---[ end Kernel panic"))
 """What every Linux kernel prints first when it panics, and last when it will do nothing more but wait."""
-TAIL: Final = max(len(PANIC_BEGINS), len(PANIC_ENDS)) - 1
-"""Bytes of earlier output that may be the beginning of such a text."""
+TAIL: Final = 80
+"""Bytes of earlier output that may be the beginning of such a line."""
 
 
 class CrashWatch:
@@ -41,7 +44,7 @@ class CrashWatch:
         self._seconds = None if seconds == math.inf else seconds
         self._on_panic = on_panic
         self._deadline: Timer | None = None
-        self._tail = b""
+        self._tail = b"\n"  # output begins with a line
         self._printed = False
         self._reported = False
 
@@ -61,9 +64,9 @@ class CrashWatch:
         self._tail = seen[-TAIL:]
         if b"K" not in seen:
             return
-        if PANIC_BEGINS in seen:
+        if PANIC_BEGINS.search(seen):
             self._printed = True
-        if PANIC_ENDS in seen:
+        if self.crashed and PANIC_ENDS.search(seen):  # else somebody reads an old log
             self._tail = b""
             self._on_panic()
 
@@ -84,7 +87,7 @@ class CrashWatch:
         """
         self._forget_deadline()
         self._printed = self._reported = False
-        self._tail = b""
+        self._tail = self._tail[-1:]
 
     def _forget_deadline(self) -> None:
         if self._deadline is not None:

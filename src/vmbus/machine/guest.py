@@ -129,7 +129,8 @@ class Machine:
         DeviceError: a disk or a network cannot be opened.
         EngineError: there is no engine to run it.
         OSError: a file cannot be read.
-        TypeError: `disks`, `cdroms` or `networks` is one thing instead of a list, or `memory` is no integer.
+        TypeError: `disks`, `cdroms` or `networks` is one thing instead of a list, `memory` is no integer, or `clock` is
+            no time.
 
     Attributes:
         hypervisor, partition, engine, console, bus, storage, network: the parts; the engine is another one after a
@@ -177,9 +178,9 @@ class Machine:
             )
         if panic_seconds is not None and not panic_seconds >= 0:
             raise BootError(f"{panic_seconds} s after a crash report: must be 0 or more")
-        image = _parse(kernel, unpack, memory)
         # Kept for restarts as it is in the file: unpacked it is several times as large.
         self._kernel = _contents(kernel, max(memory, MOST_KERNEL_FILE))
+        image = _parse(self._kernel, "" if isinstance(kernel, bytes) else os.fspath(kernel), unpack, memory)
         self._unpack = unpack
         self._initrd = b"" if initrd is None else _contents(initrd, max(memory, 0))
         self._command_line = append
@@ -611,6 +612,8 @@ def _real_time_clock(wanted: str | datetime, clock: VirtualClock) -> RealTimeClo
         return RealTimeClock(clock.now)
     if isinstance(wanted, str):
         raise BootError(f"a clock is 'fixed', 'host' or a date and time, not {wanted!r}")
+    if not isinstance(wanted, datetime):
+        raise TypeError(f"a clock is 'fixed', 'host' or a date and time, not {wanted!r}")
     try:
         return RealTimeClock(clock.now, wanted if wanted.tzinfo else wanted.replace(tzinfo=UTC))
     except OverflowError as error:
@@ -627,16 +630,16 @@ def _contents(source: str | os.PathLike[str] | bytes, most: int) -> bytes:
     raise SizeError(f"{os.fspath(source)} has more than {most >> 20} MiB")
 
 
-def _parse(source: str | os.PathLike[str] | bytes, unpack: str, memory: int) -> Kernel:
+def _parse(image: bytes, name: str, unpack: str, memory: int) -> Kernel:
+    """The kernel in a file's bytes; errors name the file, if it is one."""
     if unpack not in ("auto", "host", "guest"):
         raise BootError(f"a kernel is unpacked by 'host', 'guest' or 'auto', not by {unpack!r}")
-    image = _contents(source, max(memory, MOST_KERNEL_FILE))
     try:
         return _unpacked(image, unpack, memory)
     except BootError as error:
-        if isinstance(source, bytes):
+        if not name:
             raise
-        raise type(error)(f"{os.fspath(source)}: {error}") from error
+        raise type(error)(f"{name}: {error}") from error
 
 
 def _unpacked(image: bytes, unpack: str, memory: int) -> Kernel:

@@ -473,6 +473,7 @@ class NetworkVsp(Delivery):
                 dropped = max(0, len(queue.backlog) - room)
                 if dropped:
                     primary.channel.account.dropped["guest has no buffer"] += dropped
+                    self.statistics.received_no_buffer += dropped
         if primary is not None:
             primary.channel.again()
 
