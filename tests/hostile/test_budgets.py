@@ -15,6 +15,7 @@ from reference.raw_guest import RawGuest
 
 from vmbus import Budget, BudgetExceeded, HypercallError, ModelMachine
 from vmbus.bus import Channel, Offer, VmbusGuest, VmbusHost
+from vmbus.bus.held_pages import HeldPages
 from vmbus.core.memory import PAGE_SIZE, GpaRanges, GuestMemory
 from vmbus.errors import RemoteProtocolError
 from vmbus.hypervisor import ChildProcess, HostClock, Hypervisor, Partition
@@ -564,3 +565,35 @@ def test_nothing_is_allowed_to_a_guest_without_a_budget(hv: Hypervisor) -> None:
     with pytest.raises(HypercallError):
         hv.post_message(child.partition, 5, 2, 1, 0, b"")
     assert isinstance(child.partition, Partition)
+
+
+def test_what_is_given_back_while_something_is_charged_is_not_forgotten() -> None:
+    """The garbage collector finds a window whenever it likes, also inside of a charge, on the same thread."""
+    given_back: list[int] = []
+
+    def capacity() -> int:
+        if given_back:
+            account.release(given_back.pop())
+        return 1000
+
+    pool = ProcessPool(capacity, 10)
+    account = Allowance("mappings", 10_000, pool=pool)
+    account.charge(100)
+    given_back.append(60)
+    account.charge(5)
+    assert (account.used, pool.beyond) == (45, 35)
+    account.release(45)
+    assert (account.used, pool.beyond) == (0, 0)
+
+
+def test_pages_that_could_not_be_held_are_held_the_next_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = HeldPages(64)
+    with monkeypatch.context() as full:
+        full.setattr("numpy.zeros", lambda *_, **__: (_ for _ in ()).throw(MemoryError))
+        with pytest.raises(MemoryError):
+            held.hold(7, [3, 5])
+    held.let_go(7)
+    held.hold(7, [3, 5])
+    assert held.holders(5) == [7]
+    held.let_go(7)
+    assert held.holders(5) == []

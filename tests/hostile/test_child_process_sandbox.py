@@ -17,6 +17,7 @@ from reference.eventually import eventually
 from reference.process_guests import REPORT
 
 from vmbus.hypervisor import ChildProcess, HostClock, Hypervisor, Sandbox
+from vmbus.hypervisor.sandbox import _outermost
 from vmbus.hypervisor.tlfs import PartitionState
 
 GUESTS = "reference.confined_guests"
@@ -106,6 +107,9 @@ def test_it_gets_no_memory_that_no_limit_counts_and_reaches_nobody(child):
         "a device": "FileNotFoundError",
         "tkill": -1,
         "owner": "PermissionError",
+        "owner, high half": -1,
+        "owner of a socket": "PermissionError",
+        "group of a socket": "PermissionError",
         "limits": "PermissionError",
         "own limits": 0,
     }
@@ -225,3 +229,8 @@ def test_where_there_are_no_namespaces_it_is_said():
     said = process.communicate(timeout=60)[0].splitlines()
     assert said[-3:-1] == [",".join(sorted(BOUNDS | ({"system calls"} if FILTERED else set()))), "0"], said
     assert "namespaces of its own" in said[-1]
+
+
+def test_the_root_of_the_file_system_on_the_path_hides_nothing_else() -> None:
+    """As with a working directory of "/", which is where a container's program often runs."""
+    assert _outermost(["/", "/usr/lib", "/usr"]) == sorted({"/usr", os.path.realpath("/usr")})

@@ -566,3 +566,25 @@ def test_a_bus_after_the_hosting_was_closed(named: str | None) -> None:
         guest = VmbusGuest(second.vps[0])
         guest.connect()
         assert ask(guest.open(guest.offers[0]), b"question") == b"noitseuq"
+
+
+def test_an_interrupt_that_waits_moves_with_its_channel() -> None:
+    """The processor that could not be interrupted may never be again."""
+    hv = Hypervisor(clock=VirtualClock())
+    child = hv.create_child(hv.create_root(), "c", memory_size=8 << 20, vps=2)
+    host = VmbusHost(hv, child)
+    offered = host.offer(an_offer())
+    guest = VmbusGuest(child.vps[0])
+    guest.connect()
+    channel = guest.open(guest.offers[0], 2, 2, target_vp=1)
+    got: list[bytes] = []
+    channel.serve(lambda packets: got.extend(p.payload for p in packets))
+    page = child.vps[1].rdmsr(Msr.SIEFP)
+    child.vps[1].wrmsr(Msr.SIEFP, 0)
+    assert offered.channel is not None
+    offered.channel.send(b"waiting.")
+    assert got == []
+    guest.retarget(channel, 0)
+    assert got == [b"waiting."]
+    assert page & 1
+    hv.close()

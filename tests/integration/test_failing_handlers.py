@@ -228,3 +228,54 @@ class TestCtrlC:
             dispatcher.poll()
         dispatcher.poll()
         assert got == [b"1" * 8]
+
+
+def test_a_provider_that_fails_at_its_end_does_not_keep_the_bus(world: World) -> None:
+    def on_close(end: Channel) -> None:
+        raise KeyError("a defect")
+
+    world.host.offer(Offer(KIND, UUID(int=3)), lambda end: None, on_close, name="device 3")
+    world.guest.open(world.third(), 2, 2)
+    with contextlib.suppress(KeyError):
+        world.host.close()
+    assert world.host.offered == {}
+    another = VmbusHost(world.hv, world.child, hosting=world.hosting)
+    another.close()
+
+
+def test_a_provider_that_fails_twice_leaves_nobody_waiting() -> None:
+    """In its `on_open`, and in the `on_close` that comes of it: the guest has its answer all the same."""
+    world = World("inline")
+
+    def on_open(end: Channel) -> None:
+        raise RuntimeError("the first")
+
+    def on_close(end: Channel) -> None:
+        raise KeyError("the second")
+
+    world.host.offer(Offer(KIND, UUID(int=3)), on_open, on_close, name="device 3")
+    with pytest.raises(RuntimeError, match="the first"):
+        world.guest.open(world.third(), 2, 2)
+    world.host.machine.check()
+    assert world.second_works()
+    world.close()
+
+
+def test_a_partition_event_reaches_others_whatever_a_provider_does_at_its_end() -> None:
+    world = World("inline")
+
+    def on_close(end: Channel) -> None:
+        raise KeyError("a defect")
+
+    heard: list[str] = []
+    world.host.close()
+    world.child.on_event = lambda event: heard.append(event.kind)
+    host = VmbusHost(world.hv, world.child, hosting=world.hosting)
+    host.offer(Offer(KIND, UUID(int=3)), lambda end: None, on_close, name="device 3")
+    guest = VmbusGuest(world.child.vps[0])
+    guest.connect()
+    guest.open(guest.offers[0], 2, 2)
+    with contextlib.suppress(KeyError):
+        world.child.notify("reset", 0)
+    assert heard == ["reset"]
+    world.close()

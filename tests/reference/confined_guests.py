@@ -8,6 +8,7 @@ import os
 import resource
 import signal
 import socket
+import struct
 import sys
 import time
 from pathlib import Path
@@ -90,6 +91,13 @@ def takes_what_no_limit_counts(partition):
             "a device": outcome(lambda: os.close(os.open("/dev/zero", os.O_RDWR))),
             "tkill": libc.syscall(200, 1, 0),
             "owner": outcome(lambda: fcntl.fcntl(reading, fcntl.F_SETOWN, 1)),
+            "owner, high half": libc.syscall(72, reading, ctypes.c_long(fcntl.F_SETOWN | 1 << 32), 1),
+            "owner of a socket": outcome(
+                lambda: fcntl.ioctl(socket.socketpair()[0], 0x8901, struct.pack("i", 1))
+            ),
+            "group of a socket": outcome(
+                lambda: fcntl.ioctl(socket.socketpair()[0], 0x8902, struct.pack("i", 1))
+            ),
             "limits": outcome(lambda: resource.prlimit(1, resource.RLIMIT_CPU)),
             "own limits": resource.getrlimit(resource.RLIMIT_CORE)[1],
         },

@@ -264,3 +264,28 @@ def test_a_page_without_triggers_is_looked_at_half_as_often_and_none_waits_longe
         rig.bits.set(pending_bit(3))
         rig.clock.advance(2 * LATENCY)
     assert rig.monitor.polls - before >= 190
+
+
+@pytest.mark.parametrize("fault", [KeyError("a defect"), KeyboardInterrupt()], ids=repr)
+def test_a_defect_behind_one_notification_loses_no_other(fault: BaseException) -> None:
+    clock, memory = VirtualClock(), GuestMemory(1 << 20)
+    signals: list[int] = []
+    faults = [fault]
+
+    def signal(connection: int) -> None:
+        signals.append(connection)
+        if connection == 1 and faults:
+            raise faults.pop()
+
+    monitor = HostMonitor(clock, memory, signal)
+    monitor.use(MonitorPages(0x4000, PAGE))
+    bits = EventFlags(memory, PAGE, 0)
+    for number in (1, 2):
+        monitor.watch(number, LATENCY, number)
+        bits.set(pending_bit(number))
+    with pytest.raises(type(fault)):
+        clock.advance(3 * LATENCY)
+    assert signals == [1, 2]
+    bits.set(pending_bit(1))
+    clock.advance(3 * LATENCY)
+    assert signals == [1, 2, 1], "it goes on looking"

@@ -68,9 +68,12 @@ class Gpadl:
 
     @property
     def is_mapped(self) -> bool:
-        """Whether a window of it exists, which keeps the pages that were there when it was made."""
-        window = self._window
-        return window is not None and window.address != 0
+        """Whether a window of it exists, which keeps the pages that were there when it was made.
+
+        One that is just being made is waited for: it may have looked at the pages already.
+        """
+        with self._lock:
+            return self._window is not None and self._window.address != 0
 
     def window(self) -> Window:
         """The pages mapped as one contiguous `Window`: the same until it is closed, at the latest with the GPADL.

@@ -34,13 +34,13 @@ class HeldPages:
         """`key` stands on these pages until it was let go as often as it was held."""
         pages = np.unique(np.asarray(pfns, dtype=np.intp))
         with self._lock:
-            self._uses[key] = self._uses.get(key, 0) + 1
-            if self._uses[key] > 1:
-                return
-            if self._counts is None:
-                self._counts = np.zeros(self._page_count, dtype=np.uint32)
-            self._held[key] = pages
-            self._counts[pages] += 1
+            uses = self._uses.get(key, 0)
+            if not uses:
+                if self._counts is None:
+                    self._counts = np.zeros(self._page_count, dtype=np.uint32)
+                self._held[key] = pages
+                self._counts[pages] += 1
+            self._uses[key] = uses + 1  # last: what fails before holds nothing
 
     def let_go(self, key: int) -> None:
         """Undo one `hold`; of an unknown key: nothing."""

@@ -171,14 +171,15 @@ class HostMonitor:
 
     def _on_time(self) -> None:
         # Ten thousand times a second of a guest that executes: no context manager, no search for the step.
-        try:  # noqa: SIM105
+        try:
             self.poll()
         except GuestMemoryError:
             pass  # a page that is gone has nothing pending
-        with self._lock:
-            self._timer = None
-            if self._triggers:
-                self._schedule()
+        finally:  # also after a defect of a provider's, or Ctrl-C in it
+            with self._lock:
+                self._timer = None
+                if self._triggers:
+                    self._schedule()
 
     def poll(self) -> int:
         """Look at the page once: arm what is newly pending, signal what has been pending for its latency.
@@ -226,6 +227,12 @@ class HostMonitor:
                     due.append(trigger.connection_id)
             self._armed = any(trigger.deadline is not None for trigger in self._triggers.values())
             self.notifications += len(due)
-        for connection_id in due:
-            self._signal(connection_id)
+        defect: BaseException | None = None
+        for connection_id in due:  # what is signalled is no longer pending: nobody else's defect may lose it
+            try:
+                self._signal(connection_id)
+            except BaseException as error:
+                defect = defect or error
+        if defect is not None:
+            raise defect
         return len(due)

@@ -10,6 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Final, Self
 from uuid import UUID
 
@@ -241,24 +242,35 @@ class VmbusHost:
             if self._closed:
                 return
             self._closed = True
-            self._perform(self.machine.reset())
-            for offer_id in list(self.offered):
-                self._perform(self.machine.rescind(offer_id))
+            defect: BaseException | None = None
+            ends: list[Callable[[], list[act.HostAction]]] = [self.machine.reset]
+            ends += [partial(self.machine.rescind, offer_id) for offer_id in self.offered]
+            for end in ends:
+                try:
+                    self._perform(end())
+                except (
+                    BaseException
+                ) as error:  # a provider's, in `on_close`: the rest has to end all the same
+                    defect = defect or error
             self._outbox.close()
             for connection_id in (wire.MESSAGE_CONNECTION_ID, wire.MESSAGE_CONNECTION_ID_V5):
                 with suppress(HypercallError):  # gone with the child
                     self.hypervisor.delete_port(self.child, connection_id)
             self.child.on_event = self._previous_on_event
             self.child.page_watchers.remove(self._on_page_taken)
+            if defect is not None:
+                raise defect
 
     def _on_partition_event(self, event: PartitionEvent) -> None:
-        if event.kind == "destroyed":
-            self.close()
-        elif event.kind == "reset":
-            self.reset()
-        self.hosting.progressed()  # a guest in this process that waits for an answer gets none any more
-        if self._previous_on_event is not None:
-            self._previous_on_event(event)
+        try:
+            if event.kind == "destroyed":
+                self.close()
+            elif event.kind == "reset":
+                self.reset()
+        finally:
+            self.hosting.progressed()  # a guest in this process that waits for an answer gets none any more
+            if self._previous_on_event is not None:
+                self._previous_on_event(event)
 
     def _on_page_taken(self, gpa: int) -> None:
         """A page of the child's is not its own any more: channels whose rings or windows hold on to it end.
@@ -320,12 +332,16 @@ class VmbusHost:
                     except FAILURES as error:
                         # One thing that fails (a provider's, or pages that are gone) must not stop the others.
                         self._warn("%s: %s", type(action).__name__, error)
-                        self._failed(action)
                     except BaseException as error:
                         # A defect of the provider, or Ctrl-C in it: that is for our caller, when all is done. The
                         # guest gets its answer in any case.
                         defect = defect or error
+                    else:
+                        continue
+                    try:
                         self._failed(action)
+                    except BaseException as error:  # a second one, of the same provider's end
+                        defect = defect or error
             finally:
                 self._performing = False
         if defect is not None:
@@ -388,6 +404,9 @@ class VmbusHost:
                 channel = self.offered[action.offer_id].channel
                 if channel is not None:
                     channel.target_vp = action.target_vp
+                    if channel in self._unrung:  # the old processor could not be interrupted
+                        self._unrung.discard(channel)
+                        self.ring(channel)
             case act.OfferGone():
                 self.offered.pop(action.offer_id, None)
             case act.TlConnect():

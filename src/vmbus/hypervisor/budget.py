@@ -96,9 +96,9 @@ class ProcessPool:
         """How much of `used` the pool has to give."""
         return max(0, used - self.assured)
 
-    def has(self, more: int) -> bool:
-        """Whether `more` can be given."""
-        return more <= 0 or self.beyond + more <= self.capacity() * 3 // 4
+    def has(self, more: int, capacity: int) -> bool:
+        """Whether `more` of a `capacity` can be given."""
+        return more <= 0 or self.beyond + more <= capacity * 3 // 4
 
 
 _MAPPINGS_LEFT: Final = 8192
@@ -164,13 +164,15 @@ class Allowance:
         Raises:
             BudgetExceeded: that is more than the budget, or than what the process can spare; nothing was charged.
         """
+        pool = self._pool
+        capacity = 0 if pool is None else pool.capacity()
         with _LOCK:
-            wanted, pool = self.used + amount, self._pool
+            wanted = self.used + amount
             if self.limit is not None and wanted > self.limit:
                 self._refuse(amount, f"of at most {self.limit:,}")
-            if pool is not None and not pool.has(pool.excess(wanted) - pool.excess(self.used)):
+            if pool is not None and not pool.has(pool.excess(wanted) - pool.excess(self.used), capacity):
                 self._refuse(amount, "and the process has no more to spare")
-            self._set(wanted)
+            self._change(amount)
 
     def release(self, amount: int = 1) -> None:
         """Use `amount` less."""
@@ -183,7 +185,7 @@ class Allowance:
         then, and the next charge is refused.
         """
         with _LOCK:
-            self._set(self.used + amount)
+            self._change(amount)
 
     def _refuse(self, amount: int, why: str) -> None:
         self.refused += 1
@@ -191,14 +193,18 @@ class Allowance:
         what = self.resource.replace("_", " ")
         raise BudgetExceeded(f"{who} its host for {amount:,} {what} beside the {self.used:,} it has, {why}")
 
-    def _set(self, used: int) -> None:
+    def _change(self, amount: int) -> None:
+        # The garbage collector may find a window inside of any call here, and give back what it took: on this thread,
+        # through the lock. So nothing is called between the reading of a number and its writing.
+        before = self.used
+        self.used = used = before + amount
+        self.most = max(self.most, used)
         if self._pool is not None:
-            self._pool.beyond += self._pool.excess(used) - self._pool.excess(self.used)
+            more = self._pool.excess(used) - self._pool.excess(before)
+            self._pool.beyond += more
             # What takes of the process is not forgotten with whoever charged it: a window that outlives its partition
             # gives back what it took, also when the garbage collector finds both at once.
-            (_KEPT.add if used else _KEPT.discard)(self)
-        self.used = used
-        self.most = max(self.most, used)
+            (_KEPT.add if self.used else _KEPT.discard)(self)
 
 
 _KEPT: Final[set[Allowance]] = set()

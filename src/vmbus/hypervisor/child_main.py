@@ -36,6 +36,7 @@ AT_FDCWD, AT_RECURSIVE = -100, 0x8000
 CAPABILITY_VERSION_3 = 0x2008_0522
 LAST_CAPABILITY = 63
 F_SETOWN, F_SETOWN_EX = 8, 15
+FIOSETOWN, SIOCSPGRP = 0x8901, 0x8902
 
 INSIDE_ID = 1000
 """The user and group that the process sees itself as. It is nobody's outside: it stands for its parent's user."""
@@ -237,8 +238,10 @@ def load_filter(seccomp: ModuleType) -> None:
     for name in ("kill", "tgkill", "tkill"):
         calls.add_rule(refused, name, seccomp.Arg(0, seccomp.NE, os.getpid()))
     calls.add_rule(refused, "prlimit64", seccomp.Arg(0, seccomp.NE, 0))
-    for command in (F_SETOWN, F_SETOWN_EX):  # with F_SETSIG, any signal to any process of the same user
-        calls.add_rule(refused, "fcntl", seccomp.Arg(1, seccomp.EQ, command))
+    # With F_SETSIG, any signal to any process of the same user; the kernel looks at the low half of the number only.
+    for call, commands in (("fcntl", (F_SETOWN, F_SETOWN_EX)), ("ioctl", (FIOSETOWN, SIOCSPGRP))):
+        for command in commands:
+            calls.add_rule(refused, call, seccomp.Arg(1, seccomp.MASKED_EQ, 0xFFFF_FFFF, command))
     calls.add_rule(refused, "mmap", seccomp.Arg(3, seccomp.MASKED_EQ, SHARED_MEMORY, SHARED_MEMORY))
     calls.load()
 

@@ -125,10 +125,16 @@ class ChildProcess:
             daemon=True,
         )
         self._server.start()
-        failure = launched.get()
-        theirs.close()
-        for _, other in lines:
-            other.close()
+        try:
+            failure = launched.get()
+        except BaseException:  # from outside, as Ctrl-C: nobody gets the object, so nothing of it stays
+            if launched.get() is None:
+                self.kill(STOP_TIMEOUT)
+            raise
+        finally:
+            theirs.close()
+            for _, other in lines:
+                other.close()
         if failure is not None:
             self._server.join()
             raise failure
@@ -183,22 +189,26 @@ class ChildProcess:
         # Started from here, because it is ended with the thread that starts it, which for any other thread could be
         # long before this process ends.
         partition = self.partition
+        process = None
         try:
-            self._process = ConfinedProcess(sandbox, task["target"].partition(":")[0], task, descriptors)
+            process = self._process = ConfinedProcess(
+                sandbox, task["target"].partition(":")[0], task, descriptors
+            )
+            for descriptor in (self._socket.fileno(), process.pidfd, process.output):
+                self._poll.register(descriptor, select.EPOLLIN)
+            for vp, line in zip(partition.vps, self._lines, strict=False):
+                vp.on_interrupt = partial(_interrupt, line)
+            partition.stop = partial(self.kill, STOP_TIMEOUT)
+            partition.on_suspension = self._suspension
+            if partition.suspended:
+                process.signal(signal.SIGSTOP)
+            process.go()
         except BaseException as error:
-            self._close()
+            if process is not None:
+                process.end()
+            self._let_go()
             launched.put(error)
             return
-        self._poll.register(self._socket, select.EPOLLIN)
-        self._poll.register(self._process.pidfd, select.EPOLLIN)
-        self._poll.register(self._process.output, select.EPOLLIN)
-        for vp, line in zip(partition.vps, self._lines, strict=False):
-            vp.on_interrupt = partial(_interrupt, line)
-        partition.stop = partial(self.kill, STOP_TIMEOUT)
-        partition.on_suspension = self._suspension
-        if partition.suspended:
-            self._process.signal(signal.SIGSTOP)
-        self._process.go()
         launched.put(None)
         self._serve()
 
@@ -428,17 +438,22 @@ class ChildProcess:
                 status,
                 printed(self.output),
             )
+        self._let_go()
+        with contextlib.ExitStack() as rest:  # each of them, whatever an earlier one raises
+            if self.on_stopped is not None:
+                rest.callback(self.on_stopped, status)
+            if self.partition.state is PartitionState.ACTIVE:
+                self.partition.reset()
+                rest.callback(self.partition.notify, "stopped", status)
+                rest.callback(self.partition.notify, "reset", 0)
+
+    def _let_go(self) -> None:
+        """The partition has no process any more."""
         partition = self.partition
         for vp in partition.vps:
             vp.on_interrupt = None
         partition.stop = partition.on_suspension = None
         self._close()
-        if partition.state is PartitionState.ACTIVE:
-            partition.reset()
-            partition.notify("reset", 0)
-            partition.notify("stopped", status)
-        if self.on_stopped is not None:
-            self.on_stopped(status)
 
     def _close(self) -> None:
         self._socket.close()

@@ -108,4 +108,5 @@ def _outermost(paths: list[str]) -> list[str]:
     """Those that exist, by either name where a link leads there, without what lies in another of them."""
     found = {Path(os.path.abspath(path)) for path in paths if os.path.exists(path)}
     found |= {path.resolve() for path in found}
-    return sorted(str(path) for path in found if path != Path("/") and not found.intersection(path.parents))
+    found.discard(Path("/"))  # who imports from there gets what it needs by the other paths
+    return sorted(str(path) for path in found if not found.intersection(path.parents))
