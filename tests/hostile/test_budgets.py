@@ -5,6 +5,7 @@ import os
 import resource
 import struct
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from uuid import UUID
@@ -24,7 +25,7 @@ from vmbus.hypervisor.hypervisor import PARTITION_COST
 from vmbus.hypervisor.personality import ROOT_PRIVILEGES
 from vmbus.hypervisor.tlfs import PARTITION_ID_SELF, CallCode, MapFlags, PortType, Status
 from vmbus.hypervisor.wire import ConnectPort, CreatePartition, CreatePort, MapGpaPages
-from vmbus.storage.disk import Disk, DiskError, MemoryDisk
+from vmbus.storage.disk import Buffer, Disk, DiskError, MemoryDisk
 from vmbus.storage.growth import LimitedDisk, limited
 from vmbus.storage.images import create_vhd, create_vhdx
 from vmbus.storage.scsi.codes import AdditionalSense, SenseKey
@@ -464,6 +465,57 @@ def test_a_disk_that_may_grow_only_so_far() -> None:
     plain = MemoryDisk(MIB)
     assert limited(plain, Meter(Budget()).disk_growth) is plain, "without a limit there is nothing in between"
     plain.close()
+
+
+def test_what_is_given_back_during_a_write_is_charged_again() -> None:
+    """A write over allocated blocks costs nothing; given back beneath it, they would be allocated for nothing."""
+
+    class Held(MemoryDisk):
+        entered, gate = threading.Event(), threading.Event()
+        held = False
+
+        def write(self, offset: int, data: Buffer) -> None:
+            if self.held:
+                self.entered.set()
+                assert self.gate.wait(30)
+            super().write(offset, data)
+
+    allowance = Meter(Budget(disk_growth=2 * MIB), "small").disk_growth
+    with Held(8 * MIB) as inner:
+        disk = LimitedDisk(inner, allowance)
+        disk.write(0, bytes([1]) * MIB)
+        inner.held = True
+        threads = [
+            threading.Thread(target=disk.write, args=(0, bytes([2]) * MIB), daemon=True),
+            threading.Thread(target=disk.unmap, args=(0, MIB), daemon=True),
+        ]
+        threads[0].start()
+        assert inner.entered.wait(30)
+        threads[1].start()
+        threads[1].join(0.2)
+        inner.gate.set()
+        for thread in threads:
+            thread.join(30)
+        allocated = sum(extent.length for extent in inner.extents(0, 8 * MIB) if extent.allocated)
+        assert allowance.used == allocated
+
+
+def test_a_write_beneath_another_one_on_its_thread_is_charged_too() -> None:
+    class Nested(MemoryDisk):
+        then: Callable[[], object] | None = None
+
+        def write(self, offset: int, data: Buffer) -> None:
+            then, self.then = self.then, None
+            if then is not None:
+                then()
+            super().write(offset, data)
+
+    allowance = Meter(Budget(disk_growth=MIB), "small").disk_growth
+    with Nested(MIB) as inner:
+        disk = LimitedDisk(inner, allowance)
+        inner.then = lambda: disk.write(512 << 10, bytes([1]) * 4096)
+        disk.write(0, bytes([1]) * 4096)
+        assert allowance.used == sum(extent.length for extent in inner.extents(0, MIB) if extent.allocated)
 
 
 @pytest.mark.parametrize("create", [create_vhd, create_vhdx])

@@ -306,6 +306,40 @@ def test_a_command_beneath_the_one_that_fences_makes_it_busy() -> None:
     assert out("b", PREEMPT_AND_ABORT, KEY_B, KEY_A) == ScsiStatus.GOOD
 
 
+@pytest.mark.parametrize("outer", ["WRITE", "COMPARE AND WRITE"])
+def test_a_command_beneath_one_that_it_would_have_to_wait_for_is_busy(outer: str) -> None:
+    """On one thread: B's COMPARE AND WRITE comes while A's command waits in its backend."""
+
+    class Nested(Held):
+        then: Callable[[], object] | None = None
+
+        def write(self, offset: int, data: Buffer) -> None:
+            then, self.then = self.then, None
+            if then is not None:
+                then()
+            self.inner.write(offset, data)
+
+    disk = Nested(MemoryDisk(1 << 20))
+    unit = DiskUnit(disk, UUID(int=7))
+    compare_and_write = struct.pack(">BBQ3xBxx", 0x89, 0, 8, 1), bytes(SECTOR) + b"A" * SECTOR
+    commands = {
+        "WRITE": (struct.pack(">BxIxHx", 0x2A, 0, 1), b"A" * SECTOR),
+        "COMPARE AND WRITE": compare_and_write,
+    }
+    for nexus in "ab":
+        unit.attach(nexus)
+
+    def run(nexus: str, cdb: bytes, data: bytes) -> int:
+        return unit.execute(Task(cdb.ljust(16, b"\0"), BytesBuffer(data), nexus)).status
+
+    ends: list[int] = []
+    disk.then = lambda: ends.append(run("b", *compare_and_write))
+    assert run("a", *commands[outer]) == ScsiStatus.GOOD
+    assert ends == [ScsiStatus.BUSY]
+    if outer == "WRITE":
+        assert run("b", *compare_and_write) == ScsiStatus.GOOD, "nothing is left behind"
+
+
 def test_task_management_beneath_task_management_makes_it_busy() -> None:
     """On one thread: the backend of a unit that is being sanitized leads to a reset of the same unit."""
 
@@ -400,6 +434,10 @@ LONG = {
         struct.pack(">HH4x", 6 + 16 * 64, 16 * 64)
         + b"".join(struct.pack(">QI4x", number, 1) for number in range(64)),
     ),
+    "UNMAP of one long range": (
+        struct.pack(">B6xHx", 0x42, 24),
+        struct.pack(">HH4xQI4x", 22, 16, 0, 1 << 20),
+    ),
 }
 
 
@@ -411,7 +449,7 @@ def test_a_long_command_of_the_fenced_node_ends_soon(name: str) -> None:
         def __init__(self) -> None:
             self.sector_size = self.physical_sector_size = SECTOR
             self.sector_count, self.read_only, self.unmap_granularity = 1 << 30, False, 4096
-            self.steps = 0
+            self.steps = self.longest = 0
             self.fencing = threading.Thread(target=fence_off)
 
         def step(self) -> None:
@@ -428,6 +466,7 @@ def test_a_long_command_of_the_fenced_node_ends_soon(name: str) -> None:
             self.step()
 
         def unmap(self, offset: int, length: int) -> None:
+            self.longest = max(self.longest, length)
             self.step()
 
         def flush(self) -> None:
@@ -455,6 +494,7 @@ def test_a_long_command_of_the_fenced_node_ends_soon(name: str) -> None:
     disk.fencing.join(30)
     assert ended == [ScsiStatus.GOOD]
     assert disk.steps == 1
+    assert disk.longest <= 64 << 20, "where there are no holes, that many zeros are written at once"
 
 
 def test_who_comes_during_a_sanitize_need_not_wait_for_it() -> None:

@@ -243,3 +243,16 @@ def test_whoever_is_gone_for_good_is_told_nothing(unit: DiskUnit) -> None:
     assert out(unit, A, CLEAR, KEYS[A]) == ScsiStatus.GOOD
     assert not unit.attention_pending()
     assert unit.plain
+
+
+def test_reserve_6_and_persistent_reservations_exclude_each_other(unit: DiskUnit) -> None:
+    """SPC-2 5.5.1: not even its holder gets around a reservation by RESERVE (6)."""
+    assert execute(unit, A, bytes([0x16]))[0] == ScsiStatus.GOOD
+    for nexus in (A, B):
+        assert out(unit, nexus, REGISTER, 0, KEYS[nexus]) == ScsiStatus.RESERVATION_CONFLICT
+        assert (
+            execute(unit, nexus, bytes([0x5E, 0, 0, 0, 0, 0, 0, 2, 0]))[0] == ScsiStatus.RESERVATION_CONFLICT
+        )
+    assert execute(unit, A, bytes([0x17]))[0] == ScsiStatus.GOOD
+    register(unit, A, B)
+    assert execute(unit, A, bytes([0x16]))[0] == ScsiStatus.RESERVATION_CONFLICT

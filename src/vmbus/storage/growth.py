@@ -32,7 +32,7 @@ class LimitedDisk(Disk):
     def __init__(self, disk: Disk, allowance: Allowance) -> None:
         self.disk = disk
         self._allowance = allowance
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # the thread that waits for a redirected disk may begin another write
         self.sector_size = disk.sector_size
         self.physical_sector_size = disk.physical_sector_size
         self.read_only = disk.read_only
@@ -123,7 +123,9 @@ class _Growth:
 
     def __enter__(self) -> None:
         disk = self._disk
-        disk._lock.acquire()  # two writes to one new block must not both pay for it
+        # Two writes to one new block must not both pay for it, and nobody may give back blocks under one that pays
+        # nothing.
+        disk._lock.acquire()
         try:
             self._before = disk._allocated(*self._at)
             self._charged = self._at[1] - self._before
@@ -135,16 +137,14 @@ class _Growth:
         except BaseException:
             disk._lock.release()
             raise
-        if not self._charged:
-            disk._lock.release()
 
     def __exit__(self, *_: object) -> None:
-        if self._charged:
-            try:
+        try:
+            if self._charged:
                 grown = self._disk._allocated(*self._at) - self._before
                 self._disk._allowance.adjust(grown - self._charged)
-            finally:
-                self._disk._lock.release()
+        finally:
+            self._disk._lock.release()
 
 
 @overload

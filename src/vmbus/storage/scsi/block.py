@@ -2,6 +2,7 @@
 
 import struct
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -20,7 +21,7 @@ from vmbus.storage.scsi.sense import (
     parameter_list_length_error,
 )
 from vmbus.storage.scsi.task import Task
-from vmbus.storage.scsi.task_set import TaskAborted
+from vmbus.storage.scsi.task_set import TaskAborted, TaskSetBusy
 
 __all__ = ["BlockAccess"]
 
@@ -28,45 +29,73 @@ _CHUNK = 1 << 20
 _BYTCHK_NONE, _BYTCHK_ALL, _BYTCHK_ONE = 0, 1, 3
 _DESCRIPTOR = 16
 _MAX_STATUS_DESCRIPTORS = 4096
-_ERASE_STEP = 1 << 30
+_ERASE_STEP = 64 << 20
 _PATTERN_HEAD = 4
 
 
 class _WriteGate:
-    """Lets writes overlap each other, but none overlap a COMPARE AND WRITE, which has to be atomic."""
+    """Lets writes overlap each other, but none overlap a COMPARE AND WRITE, which has to be atomic.
+
+    Where one thread serves several guests, a command may begin beneath another one that waits for its disk. What would
+    have to wait for the one beneath which it runs is BUSY.
+    """
 
     def __init__(self) -> None:
         self._lock = (
             threading.RLock()
         )  # taken by itself: what `Condition.__enter__` took, a signal handler could lose
         self._condition = threading.Condition(self._lock)
-        self._writers = 0
-        self._exclusive = False
+        self._writers: Counter[int] = Counter()  # by thread
+        self._exclusive = 0  # the thread
 
     @contextmanager
     def shared(self) -> Iterator[None]:
-        with self._lock:
-            self._condition.wait_for(lambda: not self._exclusive)
-            self._writers += 1
+        here, entered = threading.get_ident(), False
         try:
+            with self._lock:
+                self._not_beneath(self._exclusive == here)
+                self._condition.wait_for(lambda: not self._exclusive)
+                entered = True
+                self._writers[here] += 1
             yield
         finally:
-            with self._lock:
-                self._writers -= 1
-                self._condition.notify_all()
+            if entered:
+                with self._lock:
+                    self._writers -= Counter({here: 1})
+                    self._condition.notify_all()
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        with self._lock:
-            self._condition.wait_for(lambda: not self._exclusive)
-            self._exclusive = True
-            self._condition.wait_for(lambda: not self._writers)
+        here, entered = threading.get_ident(), False
         try:
+            with self._lock:
+                self._not_beneath(self._exclusive == here or here in self._writers)
+                self._condition.wait_for(lambda: not self._exclusive)
+                entered = True
+                self._exclusive = here
+                self._condition.wait_for(lambda: not self._writers)
             yield
         finally:
-            with self._lock:
-                self._exclusive = False
-                self._condition.notify_all()
+            if entered:
+                with self._lock:
+                    self._exclusive = 0
+                    self._condition.notify_all()
+
+    @staticmethod
+    def _not_beneath(beneath: bool) -> None:
+        if beneath:
+            raise TaskSetBusy("beneath a command that it would have to wait for")
+
+
+def _steps(ranges: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Ranges in parts between which a command can be aborted: where there are no holes, each is written with zeros."""
+    for offset, length in ranges:
+        at, end = offset, offset + length
+        while at < end:
+            # On borders, so that blocks of images stay whole.
+            part = min(end, (at // _ERASE_STEP + 1) * _ERASE_STEP) - at
+            yield at, part
+            at += part
 
 
 def _go_on(task: Task) -> None:
@@ -272,11 +301,10 @@ class BlockAccess:
 
     def _erase(self, task: Task) -> int:
         disk = self.disk
-        most = max(disk.sector_size, _ERASE_STEP)
-        for at in range(0, disk.size, most):
+        for at, part in _steps([(0, disk.size)]):
             _go_on(task)
             try:
-                (disk.unmap if disk.unmap_granularity else disk.write_zeros)(at, min(most, disk.size - at))
+                (disk.unmap if disk.unmap_granularity else disk.write_zeros)(at, part)
                 task.account.backend_calls += 1
             except DiskError as error:
                 raise self._failure(error, at, writing=True) from error
@@ -356,8 +384,10 @@ class BlockAccess:
                         task.account.backend_calls += 1
                         task.account.bytes_copied += min(_CHUNK, length - at)
                 else:
-                    (disk.unmap if flags & 0x08 else disk.write_zeros)(offset, length)
-                    task.account.backend_calls += 1
+                    for at, part in _steps([(offset, length)]):
+                        _go_on(task)
+                        (disk.unmap if flags & 0x08 else disk.write_zeros)(at, part)
+                        task.account.backend_calls += 1
                 if not self.write_cache:
                     disk.flush()
             except DiskError as error:
@@ -384,7 +414,7 @@ class BlockAccess:
             if count:
                 ranges.append(self._extent(BlockFields(lba, count, 0, 8 + index * _DESCRIPTOR), writing=True))
         with self.gate.shared():
-            for offset, size in ranges:
+            for offset, size in _steps(ranges):
                 _go_on(task)
                 try:
                     self.disk.unmap(offset, size)

@@ -218,8 +218,17 @@ class Reservations:
     def _may_use(self, held: _Reservation, nexus: Hashable) -> bool:
         return held.holder == nexus or (held.kind in _REGISTRANTS and nexus in self._keys)
 
+    def _not_reserved(self) -> None:
+        if self._reserved is not None:
+            raise ReservationConflict
+
     def report(self, task: Task) -> int:
-        """Answer PERSISTENT RESERVE IN."""
+        """Answer PERSISTENT RESERVE IN.
+
+        Raises:
+            ReservationConflict: the unit is reserved by RESERVE (6).
+        """
+        self._not_reserved()
         action = task.cdb[1] & 0x1F
         with self._lock:
             head = struct.pack(">I", self._generation)
@@ -263,8 +272,10 @@ class Reservations:
 
         Raises:
             CheckCondition: a malformed request.
-            ReservationConflict: the nexus is not registered, its key is wrong, or another nexus holds the unit.
+            ReservationConflict: the nexus is not registered, its key is wrong, or another nexus holds the unit; or
+                anybody holds it by RESERVE (6): the two ways exclude each other (SPC-2 5.5.1).
         """
+        self._not_reserved()
         cdb = task.cdb
         action, scope, kind = cdb[1] & 0x1F, cdb[2] >> 4, cdb[2] & 0xF
         if action not in list(_Out):

@@ -24,7 +24,7 @@ class TaskAborted(DeviceError):
 
 
 class TaskSetBusy(DeviceError):
-    """Commands that have to end do not: nothing was changed, and whoever asked has to ask again."""
+    """Commands that have to end do not. Those that did are aborted, nothing else has changed; one has to ask again."""
 
 
 class TaskSet:

@@ -148,7 +148,7 @@ class LogicalUnit:
         reset is what initiators try when a read hangs.
 
         Raises:
-            TaskSetBusy: a command does not end; nothing was reset.
+            TaskSetBusy: a command does not end; nothing was reset, but others may have been aborted.
         """
         with self._managed(), self._aborting(lambda _: True, spare=lambda task: task.cdb[:1] in _ONLY_READ):
             self._restore_defaults()
