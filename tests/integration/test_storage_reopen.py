@@ -12,8 +12,9 @@ import pytest
 from reference.eventually import eventually
 
 from vmbus.bus import Threads, VmbusGuest, VmbusHost
-from vmbus.bus.channel import loopback
+from vmbus.bus.channel import Channel, loopback
 from vmbus.bus.offer import Offer
+from vmbus.bus.taking import take_packets
 from vmbus.core.memory import GuestMemory
 from vmbus.errors import DeviceError
 from vmbus.hypervisor import Hypervisor
@@ -172,35 +173,38 @@ def test_a_guest_that_is_back_at_once_is_offered_its_sub_channels_anew(
     child.destroy()
 
 
+class Long(Disk):
+    """A disk of 2 TiB in Python whose reads wait for `go_on`."""
+
+    def __init__(self) -> None:
+        self.sector_size = self.physical_sector_size = 512
+        self.sector_count, self.read_only = 1 << 32, False
+        self.reads = 0
+        self.begun, self.go_on = threading.Event(), threading.Event()
+
+    def read(self, offset: int, length: int) -> bytes:
+        self.reads += 1
+        self.begun.set()
+        assert self.go_on.wait(30)
+        return bytes(length)
+
+    def write(self, offset: int, data: Buffer) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("end", ["close", "remove"])
-def test_who_goes_away_does_not_wait_for_a_long_command(end: str) -> None:
+def test_who_goes_away_does_not_wait_for_a_long_command(end: str, workers: int) -> None:
     """One VERIFY may read 2 TiB; a guest that asks for it and goes must not hold its host up."""
-
-    class Long(Disk):
-        def __init__(self) -> None:
-            self.sector_size = self.physical_sector_size = 512
-            self.sector_count, self.read_only = 1 << 32, False
-            self.reads = 0
-            self.begun, self.go_on = threading.Event(), threading.Event()
-
-        def read(self, offset: int, length: int) -> bytes:
-            self.reads += 1
-            self.begun.set()
-            assert self.go_on.wait(30)
-            return bytes(length)
-
-        def write(self, offset: int, data: Buffer) -> None:
-            pass
-
-        def flush(self) -> None:
-            pass
-
-        def close(self) -> None:
-            pass
-
     disk = Long()
     guest, host = loopback(GuestMemory(8 << 20), 16, 16)
-    provider = StorageVsp({(0, 0): disk}, workers=1)
+    provider = StorageVsp({(0, 0): disk}, workers=workers)
     provider.open(host)
     client = StorageVsc(guest, range(1, 100), timeout=1.0)
     client.connect()
@@ -225,4 +229,85 @@ def test_who_goes_away_does_not_wait_for_a_long_command(end: str) -> None:
     assert disk.reads == 1
     client.close()
     asking.join(30)
+    provider.shutdown()
+
+
+def reading(provider: StorageVsp, disk: Long) -> tuple[Channel, threading.Thread]:
+    """A guest's read that waits in `disk`; the host's end, and the guest's thread."""
+    guest, host = loopback(GuestMemory(8 << 20), 16, 16)
+    provider.open(host)
+    client = StorageVsc(guest, range(1, 100), timeout=1.0)
+    client.connect()
+
+    def read() -> None:
+        with suppress(DeviceError):
+            client.execute(0, 0, bytes.fromhex("28000000000000000100"), data_in=512)
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    assert disk.begun.wait(30)
+    return host, thread
+
+
+def test_a_disk_is_removed_while_a_request_is_in_another_one() -> None:
+    disk = Long()
+    provider = StorageVsp({(0, 0): disk, (0, 1): MemoryDisk(MIB)}, workers=2)
+    _, thread = reading(provider, disk)
+    removing = threading.Thread(target=provider.remove_disk, args=((0, 1),), daemon=True)
+    removing.start()
+    removing.join(10)  # a read ends after 30 s by itself
+    assert not removing.is_alive()
+    disk.go_on.set()
+    thread.join(30)
+    provider.shutdown()
+
+
+@pytest.mark.parametrize("second", ["close", "remove"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_no_request_is_in_a_disk_after_either_of_two_who_close(workers: int, second: str) -> None:
+    disk = Long()
+    provider = StorageVsp({(0, 0): disk}, workers=workers)
+    host, thread = reading(provider, disk)
+    first = threading.Thread(target=provider.close, args=(host,), daemon=True)
+    first.start()
+    assert eventually(lambda: host.on_signal is None)
+    after: list[bool] = []
+
+    def end() -> None:
+        if second == "close":
+            provider.close(host)
+        else:
+            provider.remove_disk((0, 0))
+        after.append(disk.go_on.is_set())
+
+    ending = threading.Thread(target=end, daemon=True)
+    ending.start()
+    ending.join(0.2)
+    disk.go_on.set()
+    for each in (first, ending, thread):
+        each.join(30)
+        assert not each.is_alive()
+    assert after == [True]
+    provider.shutdown()
+
+
+def test_a_defect_on_a_worker_thread_closes_the_channel(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody waits for what a worker does after its request, so that nobody would hear of it."""
+    disk = Long()
+    provider = StorageVsp({(0, 0): disk}, workers=1)
+    host, thread = reading(provider, disk)
+
+    def failing(receive: Any, limit: int, into: Any) -> int:
+        if threading.current_thread().name.startswith("storvsp"):
+            raise MemoryError
+        return take_packets(receive, limit, into)
+
+    monkeypatch.setattr("vmbus.storage.vsp.take_packets", failing)
+    provider._servers[0].settle()  # the thread that rang has left the server, so that it is the worker's
+    disk.go_on.set()
+    assert eventually(lambda: not host.is_open)
+    assert "its server failed; the channel is closed" in caplog.text
+    thread.join(30)
     provider.shutdown()

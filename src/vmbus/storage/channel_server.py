@@ -22,6 +22,7 @@ guest_log = GuestLog(logging.getLogger(__name__))
 _MOST_FUTILE = 16
 
 _Work: TypeAlias = Future[Outcome] | Future[NtStatus]
+_Running: TypeAlias = tuple[tuple[int, int], Task]  # target and logical unit, command
 
 
 class ChannelServer:
@@ -43,6 +44,7 @@ class ChannelServer:
             guests take packets of the version's size only, OpenBSD and NetBSD those of 64 bytes in any version.
         violations: packets of the guest that broke the protocol. Only the first is logged.
         running: what worker threads have to do, with the target, the logical unit and the command of a request.
+        here: the request that the thread inside `kick` carries out itself, where there are no worker threads.
     """
 
     def __init__(self, channel: Channel, path: int | None) -> None:
@@ -60,7 +62,8 @@ class ChannelServer:
         self.notices: set[Operation] = set()
         self.packet_size = PacketHeader.SIZE + MAX_REQUEST_SIZE
         self.violations = 0
-        self.running: dict[_Work, tuple[tuple[int, int], Task] | None] = {}
+        self.running: dict[_Work, _Running | None] = {}
+        self.here: _Running | None = None
         self._running = (
             threading.RLock()
         )  # taken by itself: what `Condition.__enter__` took, a signal could lose
@@ -103,7 +106,7 @@ class ChannelServer:
             with self._lock:
                 pass
 
-    def begun(self, future: _Work, request: tuple[tuple[int, int], Task] | None) -> None:
+    def begun(self, future: _Work, request: _Running | None) -> None:
         """A request, or a reset (`request` is None), waits for a worker thread, or runs on one."""
         with self._running:
             self.running[future] = request
@@ -128,14 +131,21 @@ class ChannelServer:
     def abort(self, address: tuple[int, int] | None = None) -> None:
         """Let the requests that run end soon, for one unit or for all: nobody waits for what they do any more."""
         with self._running:
-            for request in self.running.values():
-                if request is not None and address in (None, request[0]):
-                    request[1].aborted = True
+            requests = [*self.running.values(), self.here]
+        for request in requests:
+            if request is not None and address in (None, request[0]):
+                request[1].aborted = True
 
-    def wait_idle(self) -> None:
-        """Wait until no request runs on a worker thread."""
+    def wait_idle(self, address: tuple[int, int] | None = None) -> None:
+        """Wait until no request, for one unit or for any, and no reset runs on a worker thread."""
+
+        def idle() -> bool:
+            return not any(
+                request is None or address in (None, request[0]) for request in self.running.values()
+            )
+
         with self._running:
-            self._idle.wait_for(lambda: not self.running)
+            self._idle.wait_for(idle)
 
     def complete(self, packet: Packet, size: int, status: int, body: bytes) -> None:
         """Queue a completion of exactly the request's size, as Windows guests insist on it."""

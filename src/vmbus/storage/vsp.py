@@ -6,6 +6,7 @@ which the backend finishes them.
 """
 
 import logging
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -122,6 +123,8 @@ class StorageVsp:
         self._units: dict[Address, LogicalUnit] = {}
         self._watchers: dict[Address, Callable[[], None]] = {}
         self._servers: dict[int, ChannelServer] = {}
+        self._closing: list[ChannelServer] = []  # requests may still run
+        self._closing_lock = threading.Lock()
         self._negotiation = self._new_negotiation()
         self._pool = ThreadPoolExecutor(workers, "storvsp") if workers else None
         # A reset waits for commands of other controllers; meanwhile the channel goes on.
@@ -221,10 +224,10 @@ class StorageVsp:
         watcher = self._watchers.pop(address)
         unit.watchers.remove(watcher)
         watcher()
-        for server in list(self._servers.values()):
-            server.settle()
+        for server in [*self._servers.values(), *self._closing]:
             server.abort(address)
-            server.wait_idle()
+            server.settle()
+            server.wait_idle(address)
         unit.detach(self.offer.instance_id)
         # Not REMOVE_DEVICE: the BSDs do nothing about it, and Linux looks for the same changes on both.
         self._notify(Operation.ENUMERATE_BUS)
@@ -241,14 +244,30 @@ class StorageVsp:
 
     def close(self, channel: Channel) -> None:
         """Stop serving a channel; on return no request of it is in any disk."""
-        server = self._servers.get(channel.offer.subchannel_index)
-        if server is None or server.channel is not channel:
-            return
-        del self._servers[server.index]
-        channel.on_signal = None
-        server.settle()
+        index = channel.offer.subchannel_index
+        with self._closing_lock:
+            server = self._servers.get(index)
+            others = [each for each in self._closing if each.channel is channel]
+            if server is not None and server.channel is channel:
+                self._closing.append(self._servers.pop(index))
+            else:
+                server = None
+        for other in others:  # somebody closes it already
+            other.settle()
+            other.wait_idle()
+        if server is not None:
+            try:
+                self._end(server)
+            finally:
+                self._closing.remove(server)
+
+    def _end(self, server: ChannelServer) -> None:
+        server.channel.on_signal = None
         server.cancel()
         server.abort()  # a loss of the connection ends its commands (SAM-5 6.3.4)
+        server.settle()
+        server.cancel()  # what came from its last turn
+        server.abort()
         server.wait_idle()
         server.completions.clear()
         if server.index == 0:
@@ -380,7 +399,19 @@ class StorageVsp:
         """Have packets moved by a thread that has nothing else to do."""
         assert self._pump is not None
         with suppress(RuntimeError):  # shut down: the channel is closed, too
-            self._pump.submit(server.kick, self._run)
+            self._pump.submit(self._kick, server)
+
+    def _kick(self, server: ChannelServer) -> None:
+        """Move packets on a thread of our own: nobody else would hear of a defect, so that it ends the channel."""
+        try:
+            server.kick(self._run)
+        except Exception:
+            channel = server.channel
+            guest_log.exception(
+                channel.name, "its server failed; the channel is closed", scope=channel.log_scope
+            )
+            self.close(channel)
+            channel.close()
 
     def _serve_fast(self, server: ChannelServer) -> bool:
         """Let compiled code serve plain reads and writes; True to come round again, False if a packet is left."""
@@ -535,9 +566,13 @@ class StorageVsp:
             outcome = Outcome(
                 ScsiStatus.TASK_ABORTED
             )  # if an exception from outside comes, as Ctrl-C on this thread
+            server.here = (scsi.target_id, scsi.lun), task
+            if self._servers.get(server.index) is not server:
+                task.aborted = True  # who closes it has looked for requests already
             try:
                 outcome = self._carry_out(scsi, task)
             finally:
+                server.here = None
                 self._respond(server, request, outcome)
             return
         unit = self._unit(scsi)
@@ -558,7 +593,7 @@ class StorageVsp:
             ):  # by a command or a reset, perhaps of another controller, that is under way
                 self._kick_elsewhere(server)
             else:
-                server.kick(self._run)
+                self._kick(server)
 
         future.add_done_callback(finished)
 
