@@ -155,8 +155,8 @@ def test_no_data_end_elsewhere(world: World, work: Callable[..., None], stride: 
 @pytest.mark.parametrize("work", [write_batch, read_batch, write_one, read_one])
 def test_not_between_two_bytecodes_either(world: World, work: Callable[..., None]) -> None:
     rng = random.Random(8)
-    for point in [rng.randrange(3000) for _ in range(25)]:
-        check_after_interruption(world, work, point, opcodes=True)
+    hits = sum(check_after_interruption(world, work, rng.randrange(3000), opcodes=True) for _ in range(25))
+    assert hits > 5
 
 
 @pytest.mark.parametrize("stride", [31, pytest.param(1, marks=pytest.mark.slow)])

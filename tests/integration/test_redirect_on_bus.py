@@ -1,21 +1,26 @@
 """The redirect chain through real partitions: each is a child of the one before, with VMBus between every two."""
 
 import random
+import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
 
 from vmbus.bus import Hosting, Inline, Threads, VmbusGuest, VmbusHost, loopback
-from vmbus.core.memory import GuestMemory
+from vmbus.core.memory import GpaRanges, GuestMemory
 from vmbus.errors import DeviceError, VmbusError
 from vmbus.hypervisor import Hypervisor, Partition, VirtualClock
 from vmbus.machine.model import ModelMachine
 from vmbus.storage.disk import Disk, MemoryDisk
 from vmbus.storage.guest_disk import StorageDisk
+from vmbus.storage.lent_pages import Loan
 from vmbus.storage.redirect import RedirectDisk
+from vmbus.storage.requests import request_packet
+from vmbus.storage.scsi.codes import ScsiStatus
 from vmbus.storage.vsc import StorageVsc
 from vmbus.storage.vsp import StorageVsp
+from vmbus.storage.wire import DataDirection, PacketHeader, ScsiRequest
 
 MIB = 1 << 20
 SIZE = 4 * MIB
@@ -124,3 +129,57 @@ def test_a_partition_that_has_only_emulated_hardware_gives_an_enlightened_disk()
         assert disk.read(0, 4096) + disk.read(8192, 4096) == b"a" * 4096 + b"b" * 4096
         provider.shutdown()
         host.close()
+
+
+def test_on_one_thread_a_batch_beneath_another_one_is_busy_and_not_waited_for() -> None:
+    """Two guests share a redirected disk; while it waits for the one's batch, the thread begins the other's."""
+    hv = Hypervisor(clock=VirtualClock())
+    root = hv.create_root()
+    hosting = Inline(eager=True)
+
+    def client(name: str, provider: StorageVsp) -> tuple[StorageVsc, VmbusGuest]:
+        child = hv.create_child(root, name=name, memory_size=16 * MIB)
+        provider.offer_on(VmbusHost(hv, child, hosting=hosting))
+        guest = VmbusGuest(child.vps[0])
+        guest.connect()
+        (offer,) = guest.offers
+        made = StorageVsc(guest.open(offer, 16, 16), guest.pages.allocate(64), timeout=60)
+        made.connect()
+        return made, guest
+
+    disk = MemoryDisk(MIB)
+    disk.write(0, b"".join(bytes([number]) * 4096 for number in range(8)))
+    middle, guest = client("middle", StorageVsp({(0, 0): disk}))
+    first = StorageVsp()
+    unit = first.add_disk((0, 0), RedirectDisk(middle.disk(), guest.pages.allocate(64)))
+    providers = first, StorageVsp({(0, 0): unit})
+    guests = [client(name, provider)[0] for name, provider in zip("ab", providers, strict=True)]
+    for each in guests:
+        each.check(0, 0, bytes(6))
+    wanted: list[list[tuple[Loan, bytes]]] = [[], []]
+    with hosting.held():  # both have rung before anybody is served
+        for number, each in enumerate(guests):
+            channel = each.channels[0]
+            for block in range(4 * number, 4 * number + 4):
+                loan = each._take(4096)
+                packet = request_packet(
+                    each._rules, (0, 0), struct.pack(">BBQIxx", 0x88, 0, 8 * block, 8), DataDirection.IN, 4096
+                )
+                channel.outgoing.send_gpa_direct(packet, GpaRanges([(4096, 0, loan.pages)]), block)
+                wanted[number].append((loan, bytes([block]) * 4096))
+            channel.signal()
+    hosting.run()
+    statuses: set[int] = set()
+    for each, blocks in zip(guests, wanted, strict=True):
+        packets = each.channels[0].incoming.recv_packets(8)
+        assert len(packets) == len(blocks)
+        for packet, (loan, content) in zip(packets, blocks, strict=True):
+            status = ScsiRequest.unpack(packet.payload[PacketHeader.SIZE :]).scsi_status
+            statuses.add(status)
+            if status == ScsiStatus.GOOD:
+                assert GpaRanges([(4096, 0, loan.pages)]).read(each._memory) == content
+            loan.close()
+    assert statuses == {ScsiStatus.GOOD, ScsiStatus.BUSY}
+    for each in guests:  # and whoever asks again gets it
+        assert each.disk().read_batch([4096], 4096) == [bytes([1]) * 4096]
+    root.destroy()

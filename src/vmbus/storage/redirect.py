@@ -17,6 +17,7 @@ from vmbus.core.memory import PAGE_SIZE
 from vmbus.errors import DeviceError, LocalProtocolError, RingError, VmbusError
 from vmbus.storage.disk import Buffer, Disk, DiskError, Extent, merged
 from vmbus.storage.scsi.codes import AdditionalSense, SenseKey
+from vmbus.storage.vsc import ClientBusy
 from vmbus.trace.ledger import Account
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ class RedirectDisk(Disk):
         self._failure: DiskError | None = None
         self._pages = array("Q", pages)
         self._pages_lock = threading.Lock()
+        self._batching = 0  # the thread that has the lock
         self._pages_in_use = False  # by the host, after an exception
         if pages and hasattr(device, "transfer_batch"):
             self.serve_batch = self._serve_batch
@@ -161,33 +163,41 @@ class RedirectDisk(Disk):
         device: StorageDisk = self.device  # type: ignore[assignment]  # it has `transfer_batch`
         if self._failure is not None:
             raise self._failure
-        length, count = requests.length, len(requests)
+        length = requests.length
         each = -(-length // PAGE_SIZE)
         most = len(self._pages) // each
-        if length > device.vsc.max_transfer or not most:
-            return 0
-        offsets, done = requests.offsets, 0
+        here = threading.get_ident()
+        if length > device.vsc.max_transfer or not most or self._batching == here:
+            return 0  # (a thread that waits for one guest's batch may begin another's: that one goes without pages)
+        with self._pages_lock, _Hop(self, "batch", requests.offsets[0]) as hop:
+            self._batching = here
+            try:
+                return self._send_on(requests, hop, most, each)
+            finally:
+                self._batching = 0
+
+    def _send_on(self, requests: "Requests", hop: "_Hop", most: int, each: int) -> int:
+        """Send requests on, at most `most` at once with `each` pages of ours for their data; how many were done."""
+        device: StorageDisk = self.device  # type: ignore[assignment]  # it has `transfer_batch`
         memory = device.vsc.channels[0].memory
-        with self._pages_lock, _Hop(self, "batch", offsets[0]) as hop:
-            if self._pages_in_use:
-                device.vsc.settle()
-            self._pages_in_use = True
-            while done < count:
-                part = min(most, count - done)
-                pfns = self._pages[: part * each]
-                if requests.write:
-                    requests.transfer(memory, pfns, done, part)
-                hop.requests = part
-                failed = device.transfer_batch(
-                    offsets[done : done + part], pfns, length, write=requests.write
-                )
-                good = failed[0] if failed else part
-                if good and not requests.write:
-                    requests.transfer(memory, pfns, done, good)
-                done += good
-                if failed:
-                    break
-            self._pages_in_use = False
+        offsets, length, count, done = requests.offsets, requests.length, len(requests), 0
+        if self._pages_in_use:
+            device.vsc.settle()
+        self._pages_in_use = True
+        while done < count:
+            part = min(most, count - done)
+            pfns = self._pages[: part * each]
+            if requests.write:
+                requests.transfer(memory, pfns, done, part)
+            hop.requests = part
+            failed = device.transfer_batch(offsets[done : done + part], pfns, length, write=requests.write)
+            good = failed[0] if failed else part
+            if good and not requests.write:
+                requests.transfer(memory, pfns, done, good)
+            done += good
+            if failed:
+                break
+        self._pages_in_use = False
         return done
 
 
@@ -221,8 +231,10 @@ class _Hop:
 
 
 def _error_number(error: VmbusError) -> int:
-    """The host error number that leads to the sense data which the hop behind reported."""
+    """The host error number that leads to the status and sense data which the hop behind reported."""
     sense = getattr(error, "sense", None)
+    if isinstance(error, ClientBusy):
+        return errno.EBUSY
     if sense is None:
         return errno.EIO
     if sense.key == SenseKey.DATA_PROTECT:

@@ -37,7 +37,7 @@ from vmbus.storage.wire import (
     VersionRules,
 )
 
-__all__ = ["CommandError", "CommandResult", "StorageVsc"]
+__all__ = ["ClientBusy", "CommandError", "CommandResult", "StorageVsc"]
 
 _log = logging.getLogger(__name__)
 
@@ -48,6 +48,10 @@ _RETRIES = 5
 _BATCH = 64
 _LEAST_PACKET = 24
 """Bytes of a ring that the shortest packet takes."""
+
+
+class ClientBusy(LocalProtocolError):
+    """The call came from inside of a wait of a batch, on the same thread; it would wait for itself."""
 
 
 class _Running:
@@ -158,6 +162,7 @@ class StorageVsc:
 
         Raises:
             DeviceError: the host did not complete it in time, or the data exceed the buffer pages.
+            ClientBusy: this thread is in the middle of a batch.
         """
         length = len(data_out) or data_in
         with self._lock:
@@ -166,7 +171,7 @@ class StorageVsc:
             if (
                 self._batch is not None and self._batch() is not None
             ):  # from inside of a wait, on the same thread
-                raise LocalProtocolError("the storage client is in the middle of a batch")
+                raise ClientBusy("the storage client is in the middle of a batch")
             loan = self._take(length) if length else None
             request_id = self._next_id
             self._next_id += 1
@@ -295,6 +300,7 @@ class StorageVsc:
 
         Raises:
             DeviceError: the client has given up.
+            ClientBusy: this thread is in the middle of a batch.
         """
         with self._call():
             if self._failed:
@@ -302,7 +308,7 @@ class StorageVsc:
             if (
                 self._batch is not None and self._batch() is not None
             ):  # from inside of a wait, on the same thread
-                raise LocalProtocolError("the storage client is in the middle of a batch")
+                raise ClientBusy("the storage client is in the middle of a batch")
             batch = _Running()
             self._batch = ref(batch)
             channel = self.channels[self._turn % len(self.channels)]

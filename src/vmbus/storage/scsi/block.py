@@ -1,5 +1,6 @@
 """Commands that move, compare or give back blocks of a disk (SBC-3 chapter 5)."""
 
+import errno
 import struct
 import threading
 from collections import Counter
@@ -533,4 +534,6 @@ class BlockAccess:
         if isinstance(error, OSError):
             error = DiskError(str(error), error.errno or 0)
         assert isinstance(error, DiskError)
+        if error.errno == errno.EBUSY:
+            return TaskSetBusy(str(error))
         return disk_failure(error, writing=writing, lba=offset // self.disk.sector_size)
