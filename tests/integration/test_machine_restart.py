@@ -2,12 +2,13 @@
 
 import math
 import os
+import threading
 import time
 from pathlib import Path
 
 import pytest
 from reference.engine import need_engine
-from reference.tiny_guest import tiny_guest
+from reference.tiny_guest import elf, tiny_guest
 
 from vmbus.errors import LocalProtocolError
 from vmbus.hypervisor.tlfs import Privilege
@@ -230,3 +231,15 @@ def test_restarts_do_not_pile_up() -> None:
 def test_what_no_machine_can_have(wrong: dict[str, float]) -> None:
     with pytest.raises(BootError):
         Machine(tiny_guest("_start: hlt"), **({"memory": MEMORY} | wrong))  # type: ignore[arg-type]
+
+
+def test_a_kernel_from_a_pipe_is_read_once_and_starts_again(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=lambda: pipe.write_bytes(elf(b"\xf4")))
+    writer.start()
+    with Machine(pipe, memory=MEMORY) as machine:
+        writer.join()
+        for _ in range(2):
+            assert machine.run(virtual_seconds=1).outcome is Outcome.HALTED
+            machine.restart()

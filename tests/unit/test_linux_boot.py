@@ -3,10 +3,8 @@
 import bz2
 import gzip
 import lzma
-import os
 import resource
 import struct
-import threading
 from itertools import pairwise
 from pathlib import Path
 
@@ -249,16 +247,3 @@ def test_disks_and_files_that_are_missing(tmp_path: Path) -> None:
         guest.Machine(tmp_path / "vmlinuz")
     with pytest.raises(BootError, match="memory"):
         guest.Machine(elf(b"\xf4"), memory=1000)
-
-
-def test_a_kernel_from_a_pipe_is_read_once_and_starts_again(tmp_path: Path) -> None:
-    guest = pytest.importorskip("vmbus.machine.guest")
-    pipe = tmp_path / "pipe"
-    os.mkfifo(pipe)
-    writer = threading.Thread(target=lambda: pipe.write_bytes(elf(b"\xf4")))
-    writer.start()
-    with guest.Machine(pipe, memory=16 << 20) as machine:
-        writer.join()
-        for _ in range(2):
-            assert machine.run(virtual_seconds=1).outcome is guest.Outcome.HALTED
-            machine.restart()
